@@ -1,0 +1,41 @@
+"""Errors that speak to the user: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class TesseraError(Exception):
+    """Something the user can put right; the command prints the message and exits with code 2."""
+
+
+class RecipeError(TesseraError):
+    """A recipe or an override that cannot be used; the message names the key."""
+
+
+class DataError(TesseraError):
+    """Input data that cannot be read or does not fit; the message names the file."""
+
+
+class CheckpointError(TesseraError):
+    """A checkpoint or pipeline that is missing, damaged or of another kind."""
+
+
+class TrainingError(TesseraError):
+    """A training run that cannot go on."""
+
+
+def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Raises:
+        TesseraError: the module is not installed; the message names the extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TesseraError(
+            f"{purpose} needs the package {module.split('.')[0]!r}, which is not installed. "
+            f"Install it with: pip install 'tessera-diffusion[{extra}]'"
+        ) from error

@@ -1,0 +1,70 @@
+"""Pixels between model space and files: quantisation, grids, PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tessera.files import atomic_file
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 -1..1, any shape (spec: x / 127.5 - 1)."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float -1..1 to uint8 by truncating clip(127.5 x + 128), any shape (EDM's rule)."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: NDArray[np.uint8]) -> Image.Image:
+    """uint8 [H, W, C] with C = 1 or 3, or [H, W], as a Pillow image."""
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def png_bytes(image: NDArray[np.uint8], compress_level: int = 6) -> bytes:
+    """uint8 [H, W, C] or [H, W] as the bytes of a PNG file (level 0: uncompressed)."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG", compress_level=compress_level, optimize=False)
+    return buffer.getvalue()
+
+
+def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
+    """Write uint8 [H, W, C] or [H, W] as a PNG file, atomically."""
+    with atomic_file(path) as file:
+        file.write(png_bytes(image))
+
+
+def grid(
+    images: NDArray[np.uint8], columns: int | None = None, gap: int = 2, scale: int | None = None
+) -> NDArray[np.uint8]:
+    """Tile images [N, H, W, C] row by row into one [H', W', C] picture on white.
+
+    Args:
+        columns: images in a row; by default as square as possible.
+        gap: white pixels between images.
+        scale: whole-number enlargement of every image; by default small ones grow to be seen well.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    scale = scale or max(1, 64 // max(height, width))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
+    canvas = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8
+    )
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas

@@ -1,0 +1,389 @@
+"""The configuration of everything, as frozen, validated models; `kind` selects from a union."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values cannot be changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+class DataConfig(Section):
+    """The training images and how they are read."""
+
+    path: str | None = Field(None, description="archive (.zip), packed set or image folder")
+    resolution: PositiveInt = Field(description="height and width of the images, pixels")
+    channels: Literal[1, 3] = 3
+    num_classes: int = Field(0, ge=0, description="0 trains without labels")
+    xflip: bool = Field(False, description="double the set by mirrored copies")
+    max_images: PositiveInt | None = Field(None, description="train on a random subset")
+    order: Literal["epochs", "windowed"] = Field(
+        "epochs", description="a fresh shuffle each epoch, or EDM's windowed shuffle"
+    )
+    cache: bool = Field(False, description="keep decoded images in memory")
+    workers: int = Field(
+        2, ge=0, description="threads that read ahead; 0 reads in the training step"
+    )
+
+
+class PixelCodec(Section):
+    """uint8 pixels to [-1, 1]."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+CodecConfig = PixelCodec
+
+
+class FullView(Section):
+    """Every step trains on whole images."""
+
+    kind: Literal["full"] = "full"
+
+
+ViewConfig = FullView
+
+
+class AugmentConfig(Section):
+    """Non-leaky augmentation (EDM, section F.2): multipliers of `p` per transform; 0 = absent."""
+
+    p: Probability = 0.12
+    xflip: NonNegative = 1e8
+    yflip: NonNegative = 1
+    rotate_int: NonNegative = 0
+    translate_int: NonNegative = 0
+    translate_int_max: NonNegative = 0.125
+    scale: NonNegative = 1
+    scale_std: NonNegative = 0.2
+    rotate_frac: NonNegative = 1
+    rotate_frac_max: NonNegative = 1
+    aniso: NonNegative = 1
+    aniso_std: NonNegative = 0.2
+    aniso_rotate_prob: Probability = 0.5
+    translate_frac: NonNegative = 1
+    translate_frac_std: NonNegative = 0.125
+    brightness: NonNegative = 0
+    brightness_std: NonNegative = 0.2
+    contrast: NonNegative = 0
+    contrast_std: NonNegative = 0.5
+    lumaflip: NonNegative = 0
+    hue: NonNegative = 0
+    hue_max: NonNegative = 1
+    saturation: NonNegative = 0
+    saturation_std: NonNegative = 1
+
+    @property
+    def label_dim(self) -> int:
+        """Number of augmentation labels that the network sees."""
+        widths = {
+            "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1,
+            "rotate_frac": 2, "aniso": 2, "translate_frac": 2, "brightness": 1, "contrast": 1,
+            "lumaflip": 1, "hue": 2, "saturation": 1,
+        }  # fmt: skip
+        return sum(width for name, width in widths.items() if getattr(self, name) > 0)
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+class SongUNetConfig(Section):
+    """DDPM++ and NCSN++ (Song et al. 2021), as in EDM."""
+
+    kind: Literal["song_unet"] = "song_unet"
+    model_channels: PositiveInt = 128
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 2, 2)
+    channel_mult_emb: PositiveInt = 4
+    num_blocks: PositiveInt = 4
+    attn_resolutions: tuple[PositiveInt, ...] = (16,)
+    dropout: Probability = 0.10
+    embedding: Literal["positional", "fourier"] = "positional"
+    channel_mult_noise: PositiveInt = 1
+    encoder: Literal["standard", "skip", "residual"] = "standard"
+    decoder: Literal["standard", "skip"] = "standard"
+    resample_filter: tuple[int, ...] = (1, 1)
+
+
+class AdmUNetConfig(Section):
+    """The ADM U-Net (Dhariwal & Nichol 2021), as in EDM."""
+
+    kind: Literal["adm_unet"] = "adm_unet"
+    model_channels: PositiveInt = 192
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    channel_mult_emb: PositiveInt = 4
+    num_blocks: PositiveInt = 3
+    attn_resolutions: tuple[PositiveInt, ...] = (32, 16, 8)
+    dropout: Probability = 0.10
+
+
+NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------------------------- diffusion
+
+
+class EdmPreconditioning(Section):
+    """EDM (Karras et al. 2022), table 1."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: PositiveFloat = 0.5
+
+
+class VpPreconditioning(Section):
+    """Variance preserving (Song et al. 2021), EDM table 1."""
+
+    kind: Literal["vp"] = "vp"
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    timesteps: PositiveInt = 1000
+    epsilon_t: PositiveFloat = 1e-5
+    released_sigma_min: bool = Field(
+        False, description="σ(ε_t) as float32 cancellation leaves it in the released baselines"
+    )
+
+
+class VePreconditioning(Section):
+    """Variance exploding (Song et al. 2021), EDM table 1."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100
+
+
+class IddpmPreconditioning(Section):
+    """Improved DDPM (Nichol & Dhariwal 2021), EDM table 1; the network has 2 C output channels."""
+
+    kind: Literal["iddpm"] = "iddpm"
+    c_1: PositiveFloat = 0.001
+    c_2: PositiveFloat = 0.008
+    timesteps: PositiveInt = 1000
+
+
+PreconditioningConfig = Annotated[
+    EdmPreconditioning | VpPreconditioning | VePreconditioning | IddpmPreconditioning,
+    Field(discriminator="kind"),
+]
+
+
+class ObjectiveSection(Section):
+    """What every objective has."""
+
+    label_dropout: Probability = Field(
+        0.0, description="share of images trained without their class, for guidance"
+    )
+
+
+class EdmObjective(ObjectiveSection):
+    """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
+
+    kind: Literal["edm"] = "edm"
+    p_mean: float = -1.2
+    p_std: PositiveFloat = 1.2
+    sigma_data: PositiveFloat = 0.5
+
+
+class VpObjective(ObjectiveSection):
+    """Variance preserving: uniform t, weight 1 / σ²."""
+
+    kind: Literal["vp"] = "vp"
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    epsilon_t: PositiveFloat = 1e-5
+
+
+class VeObjective(ObjectiveSection):
+    """Variance exploding: log-uniform σ, weight 1 / σ²."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100
+
+
+ObjectiveConfig = Annotated[EdmObjective | VpObjective | VeObjective, Field(discriminator="kind")]
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+class EdmSampler(Section):
+    """EDM, algorithm 2 (deterministic with s_churn 0)."""
+
+    kind: Literal["edm"] = "edm"
+    steps: PositiveInt = 18
+    solver: Literal["heun", "euler"] = "heun"
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80
+    rho: PositiveFloat = 7
+    s_churn: NonNegative = 0
+    s_min: NonNegative = 0
+    s_max: NonNegative = math.inf
+    s_noise: NonNegative = 1
+
+
+class AblationSampler(Section):
+    """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
+
+    kind: Literal["ablation"] = "ablation"
+    steps: PositiveInt = 18
+    solver: Literal["heun", "euler"] = "heun"
+    discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
+    schedule: Literal["linear", "vp", "ve"] = "linear"
+    scaling: Literal["none", "vp"] = "none"
+    sigma_min: PositiveFloat | None = None
+    sigma_max: PositiveFloat | None = None
+    rho: PositiveFloat = 7
+    epsilon_s: PositiveFloat = 1e-3
+    c_1: PositiveFloat = 0.001
+    c_2: PositiveFloat = 0.008
+    timesteps: PositiveInt = 1000
+    alpha: PositiveFloat = 1
+    s_churn: NonNegative = 0
+    s_min: NonNegative = 0
+    s_max: NonNegative = math.inf
+    s_noise: NonNegative = 1
+
+
+SamplerConfig = Annotated[EdmSampler | AblationSampler, Field(discriminator="kind")]
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+class OptimizerConfig(Section):
+    """Adam or AdamW, and the course of the learning rate over images seen."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
+    rampup_images: int = Field(10_000_000, ge=0, description="linear warm-up from 0")
+    decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    decay_start_images: int = Field(0, ge=0, description="images before the decay begins")
+    final_lr: NonNegative = Field(0, description="where cosine and linear decay end")
+
+
+class EmaConfig(Section):
+    """One exponential moving average of the weights."""
+
+    halflife_images: PositiveFloat = 500_000
+    rampup_ratio: PositiveFloat | None = Field(
+        0.05, description="half-life at most this share of the images seen; null for no ramp-up"
+    )
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    images: PositiveInt = Field(200_000_000, description="images to train on, in all")
+    batch: PositiveInt = Field(512, description="images of one optimiser step, over all devices")
+    micro_batch: PositiveInt | None = Field(
+        None, description="images of one forward pass on one device; less memory, same result"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    loss_scale: PositiveFloat | None = Field(
+        None, description="fixed loss scale; by default 1, and dynamic in fp16"
+    )
+    nonfinite: Literal["skip", "replace"] = Field(
+        "skip", description="skip steps with NaN or infinite gradients, or replace them (as EDM)"
+    )
+    max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        return self
+
+
+class PreviewConfig(Section):
+    """Sample grids made while training, always from the same seeds."""
+
+    every_images: PositiveInt = 2_500_000
+    rows: PositiveInt = 8
+    columns: PositiveInt = 8
+
+
+class RunConfig(Section):
+    """The run folder and what is written to it."""
+
+    dir: str | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
+    log_every_images: PositiveInt = 50_000
+    checkpoint_every_images: PositiveInt = 2_500_000
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+    preview: PreviewConfig | None = PreviewConfig()
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project")
+
+
+class Recipe(Section):
+    """Everything that makes a model: data, network, diffusion, training, and how it is sampled."""
+
+    name: str
+    description: str = ""
+    data: DataConfig
+    codec: CodecConfig = PixelCodec()
+    view: ViewConfig = FullView()
+    augment: AugmentConfig | None = None
+    network: NetworkConfig
+    preconditioning: PreconditioningConfig = EdmPreconditioning()
+    objective: ObjectiveConfig = EdmObjective()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplerConfig = EdmSampler()
+    run: RunConfig = RunConfig()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's images in model space."""
+        return self.data.channels, self.data.resolution, self.data.resolution
+
+    @property
+    def augment_dim(self) -> int:
+        """Number of augmentation labels that the network is built for."""
+        return self.augment.label_dim if self.augment is not None else 0
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        network = self.network
+        divisor = 2 ** (len(network.channel_mult) - 1)
+        if self.data.resolution % divisor:
+            raise ValueError(
+                f"data.resolution ({self.data.resolution}) must be a multiple of {divisor}, "
+                f"because network.channel_mult has {len(network.channel_mult)} levels"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adm_attention(self) -> Self:
+        network = self.network
+        if not isinstance(network, AdmUNetConfig):
+            return self
+        for level, mult in enumerate(network.channel_mult):
+            resolution, width = self.data.resolution >> level, network.model_channels * mult
+            if resolution in network.attn_resolutions and width % 64:
+                raise ValueError(
+                    f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
+                    f"network is {width} channels wide; its heads need a multiple of 64 channels. "
+                    f"Change network.model_channels or leave {resolution} out"
+                )
+        return self
