@@ -1,0 +1,49 @@
+"""The `tessera` command: one thin file a command; each parses, calls the library, prints."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from tessera._version import __version__
+from tessera.errors import TesseraError
+
+# Command modules import torch inside their functions, so that `tessera --help` answers at once.
+app = typer.Typer(
+    name="tessera",
+    help="Train, sample and score image diffusion models at a fraction of the usual compute.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"tessera {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; errors that the user can put right exit with code 2 and no traceback."""
+    try:
+        app()
+    except TesseraError as error:
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", end=" ")
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
