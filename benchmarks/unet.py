@@ -1,0 +1,189 @@
+"""DDPM++ at CIFAR-10's size against diffusers' U-Net of the nearest size: training and sampling.
+
+Both networks go through the same training step (objective, backward pass, gradient norm, fused
+Adam, average of the weights) and the same sampler, in float32 and bfloat16, eager and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import ceilings, device, interleaved, markdown, record, show
+from tessera.conditioning import Conditioning
+from tessera.diffusion.preconditioning import Edm, Preconditioned
+from tessera.errors import require_extra
+from tessera.networks.song_unet import SongUNet
+from tessera.randomness import AddressedDraws
+from tessera.recipes.build import build_objective
+from tessera.recipes.schema import EdmObjective, EmaConfig, OptimizerConfig, TrainingConfig
+from tessera.sampling.edm import sample_edm
+from tessera.sampling.seeds import SeedNoise
+from tessera.training.learner import Learner, MicroBatch, TrainStep
+
+SHAPE = (3, 32, 32)
+CLASSES = 10
+STEPS = 2  # of the sampler: three evaluations of the network
+
+Precision = Literal["fp32", "bf16"]
+
+
+class DiffusersUNet(nn.Module):
+    """UNet2DModel with the widths, depth and attention of DDPM++, behind our network contract."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        diffusers = require_extra("diffusers", "latents", "the comparison with UNet2DModel")
+        self.unet = diffusers.UNet2DModel(
+            sample_size=SHAPE[1],
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=4,
+            block_out_channels=(256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            dropout=0.13,
+            num_class_embeds=CLASSES,
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        """Residual and attention blocks, as compiled by the trainer."""
+        kinds = ("ResnetBlock2D", "Attention")
+        return [m for m in self.unet.modules() if type(m).__name__ in kinds]
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        output: Tensor = self.unet(x, noise, class_labels=cond.labels).sample
+        return output
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "tessera": partial(SongUNet, 32, 3, 3, CLASSES, channel_mult=(2, 2, 2), dropout=0.13),
+    "diffusers": DiffusersUNet,
+}
+
+
+def forward_flops(make: Callable[[], nn.Module]) -> float:
+    """FLOPs of one image's forward pass."""
+    with torch.device("meta"):
+        network = make()
+        labels = torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, *SHAPE), torch.zeros(1), Conditioning(labels=labels))
+    return float(counter.get_total_flops())
+
+
+def conditioning(batch: int) -> Conditioning:
+    return Conditioning(labels=torch.arange(batch, device=device()) % CLASSES)
+
+
+def learner(name: str, precision: Precision, compiled: bool) -> Learner:
+    """The trainer's own learner around a freshly made network."""
+    torch.manual_seed(0)
+    denoiser = Preconditioned(NETWORKS[name](), Edm(), SHAPE, CLASSES)
+    training = TrainingConfig(precision=precision, compile=compiled)
+    step = TrainStep(denoiser, build_objective(EdmObjective()))
+    optimizer = OptimizerConfig(rampup_images=0)
+    return Learner(step, optimizer, [EmaConfig()], training, device())
+
+
+def training_step(target: Learner, batch: int) -> Callable[[], Any]:
+    """A function that makes one optimiser step over `batch` images, new ones at each call."""
+    steps = count()
+    images = torch.rand(batch, *SHAPE, device=device()) * 2 - 1
+
+    def step() -> Any:
+        number = next(steps)
+        numbers = number * batch + torch.arange(batch, device=device())
+        micro = MicroBatch(images, conditioning(batch), AddressedDraws(0, numbers), number)
+        return target.update([micro], batch, number * batch)
+
+    return step
+
+
+def sampling(target: Learner, batch: int, precision: Precision) -> Callable[[], Any]:
+    """A function that samples `batch` images with a few steps."""
+    latents = SeedNoise(range(batch)).normal(SHAPE, torch.float32).to(device())
+
+    def sample() -> Any:
+        target.step.eval()
+        autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), autocast:
+            states = sample_edm(
+                target.step.denoiser,  # type: ignore[arg-type]
+                latents,
+                conditioning(batch),
+                SeedNoise(range(batch)),
+                steps=STEPS,
+            )
+            for state in states:
+                result = state.x
+        target.step.train()
+        return result
+
+    return sample
+
+
+def run(rounds: int, record_figures: bool) -> None:
+    """Time all variants, print the tables, and keep them if asked to."""
+    batch = 512 if device().type == "cuda" else 16
+    flops = {name: forward_flops(make) for name, make in NETWORKS.items()}
+    sections = []
+    precisions: tuple[tuple[Precision, torch.dtype], ...] = (
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+    )
+    tops: dict[str, dict[str, float]] = {}
+    training: dict[str, float] = {}
+    generation: dict[str, float] = {}
+    for precision, dtype in precisions:
+        tops[precision] = ceilings(dtype)
+        learners = {
+            (name, compiled): learner(name, precision, compiled)
+            for name in NETWORKS
+            for compiled in (False, True)
+        }
+        labels = {key: _label(key[0], precision, key[1]) for key in learners}
+        steps = {labels[key]: training_step(value, batch) for key, value in learners.items()}
+        training |= interleaved(steps, rounds)
+        samples = {labels[k]: sampling(value, batch, precision) for k, value in learners.items()}
+        generation |= interleaved(samples, rounds)
+    top_rows = [
+        [precision, *(f"{tops[precision][k] / 1e9:.0f}" for k in tops[precision])]
+        for precision in tops
+    ]
+    columns = ["precision", "matrix product, GFLOP/s", "convolution, GFLOP/s"]
+    show("Ceilings of this machine", columns, top_rows)
+    sections.append("Ceilings:\n\n" + markdown(columns, top_rows))
+    for title, times, per_image in (
+        (f"Training step, batch {batch}", training, 3),
+        (f"Sampling, batch {batch}, network evaluations", generation, 2 * STEPS - 1),
+    ):
+        base = times[_label("diffusers", "fp32", False)]
+        rows = []
+        for label, time in times.items():
+            name, precision = label.split()[:2]
+            rate = flops[name] * per_image * batch / time
+            share = rate / tops[precision]["convolution"]
+            images = batch / time * (1 if per_image == 3 and times is training else 2 * STEPS - 1)
+            rows.append(
+                [label, f"{images:.2f}", f"{rate / 1e9:.0f}", f"{share:.0%}", f"{base / time:.2f}x"]
+            )
+        columns = ["variant", "images/s", "GFLOP/s", "of convolution", "against diffusers fp32"]
+        show(title, columns, rows)
+        sections.append(f"{title}:\n\n" + markdown(columns, rows))
+    if record_figures:
+        note = (
+            f"DDPM++ forward {flops['tessera'] / 1e9:.1f} GFLOP, "
+            f"UNet2DModel {flops['diffusers'] / 1e9:.1f} GFLOP per image."
+        )
+        record("U-Net: training and sampling", "\n\n".join([note, *sections]))
+
+
+def _label(name: str, precision: str, compiled: bool) -> str:
+    return f"{name} {precision} {'compiled' if compiled else 'eager'}"
