@@ -21,7 +21,7 @@ def quickstart_digits() -> Recipe:
     """Handwritten digits, 16x16 grey, ten classes: about three minutes on two cores."""
     return Recipe(
         name="quickstart-digits",
-        description="handwritten digits in three minutes",
+        description="handwritten digits, 3 minutes",
         data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
         network=SongUNetConfig(
             model_channels=32,
@@ -46,7 +46,7 @@ def cifar10_small() -> Recipe:
     """CIFAR-10, 32x32, ten classes, about 3 M parameters: half an hour on two cores."""
     return Recipe(
         name="cifar10-small",
-        description="CIFAR-10 in half an hour",
+        description="CIFAR-10, small, half an hour",
         data=DataConfig(resolution=32, num_classes=10, xflip=True),
         network=SongUNetConfig(
             model_channels=32,

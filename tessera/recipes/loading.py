@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from tessera.errors import RecipeError
 from tessera.recipes import edm, laptop
 from tessera.recipes.messages import describe, sections, select, suggestion
-from tessera.recipes.overrides import Data, apply_overrides, merge, read_yaml
+from tessera.recipes.overrides import Data, apply_overrides, merge
 from tessera.recipes.schema import Recipe
+from tessera.recipes.text import read_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -61,7 +62,8 @@ def dump_recipe(recipe: Recipe) -> Data:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        ordered = sorted(value.items(), key=lambda pair: pair[0] != "kind")
+        return {key: _plain(item) for key, item in ordered}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     # JSON has no infinity.

@@ -30,7 +30,7 @@ _BOUNDS = {
 
 def describe(error: ValidationError, data: Mapping[str, Any]) -> str:
     """Every mistake of `data` on a line of its own, as `key: what is wrong`."""
-    details = [dict(detail) for detail in error.errors(include_url=False)]
+    details: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
     places = [detail["loc"] for detail in details]
     # A list with a faulty element also counts as too short: say only the former.
     faulty = {place[:depth] for place in places for depth in range(len(place))}
