@@ -52,6 +52,9 @@ def score(
     ),
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; the classifier's seed."),
     batch: int = typer.Option(64, min=1, help="A pipeline's batch size."),
+    training_images: int = typer.Option(
+        60_000, min=1, help="As in `reference`, if REFERENCE is a set of images."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Score SAMPLES against REFERENCE by the Fréchet distance of in-domain classifier features."""
@@ -62,7 +65,9 @@ def score(
 
     is_pipeline = (samples / "config.json").exists() or (samples / "pipeline").is_dir()
     data = None if is_pipeline else open_images(samples)
-    known = open_reference(reference, seed=seed, device=device())
+    known = open_reference(
+        reference, seed=seed, training_images=training_images, device=device()
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if data is None:

@@ -95,7 +95,8 @@ class ClassifierNetwork(nn.Module):
             scale = _LARGEST / max(x.shape[2:])
             x = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
         x = self.body(x.contiguous(memory_format=torch.channels_last))
-        return x.mean(dim=(2, 3))
+        means: Tensor = x.mean(dim=(2, 3))
+        return means
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to logits [B, outputs]."""
@@ -196,9 +197,8 @@ def train_classifier(
     held_out, training = np.split(order, [min(max(1, len(order) // 5), 5000)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier", "weights"))
-        network = ClassifierNetwork(facts.shape, facts.outputs).to(
-            device=device, memory_format=torch.channels_last
-        )
+        network = ClassifierNetwork(facts.shape, facts.outputs).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _train(network, data, facts, training, max(2, training_images // _BATCH))
     classifier = Classifier(network, facts)
     right, random = 0, numpy_generator(seed, "classifier", "test")
@@ -259,7 +259,7 @@ def _train(
             batch = _shift(batch, random).to(network.head.weight.device)
             loss = F.cross_entropy(network(batch), targets.to(batch.device))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             bar.advance(_BATCH)

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def _open_npz(path: Path) -> ArrayImages:
     return ArrayImages(path.name, images.transpose(0, 3, 1, 2), labels)
 
 
-def read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an NPZ file, without ever unpickling anything.
 
     Raises:

@@ -110,7 +110,11 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
 
 
 def open_reference(
-    path: str | os.PathLike[str], *, seed: int = 0, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    training_images: int = 60_000,
+    device: torch.device | str = "cpu",
 ) -> Reference:
     """A reference file, or a data set from which the reference is built now.
 
@@ -120,7 +124,9 @@ def open_reference(
     path = Path(path)
     if path.suffix == ".npz" and "arr_0" not in _npz_names(path):
         return load_reference(path, device)
-    return build_reference(open_images(path), seed=seed, device=device)
+    return build_reference(
+        open_images(path), seed=seed, training_images=training_images, device=device
+    )
 
 
 def _npz_names(path: Path) -> tuple[str, ...]:

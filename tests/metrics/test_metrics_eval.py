@@ -41,7 +41,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(real: Path) -> Path:
     out = real.parent / "photos.ref.npz"
-    result = evaluate("reference", real, out, "--training-images", 600)
+    result = evaluate("reference", real, out, "--training-images", 2000)
     assert result.exit_code == 0, result.output
     assert "40 of photos" in result.output
     return out
@@ -71,8 +71,9 @@ def test_score_table_and_json(reference: Path, tmp_path: Path) -> None:
 
 
 def test_real_images_may_stand_for_the_reference_file(real: Path) -> None:
-    result = RUNNER.invoke(app, ["eval", "score", str(real), str(real), "--json"])
-    assert abs(json.loads(result.stdout)["fd_classifier"]) < 1e-6
+    result = evaluate("score", real, real, "--training-images", 600, "--json")
+    # 40 images for 128 features: a singular covariance, whose root is known to half the digits.
+    assert abs(json.loads(result.stdout)["fd_classifier"]) < 1e-3
 
 
 def test_npz_samples(reference: Path, tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ def test_distance_matches_the_recorded_one() -> None:
 
 def test_rank_deficient_distance_matches_and_warns() -> None:
     recorded = load("edm", "fid")
-    few, many = streamed(recorded["in.features3_rank_deficient"]), streamed(
-        recorded["in.features2"]
+    few, many = (
+        streamed(recorded["in.features3_rank_deficient"]),
+        streamed(recorded["in.features2"]),
     )
     with pytest.warns(UserWarning, match="16 features from 8 images .* at least 17"):
         distance = frechet_distance(few, many)
