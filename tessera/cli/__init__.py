@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.recipes import recipes_app
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -34,6 +35,9 @@ def _options(
     ),
 ) -> None:
     pass
+
+
+app.add_typer(recipes_app, name="recipes")
 
 
 def main() -> None:
