@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.eval import app as eval_app
+from tessera.cli.recipes import recipes_app
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -34,6 +36,10 @@ def _options(
     ),
 ) -> None:
     pass
+
+
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:

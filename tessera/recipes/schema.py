@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
+
+def _listed(value: Any) -> Any:
+    """`1,2,2` and a single number for a list, as people type them on a command line."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+Listed = BeforeValidator(_listed)
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -14,7 +31,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values cannot be changed after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -103,16 +120,16 @@ class SongUNetConfig(Section):
 
     kind: Literal["song_unet"] = "song_unet"
     model_channels: PositiveInt = 128
-    channel_mult: tuple[PositiveInt, ...] = (1, 2, 2, 2)
+    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 2, 2)
     channel_mult_emb: PositiveInt = 4
     num_blocks: PositiveInt = 4
-    attn_resolutions: tuple[PositiveInt, ...] = (16,)
+    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (16,)
     dropout: Probability = 0.10
     embedding: Literal["positional", "fourier"] = "positional"
     channel_mult_noise: PositiveInt = 1
     encoder: Literal["standard", "skip", "residual"] = "standard"
     decoder: Literal["standard", "skip"] = "standard"
-    resample_filter: tuple[int, ...] = (1, 1)
+    resample_filter: Annotated[tuple[int, ...], Listed] = (1, 1)
 
 
 class AdmUNetConfig(Section):
@@ -120,10 +137,10 @@ class AdmUNetConfig(Section):
 
     kind: Literal["adm_unet"] = "adm_unet"
     model_channels: PositiveInt = 192
-    channel_mult: tuple[PositiveInt, ...] = (1, 2, 3, 4)
+    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 3, 4)
     channel_mult_emb: PositiveInt = 4
     num_blocks: PositiveInt = 3
-    attn_resolutions: tuple[PositiveInt, ...] = (32, 16, 8)
+    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (32, 16, 8)
     dropout: Probability = 0.10
 
 
@@ -265,7 +282,7 @@ class OptimizerConfig(Section):
 
     kind: Literal["adam", "adamw"] = "adam"
     lr: PositiveFloat = 1e-3
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: Annotated[tuple[Probability, Probability], Listed] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegative = 0
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")

@@ -1,0 +1,54 @@
+"""`tessera recipes`: what ships, and every key of a recipe."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+recipes_app = typer.Typer(
+    help="List the shipped recipes, or show every key of one.", invoke_without_command=True
+)
+
+
+@recipes_app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the shipped recipes, or show every key of one."""
+    if context.invoked_subcommand is not None:
+        return
+    from tessera.recipes.loading import shipped
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("recipe", style="cyan", no_wrap=True)
+    table.add_column("what")
+    table.add_column("images", no_wrap=True)
+    table.add_column("classes", justify="right")
+    for name, make in shipped().items():
+        recipe = make()
+        data = recipe.data
+        colour = "grey" if data.channels == 1 else "RGB"
+        size = f"{data.resolution}×{data.resolution} {colour}"
+        table.add_row(name, recipe.description, size, str(data.num_classes or "-"))
+    Console().print(table)
+
+
+@recipes_app.command("show")
+def show(
+    recipe: str = typer.Argument(help="A shipped recipe, or a .yaml or .json file."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]", help="Changes, such as training.batch=64."
+    ),
+) -> None:
+    """Print a recipe with all its keys as YAML; the output is a recipe file itself."""
+    from tessera.recipes.loading import dump_recipe, load_recipe
+    from tessera.recipes.text import write_yaml
+
+    text = write_yaml(dump_recipe(load_recipe(recipe, overrides or ())))
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text, "yaml", background_color="default"))

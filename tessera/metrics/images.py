@@ -1,0 +1,108 @@
+"""Image sets that are scored: data sets, folders, archives, NPZ files and arrays."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.data.dataset import open_dataset
+from tessera.errors import DataError
+from tessera.metrics.classifier import LabelledImages
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory, as a set.
+
+    Attributes:
+        name: how messages call the set.
+        images: uint8 [N, C, H, W].
+        labels: int64 [N] or None.
+        class_names: names of the classes, if known.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images at `indices`, uint8 [n, C, H, W]."""
+        return self.images[indices]
+
+
+def open_images(path: str | os.PathLike[str]) -> LabelledImages:
+    """A folder, ZIP archive, packed set or NPZ file (`arr_0` uint8 NHWC, labels in `arr_1`).
+
+    Raises:
+        DataError: nothing is there, it holds no images, or it cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _open_npz(path)
+    return open_dataset(path)
+
+
+def batches(
+    data: LabelledImages, indices: NDArray[np.int64] | None = None, size: int = 256
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """The images at `indices` (by default all) in order: indices [B], uint8 [B, C, H, W]."""
+    indices = np.arange(len(data)) if indices is None else indices
+    for start in range(0, len(indices), size):
+        chunk = indices[start : start + size]
+        yield chunk, torch.from_numpy(np.array(data.read(chunk)))
+
+
+def _open_npz(path: Path) -> ArrayImages:
+    arrays = read_npz(path)
+    if "arr_0" not in arrays:
+        raise DataError(
+            f"{path}: no images in it (no array 'arr_0'); it holds {', '.join(arrays) or 'nothing'}"
+        )
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise DataError(
+            f"{path}: images are uint8 [N, H, W, 1 or 3], but 'arr_0' is {images.dtype} "
+            f"{list(images.shape)}"
+        )
+    labels = arrays.get("arr_1")
+    if labels is not None:
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise DataError(f"{path}: 'arr_1' must hold one whole number per image, the class")
+        labels = labels.astype(np.int64)
+    return ArrayImages(path.name, images.transpose(0, 3, 1, 2), labels)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an NPZ file, without ever unpickling anything.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
+        raise DataError(f"{path}: not a readable NPZ file, it may be damaged ({error})") from error

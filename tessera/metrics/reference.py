@@ -1,0 +1,137 @@
+"""Reference files: statistics of real images, and the extractor that they were measured with."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tessera._version import __version__
+from tessera.errors import DataError
+from tessera.files import atomic_file
+from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
+from tessera.metrics.features import measure
+from tessera.metrics.images import batches, open_images, read_npz
+from tessera.metrics.statistics import FeatureStatistics
+
+_FORMAT = 1
+_WEIGHT = "classifier."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are scored against.
+
+    Attributes:
+        name: the real images' set.
+        statistics: of the features of all of them.
+        extractor: the in-domain classifier that made the features.
+    """
+
+    name: str
+    statistics: FeatureStatistics
+    extractor: Classifier
+
+
+def build_reference(
+    data: LabelledImages,
+    *,
+    seed: int = 0,
+    training_images: int = 60_000,
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """Train the in-domain classifier on `data` and measure its features of every image.
+
+    Args as for `train_classifier`.
+    """
+    classifier = train_classifier(data, seed=seed, training_images=training_images, device=device)
+    statistics = measure(classifier, (images for _, images in batches(data)), len(data))
+    return Reference(data.name, statistics, classifier)
+
+
+def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
+    """Write an NPZ file of plain arrays: `mu`, `sigma`, `n`, facts as JSON, the weights."""
+    facts, weights = reference.extractor.state()
+    description = {
+        "format": _FORMAT,
+        "tessera": __version__,
+        "name": reference.name,
+        "extractor": reference.extractor.name,
+        "classifier": facts,
+    }
+    arrays = {
+        "mu": reference.statistics.mu.numpy(),
+        "sigma": reference.statistics.sigma.numpy(),
+        "n": np.int64(reference.statistics.n),
+        "tessera": np.array(json.dumps(description)),
+        **{_WEIGHT + name: weight for name, weight in weights.items()},
+    }
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_reference(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Reference:
+    """Read what `save_reference` wrote.
+
+    Raises:
+        DataError: the file is missing, damaged, or was made by another tool.
+    """
+    path = Path(path)
+    arrays = read_npz(path)
+    if "tessera" not in arrays:
+        raise DataError(
+            f"{path}: not a reference file of tessera. Statistics of other tools do not say which "
+            "images and features they come from; make one with: tessera eval reference DATA REF.npz"
+        )
+    try:
+        description = json.loads(str(arrays["tessera"]))
+        if description["format"] != _FORMAT:
+            raise DataError(
+                f"{path}: reference format {description['format']}, this version reads {_FORMAT}; "
+                "make it again with: tessera eval reference"
+            )
+        weights = {
+            name.removeprefix(_WEIGHT): array
+            for name, array in arrays.items()
+            if name.startswith(_WEIGHT)
+        }
+        classifier = Classifier.from_state(description["classifier"], weights)
+        classifier.network.to(device)
+        statistics = FeatureStatistics.from_moments(
+            int(arrays["n"]), torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"])
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: a damaged reference file ({error})") from error
+    return Reference(description["name"], statistics, classifier)
+
+
+def open_reference(
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    training_images: int = 60_000,
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """A reference file, or a data set from which the reference is built now.
+
+    Raises:
+        DataError: neither can be read.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and "arr_0" not in _npz_names(path):
+        return load_reference(path, device)
+    return build_reference(
+        open_images(path), seed=seed, training_images=training_images, device=device
+    )
+
+
+def _npz_names(path: Path) -> tuple[str, ...]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(file.files)
+    except Exception:  # whatever is wrong with it, `load_reference` says it in the user's words
+        return ()

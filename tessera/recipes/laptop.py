@@ -1,0 +1,73 @@
+"""Small models that train on the two cores of a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tessera.recipes.schema import (
+    DataConfig,
+    EdmSampler,
+    EmaConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    Recipe,
+    RunConfig,
+    SongUNetConfig,
+    TrainingConfig,
+)
+
+
+def quickstart_digits() -> Recipe:
+    """Handwritten digits, 16x16 grey, ten classes: about three minutes on two cores."""
+    return Recipe(
+        name="quickstart-digits",
+        description="handwritten digits, 3 minutes",
+        data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
+        network=SongUNetConfig(
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            attn_resolutions=(),
+            dropout=0,
+        ),
+        optimizer=OptimizerConfig(lr=2e-3, rampup_images=10_000, decay="cosine"),
+        ema=(EmaConfig(halflife_images=15_000),),
+        training=TrainingConfig(images=200_000, batch=128),
+        sampling=EdmSampler(steps=12),
+        run=RunConfig(
+            log_every_images=5_000,
+            checkpoint_every_images=100_000,
+            preview=PreviewConfig(every_images=50_000, rows=4, columns=10),
+        ),
+    )
+
+
+def cifar10_small() -> Recipe:
+    """CIFAR-10, 32x32, ten classes, about 3 M parameters: half an hour on two cores."""
+    return Recipe(
+        name="cifar10-small",
+        description="CIFAR-10, small, half an hour",
+        data=DataConfig(resolution=32, num_classes=10, xflip=True),
+        network=SongUNetConfig(
+            model_channels=32,
+            channel_mult=(1, 2, 4),
+            num_blocks=2,
+            attn_resolutions=(8,),
+            dropout=0,
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, rampup_images=20_000, decay="cosine"),
+        ema=(EmaConfig(halflife_images=30_000),),
+        training=TrainingConfig(images=400_000, batch=64, precision="bf16", compile=True),
+        sampling=EdmSampler(steps=18),
+        run=RunConfig(
+            log_every_images=5_000,
+            checkpoint_every_images=50_000,
+            preview=PreviewConfig(every_images=50_000, rows=8, columns=10),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "quickstart-digits": quickstart_digits,
+    "cifar10-small": cifar10_small,
+}

@@ -1,0 +1,136 @@
+"""The in-domain classifier and reference files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tessera.errors import DataError
+from tessera.metrics.classifier import Classifier, train_classifier
+from tessera.metrics.images import ArrayImages
+from tessera.metrics.reference import build_reference, load_reference, save_reference
+from tessera.metrics.score import score_images
+
+
+def stripes(n: int, size: int = 8, seed: int = 0, labelled: bool = True) -> ArrayImages:
+    """Noisy images of two classes: bright top half, bright left half."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(2, size=n)
+    images = random.integers(0, 60, (n, 1, size, size))
+    images[labels == 0, :, : size // 2] += 150
+    images[labels == 1, :, :, : size // 2] += 150
+    return ArrayImages("stripes", images.astype(np.uint8), labels if labelled else None)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return train_classifier(stripes(100), training_images=1500)
+
+
+def test_learns_the_classes_and_says_how_well(classifier: Classifier) -> None:
+    assert classifier.facts.task == "classes"
+    assert classifier.facts.outputs == 2
+    assert classifier.facts.held_out == 20
+    assert classifier.facts.accuracy >= 0.9
+    fresh = stripes(50, seed=1)
+    predicted = classifier.predict(torch.from_numpy(fresh.images))
+    assert (predicted.numpy() == fresh.labels).mean() >= 0.9
+
+
+def test_features_are_positive_means_of_fixed_width(classifier: Classifier) -> None:
+    features = classifier(torch.from_numpy(stripes(5).images))
+    assert features.shape == (5, classifier.dim)
+    assert features.dtype == torch.float32
+    one_by_one = torch.cat(
+        [classifier(torch.from_numpy(stripes(5).images[i : i + 1])) for i in range(5)]
+    )
+    torch.testing.assert_close(features, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_classifier_another_seed_another() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        made = train_classifier(stripes(40), seed=seed, training_images=500)
+        return made.network.head.weight
+
+    before = torch.get_rng_state()
+    first = weights(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+def test_unlabelled_images_are_told_apart_by_quarter_turns() -> None:
+    made = train_classifier(stripes(60, labelled=False), training_images=1500)
+    assert (made.facts.task, made.facts.outputs) == ("rotations", 4)
+    assert made.name == "in-domain rotation classifier"
+    # Both classes look alike after a quarter turn, so a half is the best that can be reached.
+    assert made.facts.accuracy > 0.3
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 40, 33), (3, 96, 80)])
+def test_any_shape(shape: tuple[int, int, int]) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (12, *shape)).astype(np.uint8)
+    made = train_classifier(ArrayImages("x", images, np.arange(12) % 3), training_images=200)
+    assert made(torch.from_numpy(images)).shape == (12, made.dim)
+
+
+def test_unusable_references_are_refused() -> None:
+    with pytest.raises(DataError, match="5 images are too few"):
+        train_classifier(stripes(5))
+    oblong = ArrayImages("oblong", np.zeros((20, 1, 8, 4), np.uint8))
+    with pytest.raises(DataError, match="square"):
+        train_classifier(oblong)
+
+
+def test_reference_file_scores_as_the_reference_itself(tmp_path: Path) -> None:
+    reference = build_reference(stripes(200), training_images=1500)
+    save_reference(tmp_path / "stripes.npz", reference)
+    loaded = load_reference(tmp_path / "stripes.npz")
+    assert loaded.name == "stripes"
+    assert loaded.extractor.facts == reference.extractor.facts
+    samples = stripes(150, seed=3)
+    again, first = score_images(samples, loaded), score_images(samples, reference)
+    assert again.fd_classifier == pytest.approx(first.fd_classifier, rel=1e-5)
+    assert again.recognised == first.recognised
+
+
+def test_distance_orders_good_and_bad_samples() -> None:
+    reference = build_reference(stripes(300), training_images=1500)
+    good, bad = stripes(300, seed=5), stripes(300, seed=6)
+    noise = np.random.default_rng(0).integers(0, 120, bad.images.shape)
+    spoiled = np.clip(bad.images.astype(int) + noise, 0, 255).astype(np.uint8)
+    near = score_images(good, reference)
+    far = score_images(ArrayImages("noisy", spoiled, bad.labels), reference)
+    assert near.fd_classifier < far.fd_classifier / 3
+    assert near.recognised is not None
+    assert near.recognised >= 0.9
+    assert near.n_reference == 300
+
+
+def test_labels_of_other_classes_do_not_count() -> None:
+    reference = build_reference(stripes(60), training_images=300)
+    folders = ArrayImages("out", stripes(60).images, np.zeros(60, np.int64), ("000000",))
+    assert score_images(folders, reference).recognised is None
+
+
+def test_a_subset_is_drawn_over_the_whole_set() -> None:
+    sample = stripes(100)
+    ordered = np.argsort(sample.labels, kind="stable")
+    by_class = ArrayImages("sorted", sample.images[ordered], sample.labels[ordered])
+    reference = build_reference(stripes(200), training_images=300)
+    first = score_images(ArrayImages("first", by_class.images[:20]), reference)
+    drawn = score_images(by_class, reference, num=20, seed=1)
+    assert drawn.n == 20
+    assert drawn.fd_classifier < first.fd_classifier
+    with pytest.raises(DataError, match="101 images asked for, there are 100"):
+        score_images(by_class, reference, num=101)
+
+
+def test_label_vectors_are_no_classes() -> None:
+    attributes = ArrayImages("a", stripes(40).images, np.zeros((40, 5), np.float32))  # type: ignore[arg-type]
+    assert train_classifier(attributes, training_images=200).facts.task == "rotations"
