@@ -1,0 +1,63 @@
+"""The EDM archive: a stored ZIP (or folder) of uncompressed PNG files and `dataset.json`."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.images import png_bytes
+
+PutFile = Callable[[str, bytes], None]
+
+
+def member_name(index: int) -> str:
+    """Name of image `index`: `00012/img00012345.png`."""
+    digits = f"{index:08d}"
+    return f"{digits[:-3]}/img{digits}.png"
+
+
+def encode_member(image: NDArray[np.uint8]) -> bytes:
+    """uint8 [H, W] or [H, W, 3] as the PNG file that goes into an archive."""
+    return png_bytes(image, compress_level=0)
+
+
+def labels_json(labels: Sequence[Any] | None, class_names: Sequence[str] | None) -> bytes:
+    """`dataset.json` for images 0..N-1; readers of the original format ignore `class_names`."""
+    pairs = None if labels is None else [[member_name(i), v] for i, v in enumerate(labels)]
+    content: dict[str, Any] = {"labels": pairs}
+    if class_names is not None:
+        content["class_names"] = list(class_names)
+    return json.dumps(content).encode()
+
+
+def zip_putter(archive: zipfile.ZipFile) -> PutFile:
+    """A function that adds a stored member; the same files always give the same bytes."""
+
+    def put(name: str, data: bytes) -> None:
+        entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+        entry.external_attr = 0o644 << 16
+        archive.writestr(entry, data, zipfile.ZIP_STORED)
+
+    return put
+
+
+def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
+    """A new archive in an open file."""
+    return zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+
+
+def folder_putter(folder: Path) -> PutFile:
+    """A function that writes a file below `folder`."""
+
+    def put(name: str, data: bytes) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    return put

@@ -1,0 +1,117 @@
+"""Class labels: from `dataset.json`, or from the names of the folders that hold the images."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.data.members import Members
+from tessera.errors import DataError
+
+LABELS_FILE = "dataset.json"
+Label = int | list[float] | None
+_ARCHIVE_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of N images.
+
+    Attributes:
+        values: one entry an image: a class index, a vector, or None where there is none.
+        class_names: names of the classes in the order of their indices, if known.
+    """
+
+    values: list[Label]
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def missing(self) -> int:
+        """Number of images without a label."""
+        return sum(value is None for value in self.values)
+
+
+def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
+    """Labels of the named images: from `dataset.json` if there is one, else from the folders.
+
+    Raises:
+        DataError: `dataset.json` is not what it should be.
+    """
+    if LABELS_FILE in members.names:
+        return parse_labels(members.read(LABELS_FILE), images, f"{members.path}/{LABELS_FILE}")
+    return folder_labels(images)
+
+
+def parse_labels(text: bytes, images: Sequence[str], where: str) -> Labels | None:
+    """Read `dataset.json`: `{"labels": null | [[name, label], ...], "class_names": [...]}`.
+
+    `class_names` is this library's addition; other readers look at `labels` only.
+    """
+    try:
+        content = json.loads(text)
+        pairs = content["labels"]
+        table = None if pairs is None else {_slashes(name): value for name, value in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{where}: should be {{"labels": [[file name, label], ...]}} or {{"labels": null}} '
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if table is None:
+        return None
+    names = content.get("class_names")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise DataError(f"{where}: class_names should be a list of strings")
+    values = [_label(table.get(image), image, where) for image in images]
+    if len({len(v) if isinstance(v, list) else -1 for v in values if v is not None}) > 1:
+        raise DataError(f"{where}: labels must be all indices, or all vectors of one length")
+    return Labels(values, None if names is None else tuple(names))
+
+
+def folder_labels(images: Sequence[str]) -> Labels | None:
+    """Labels from the top-level folder of each file; None unless there are at least two.
+
+    Classes are numbered in the sorted order of their names; files in the root have the name "".
+    The numbered folders of an archive are not classes.
+    """
+    folders = [image.split("/", 1)[0] if "/" in image else "" for image in images]
+    names = sorted(set(folders))
+    if len(names) < 2 or all(_ARCHIVE_NAME.fullmatch(image) for image in images):
+        return None
+    index = {name: i for i, name in enumerate(names)}
+    return Labels([index[folder] for folder in folders], tuple(names))
+
+
+def label_array(
+    values: Sequence[Label], images: Sequence[str], where: str
+) -> NDArray[np.int64] | NDArray[np.float32]:
+    """Labels of all images as int64 [N] (class indices) or float32 [N, K] (vectors).
+
+    Raises:
+        DataError: an image has no label; the message names it.
+    """
+    for value, image in zip(values, images, strict=True):
+        if value is None:
+            raise DataError(f"{where}: {image} has no label in {LABELS_FILE}")
+    if values and isinstance(values[0], list):
+        return np.array(values, np.float32)
+    return np.array(values, np.int64)
+
+
+def _slashes(name: str) -> str:
+    return name.replace("\\", "/")
+
+
+def _label(value: Any, image: str, where: str) -> Label:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
+        return [float(v) for v in value]
+    raise DataError(f"{where}: the label of {image} is neither a class index nor a list of numbers")

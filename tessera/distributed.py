@@ -1,0 +1,154 @@
+"""Processes and devices: one process needs nothing; torchrun and Slurm start several."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tessera.errors import TesseraError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process among all; 0 when there is only one."""
+    return dist.get_rank() if active() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and talks to the user."""
+    return rank() == 0
+
+
+def active() -> bool:
+    """Whether there is a process group; never for one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def device() -> torch.device:
+    """The device of this process: a GPU of its own, Apple's, or the CPU."""
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local % torch.cuda.device_count())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def session(timeout_minutes: float = 30) -> Iterator[torch.device]:
+    """Join the process group that the launcher's environment describes, and leave it at the end.
+
+    Nothing is joined when there is one process only, or when the caller has joined already.
+    Yields the device of this process, which is made the current one.
+
+    Raises:
+        TesseraError: the launcher's environment is incomplete.
+    """
+    chosen = device()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    joined = _join(chosen, timeout_minutes)
+    try:
+        yield chosen
+    finally:
+        if joined and active():
+            dist.destroy_process_group()
+
+
+def _join(chosen: torch.device, timeout_minutes: float) -> bool:
+    _translate_slurm()
+    if active() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return False
+    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing:
+        raise TesseraError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set. "
+            "Start several processes with: torchrun --nproc_per_node N -m tessera ..."
+        )
+    # Gloo stands beside NCCL so that small decisions can be agreed on the CPU, without the GPU.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    return True
+
+
+def _translate_slurm() -> None:
+    """Give `srun` tasks the names that torchrun uses; torchrun's own have precedence."""
+    env = os.environ
+    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) <= 1:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of Slurm's compressed list: gpu[07-09,12],login to gpu07."""
+    head, bracket, rest = nodes.partition("[")
+    return (
+        head + re.split(r"[-,\]]", rest)[0] if bracket and "," not in head else head.split(",")[0]
+    )
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if active():
+        dist.barrier()
+
+
+def broadcast(value: T) -> T:
+    """The main process's `value`, on every process (any picklable object; small ones)."""
+    if not active():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    result: T = box[0]
+    return result
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every process, in the order of ranks, on every process."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Run the block on the main process before the others, for files that it prepares.
+
+    An error of the main process ends the wait of the others, with an error of their own.
+    """
+    if is_main():
+        failure: str | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            broadcast(failure)
+        return
+    failure = broadcast(None)
+    if failure is not None:
+        raise TesseraError(f"the main process failed: {failure}")
+    yield
