@@ -10,7 +10,9 @@ from rich.console import Console
 from tessera._version import __version__
 from tessera.cli.eval import app as eval_app
 from tessera.cli.recipes import recipes_app
+from tessera.cli.sample import sample
 from tessera.errors import TesseraError
+
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
 app = typer.Typer(
@@ -39,6 +41,7 @@ def _options(
 
 
 app.add_typer(recipes_app, name="recipes")
+app.command()(sample)
 app.add_typer(eval_app, name="eval")
 
 
