@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tessera._version import __version__
 from tessera.cli.recipes import recipes_app
+from tessera.cli.train import train
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -38,6 +39,7 @@ def _options(
 
 
 app.add_typer(recipes_app, name="recipes")
+app.command()(train)
 
 
 def main() -> None:

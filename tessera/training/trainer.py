@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tessera import distributed
+from tessera.data.dataset import ImageDataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.progress import progress
@@ -100,6 +101,20 @@ class Trainer:
         if resume is not None:
             self._restore()
 
+    @property
+    def dataset(self) -> ImageDataset:
+        """The training images."""
+        return self._feed.dataset
+
+    @property
+    def device_name(self) -> str:
+        """The device in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        if self.device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads"
+        return self.device.type
+
     # ------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
@@ -118,7 +133,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
-            preview = Preview(self.recipe, self._feed.dataset.class_names, self.run_dir, trackers)
+            preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers)
             bar = stack.enter_context(
                 progress("training", total, unit="images", completed=self.images_seen)
             )
@@ -222,7 +237,7 @@ class Trainer:
             self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
         )
         pipeline = ema_pipeline(
-            self.recipe, self.learner, self.images_seen, self._feed.dataset.class_names
+            self.recipe, self.learner, self.images_seen, self.dataset.class_names
         )
         if pipeline is not None:
             pipeline.save(self.run_dir / "pipeline")
