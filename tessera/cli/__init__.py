@@ -11,6 +11,7 @@ from tessera._version import __version__
 from tessera.cli.eval import app as eval_app
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
+from tessera.cli.train import train
 from tessera.errors import TesseraError
 
 
@@ -41,6 +42,7 @@ def _options(
 
 
 app.add_typer(recipes_app, name="recipes")
+app.command()(train)
 app.command()(sample)
 app.add_typer(eval_app, name="eval")
 
