@@ -65,9 +65,7 @@ def score(
 
     is_pipeline = (samples / "config.json").exists() or (samples / "pipeline").is_dir()
     data = None if is_pipeline else open_images(samples)
-    known = open_reference(
-        reference, seed=seed, training_images=training_images, device=device()
-    )
+    known = open_reference(reference, seed=seed, training_images=training_images, device=device())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if data is None:
@@ -88,14 +86,15 @@ def _from_pipeline(
     import torch
 
     import tessera
+    from tessera.distributed import device
     from tessera.progress import progress
 
-    pipeline = tessera.load(path)
+    pipeline = tessera.load(path, device=device())
     with progress("samples", num, unit="images") as bar:
-        for _, labels, images in pipeline.sample_batches(range(seed, seed + num), batch=batch):
-            classes = None if labels is None else torch.as_tensor(labels)
-            yield torch.as_tensor(images).permute(0, 3, 1, 2), classes
-            bar.advance(len(images))
+        for made in pipeline.sample_batches(range(seed, seed + num), batch=batch):
+            labels = None if made.labels is None else torch.from_numpy(made.labels)
+            yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
+            bar.advance(len(made.images))
 
 
 def _reference_rows(result: Reference) -> list[tuple[str, str]]:

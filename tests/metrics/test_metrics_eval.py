@@ -13,6 +13,9 @@ from typer.testing import CliRunner, Result
 from tessera.cli import app
 from tessera.errors import DataError, TesseraError
 from tessera.images import save_png
+from tessera.pipelines.pipeline import Pipeline
+from tessera.recipes.build import build_denoiser
+from tessera.recipes.loading import load_recipe
 
 RUNNER = CliRunner()
 
@@ -149,3 +152,18 @@ def test_reference_needs_the_right_name(real: Path, tmp_path: Path) -> None:
     assert ".npz" in refused("reference", real, tmp_path / "photos.ref")
     with pytest.raises(DataError):
         raise evaluate("reference", tmp_path / "nowhere", tmp_path / "a.npz").exception or OSError
+
+
+def test_a_pipeline_is_sampled_on_the_fly(reference: Path, tmp_path: Path) -> None:
+    overrides = [
+        "data.resolution=8", "data.num_classes=2", "network.model_channels=8", "sampling.steps=2",
+    ]  # fmt: skip
+    recipe = load_recipe("quickstart-digits", overrides)
+    Pipeline.from_denoiser(recipe, build_denoiser(recipe)).save(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    result = evaluate("score", tmp_path / "pipe", reference, "--num", 12, "--batch", 5, "--json")
+    assert result.exit_code == 0, result.output
+    score = json.loads(result.stdout)
+    assert score["n"] == 12
+    assert 0 <= score["recognised"] <= 1
+    assert sorted(tmp_path.rglob("*")) == before
