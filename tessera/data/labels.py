@@ -31,10 +31,10 @@ class Labels:
     values: list[Label]
     class_names: tuple[str, ...] | None = None
 
-    @property
-    def missing(self) -> int:
-        """Number of images without a label."""
-        return sum(value is None for value in self.values)
+    def of(self, images: Sequence[str], chosen: Sequence[str]) -> list[Label]:
+        """Labels of the chosen ones of the N images."""
+        table = dict(zip(images, self.values, strict=True))
+        return [table[name] for name in chosen]
 
 
 def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
@@ -44,7 +44,7 @@ def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
         DataError: `dataset.json` is not what it should be.
     """
     if LABELS_FILE in members.names:
-        return parse_labels(members.read(LABELS_FILE), images, f"{members.path}/{LABELS_FILE}")
+        return parse_labels(members.read(LABELS_FILE), images, members.where(LABELS_FILE))
     return folder_labels(images)
 
 

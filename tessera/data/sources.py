@@ -10,7 +10,7 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -112,11 +112,11 @@ def _files(members: Members, upright: bool) -> Source:
         labels = folder_labels(_without_common_folder(images))
 
     def load(name: str) -> Pixels:
-        return decode_image(members.read(name), f"{members.path}: {name}", upright=upright)
+        return decode_image(members.read(name), members.where(name), upright=upright)
 
     values: list[Label] = labels.values if labels is not None else [None] * len(images)
     records = [
-        Record(name, value, functools.partial(load, name))
+        Record(members.where(name), value, functools.partial(load, name))
         for name, value in zip(images, values, strict=True)
     ]
     kind = "ZIP of images" if isinstance(members, ZipMembers) else "image folder"
@@ -247,14 +247,14 @@ def _idx(path: Path) -> Source:
     labels_path = path.with_name(
         path.name.replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
     )
-    labels: list[Label] = [None] * len(images)
+    labels: Sequence[Label] = [None] * len(images)
     class_names = None
     if labels_path.exists():
-        indices = _read_idx(labels_path, 1)
+        indices = _read_idx(labels_path, 1).tolist()
         if len(indices) != len(images):
             raise DataError(f"{labels_path}: {len(indices)} labels for {len(images)} images")
-        labels = indices.tolist()
-        class_names = tuple(str(i) for i in range(int(indices.max(initial=-1)) + 1)) or None
+        labels = indices
+        class_names = tuple(str(i) for i in range(max(indices, default=-1) + 1)) or None
     if images.shape[1:] == (28, 28):
         images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     records = [
