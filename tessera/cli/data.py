@@ -181,9 +181,9 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
     else:
         counts = [entry.count for entry in summary.classes]
         balance = (
-            f"{counts[0]:,} images each"
+            f"{counts[0]:,} per class"
             if min(counts) == max(counts)
-            else f"{min(counts):,} to {max(counts):,} images each"
+            else f"{min(counts):,} to {max(counts):,} per class"
         )
         absent = summary.num_classes - len(counts)
         table.add_row(

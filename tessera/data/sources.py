@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.decode import decode_image, is_image
-from tessera.data.labels import LABELS_FILE, Label, find_labels, folder_labels
+from tessera.data.labels import LABELS_FILE, Label, find_labels
 from tessera.data.members import Members, ZipMembers, open_members
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, require_extra
@@ -108,8 +108,6 @@ def _files(members: Members, upright: bool) -> Source:
         images.sort(key=lambda name: name.split("/"))  # component-wise, like path objects
     ignored = tuple(n for n in members.names if n != LABELS_FILE and not is_image(n))
     labels = find_labels(members, images)
-    if labels is None and isinstance(members, ZipMembers) and LABELS_FILE not in members.names:
-        labels = folder_labels(_without_common_folder(images))
 
     def load(name: str) -> Pixels:
         return decode_image(members.read(name), members.where(name), upright=upright)
@@ -122,15 +120,6 @@ def _files(members: Members, upright: bool) -> Source:
     kind = "ZIP of images" if isinstance(members, ZipMembers) else "image folder"
     names = labels.class_names if labels is not None else None
     return Source(kind, members.path.stem, len(records), records, names, ignored)
-
-
-def _without_common_folder(images: list[str]) -> list[str]:
-    """Archives are often made of one folder with everything inside; look into it."""
-    while len({image.split("/", 1)[0] for image in images}) == 1 and "/" in images[0]:
-        if not all("/" in image for image in images):
-            break
-        images = [image.split("/", 1)[1] for image in images]
-    return images
 
 
 def _packed(path: Path) -> Source:

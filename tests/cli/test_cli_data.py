@@ -31,7 +31,7 @@ def test_convert_and_inspect(photos, tmp_path, monkeypatch):
     for text in ("9 of 8x8 RGB", "2 classes", "broken.png", "readme.md", "set.zip"):
         assert text in output
     output = run("inspect", "set.zip", "--columns", "3")
-    for text in ("9 of 8x8 RGB", "2 classes, 4 to 5 images each", "55.6%", "mean", "std"):
+    for text in ("9 of 8x8 RGB", "2 classes, 4 to 5 per class", "55.6%", "mean", "std"):
         assert text in output
     with Image.open("set-samples.png") as picture:
         assert picture.mode == "RGB"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from data_files import last, random_images, write_archive, write_folder, write_packed, write_zip
 
+from tessera.data.dataset import open_dataset
 from tessera.data.sources import load_plain_pickle, open_source
 from tessera.errors import DataError
 from tessera.images import png_bytes
@@ -185,6 +186,7 @@ def test_zip_looks_through_the_folder_around_everything(tmp_path):
     source, labels, _ = contents(write_zip(tmp_path / "a.zip", dict.fromkeys(names, image)))
     assert source.class_names == ("cat", "dog")
     assert labels == [0, 1]
+    assert open_dataset(tmp_path / "a.zip").labels.tolist() == labels
     assert source.ignored == ("__MACOSX/pets/._1.png", "pets/readme.md")
 
 
