@@ -8,11 +8,13 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.data import data_app
 from tessera.cli.eval import app as eval_app
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
 from tessera.cli.train import train
 from tessera.errors import TesseraError
+
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
 app = typer.Typer(
@@ -40,6 +42,7 @@ def _options(
     pass
 
 
+app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.command()(train)
 app.command()(sample)
