@@ -38,7 +38,8 @@ def weights(tensors: Mapping[str, Tensor], prefix: str = "w.") -> dict[str, Tens
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max|actual - expected| / max|expected|."""
     assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
+    difference = (actual.detach() - expected).abs()
+    return float(difference.max() / expected.abs().max())
 
 
 def recorded_conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
