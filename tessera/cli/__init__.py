@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.cost import cost
 from tessera.cli.recipes import recipes_app
 from tessera.errors import TesseraError
 
@@ -38,6 +39,7 @@ def _options(
 
 
 app.add_typer(recipes_app, name="recipes")
+app.command()(cost)
 
 
 def main() -> None:
