@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.data import data_app
 from tessera.cli.recipes import recipes_app
 from tessera.cli.train import train
 from tessera.errors import TesseraError
@@ -38,6 +39,7 @@ def _options(
     pass
 
 
+app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.command()(train)
 
