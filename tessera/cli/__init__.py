@@ -10,6 +10,7 @@ from rich.console import Console
 from tessera._version import __version__
 from tessera.cli.data import data_app
 from tessera.cli.recipes import recipes_app
+from tessera.cli.sample import sample
 from tessera.cli.train import train
 from tessera.errors import TesseraError
 
@@ -41,6 +42,7 @@ def _options(
 
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command()(sample)
 app.command()(train)
 
 

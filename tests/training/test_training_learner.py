@@ -70,9 +70,7 @@ def test_minimises_the_sum_over_pixels_and_mean_over_images() -> None:
     (micro,) = micro_batches()
     error = micro.x - micro.draws.normal("noise", 3, 4, 4)
     update = target.update([micro], 8, 0)
-    gradient = torch.cat(
-        [(2 * error * micro.x).sum((0, 2, 3)) / 8, (2 * error).sum((0, 2, 3)) / 8]
-    )
+    gradient = torch.cat([(2 * error * micro.x).sum((0, 2, 3)) / 8, (2 * error).sum((0, 2, 3)) / 8])
     torch.testing.assert_close(update.grad_norm, gradient.norm())
     torch.testing.assert_close(update.terms["loss"], error.square().sum() / 8)
     torch.testing.assert_close(update.terms["loss_per_pixel"], error.square().mean())
