@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 from tessera import distributed
+from tessera.conditioning import NO_CLASS
 from tessera.images import save_png
 from tessera.pipelines.options import choose_sampler
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
@@ -128,7 +130,8 @@ def generate_folder(
     if distributed.is_main() and job.pipe.denoiser.num_classes:
         labels = job.pipe.labels(job.seeds, job.label)
         names = [path.relative_to(folder).as_posix() for path in paths.values()]
-        write_labels(folder, dict(zip(names, labels.tolist(), strict=True)))
+        pairs = zip(names, labels.tolist(), strict=True)
+        write_labels(folder, {name: label for name, label in pairs if label != NO_CLASS})
     return summary
 
 
@@ -164,6 +167,12 @@ def generate_arrays(
             files[index].unlink()
     classes = job.pipe.labels(job.seeds, job.label) if job.pipe.denoiser.num_classes else None
     return images, classes, summary
+
+
+def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
+    """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
+    images = [np.asarray(Image.open(image_path(folder, seed, subdirs))) for seed in seeds]
+    return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
 
 
 def _run(
