@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.cost import cost
 from tessera.cli.data import data_app
 from tessera.cli.eval import app as eval_app
 from tessera.cli.recipes import recipes_app
@@ -44,6 +45,7 @@ def _options(
 
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.add_typer(eval_app, name="eval")
