@@ -63,6 +63,8 @@ def test_released_loop(channels_last: bool) -> None:
             recorded = weights(golden, f"in.{index}.")
             numbers = {"sigma": recorded.pop("rnd"), "noise": recorded.pop("noise")}
             numbers |= {f"augment.{name}": value for name, value in recorded.items()}
+            # The released code draws shifts as [2, B].
+            numbers["augment.translate_frac.n"] = recorded["translate_frac.n"].T
             draws = RecordedDraws(numbers)
             x, augmented = augment(recorded["images"], draws)
             cond = Conditioning(recorded["labels"].argmax(dim=1), augmented)
