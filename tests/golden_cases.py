@@ -9,9 +9,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
+from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.song_unet import SongUNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,7 +38,8 @@ def weights(tensors: Mapping[str, Tensor], prefix: str = "w.") -> dict[str, Tens
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max|actual - expected| / max|expected|."""
     assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
+    difference = (actual.detach() - expected).abs()
+    return float(difference.max() / expected.abs().max())
 
 
 def recorded_conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
@@ -45,6 +48,26 @@ def recorded_conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
     return Conditioning(
         labels=None if classes is None else classes.argmax(dim=1),
         augment=tensors.get("in.augment_labels"),
+    )
+
+
+def recorded_network(config: dict[str, Any], out_channels: int | None = None) -> nn.Module:
+    """The network that a case describes, with fresh weights."""
+    names = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "dropout"]
+    options = {name: config[name] for name in [*names, "attn_resolutions"]}
+    channels = config["img_channels"]
+    dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
+    if config["model_type"] == "DhariwalUNet":
+        return AdmUNet(config["img_resolution"], *dims, **options)
+    return SongUNet(
+        config["img_resolution"],
+        *dims,
+        **options,
+        embedding=config["embedding_type"],
+        channel_mult_noise=config["channel_mult_noise"],
+        encoder=config["encoder_type"],
+        decoder=config["decoder_type"],
+        resample_filter=config["resample_filter"],
     )
 
 

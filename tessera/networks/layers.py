@@ -236,11 +236,12 @@ class UNetBlock(nn.Module):
         else:
             h = F.silu(self.norm1(h + p))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = self._scaled_sum(h, x if self.skip is None else self.skip(x))
-        return self._scaled_sum(self._attention(self.norm2(x)), x) if self.heads else x
+        x = self._add(x if self.skip is None else self.skip(x), h)
+        return self._add(x, self._attention(self.norm2(x))) if self.heads else x
 
-    def _scaled_sum(self, h: Tensor, x: Tensor) -> Tensor:
-        y = h + x
+    def _add(self, x: Tensor, h: Tensor) -> Tensor:
+        """(x + h) s, in the memory format of x."""
+        y = x + h
         return y if self.skip_scale == 1 else y.mul_(self.skip_scale)
 
     def _attention(self, x: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from golden_cases import case, load, recorded_conditioning, relative_error, weights
+from golden_cases import (
+    case,
+    load,
+    recorded_conditioning,
+    recorded_network,
+    relative_error,
+    weights,
+)
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.preconditioning import Edm, Iddpm, Preconditioned, Preconditioning, Ve, Vp
-from tessera.networks.adm_unet import AdmUNet
-from tessera.networks.song_unet import SongUNet
 
 NETWORKS = ["net_ddpmpp", "net_ncsnpp", "net_adm", "net_songskip"]
 PRECONDITIONINGS: dict[str, Preconditioning] = {
@@ -20,26 +23,6 @@ PRECONDITIONINGS: dict[str, Preconditioning] = {
     "vp": Vp(released_sigma_min=True),
     "ve": Ve(),
 }
-
-
-def recorded_network(config: dict[str, Any], out_channels: int | None = None) -> nn.Module:
-    """The network that a case describes, with fresh weights."""
-    names = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "dropout"]
-    options = {name: config[name] for name in [*names, "attn_resolutions"]}
-    channels = config["img_channels"]
-    dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
-    if config["model_type"] == "DhariwalUNet":
-        return AdmUNet(config["img_resolution"], *dims, **options)
-    return SongUNet(
-        config["img_resolution"],
-        *dims,
-        **options,
-        embedding=config["embedding_type"],
-        channel_mult_noise=config["channel_mult_noise"],
-        encoder=config["encoder_type"],
-        decoder=config["decoder_type"],
-        resample_filter=config["resample_filter"],
-    )
 
 
 def restored(name: str, memory_format: torch.memory_format) -> tuple[nn.Module, dict[str, Tensor]]:
