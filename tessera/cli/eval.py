@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tessera.metrics.reference import Reference
     from tessera.metrics.score import Score
 
-app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
+eval_app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
 
 
-@app.command()
+@eval_app.command()
 def reference(
     data: Path = typer.Argument(help="Real images: archive, packed set, folder or NPZ."),
     out: Path = typer.Argument(help="Reference file to write (.npz)."),
@@ -43,7 +43,7 @@ def reference(
     _print_table("Reference", [*_reference_rows(result), ("written to", str(out))])
 
 
-@app.command()
+@eval_app.command()
 def score(
     samples: Path = typer.Argument(help="Images (folder, archive, packed set, NPZ) or a pipeline."),
     reference: Path = typer.Argument(help="Reference file, or the real images themselves."),
