@@ -12,6 +12,7 @@ from tessera.cli.data import data_app
 from tessera.cli.eval import eval_app
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
+from tessera.cli.sample import sample
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -44,6 +45,7 @@ app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(eval_app, name="eval")
+app.command()(sample)
 
 
 def main() -> None:

@@ -206,7 +206,8 @@ class Preconditioned(Denoiser):
         """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all."""
         with full_precision(z.device):
             z = z.to(torch.float32)
-            c = self.preconditioning.coefficients(sigma.to(torch.float32).reshape(-1))
+            sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
+            c = self.preconditioning.coefficients(sigma)
             c_skip, c_out, c_in = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
             scaled = c_in * z
         raw = self.network(scaled, c.noise.expand(len(z)), cond)

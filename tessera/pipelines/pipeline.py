@@ -282,6 +282,21 @@ class Pipeline:
                 self.to_pixels(state.x),
             )
 
+    def labels(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None
+    ) -> NDArray[np.int64]:
+        """The classes that `sample_batches` gives the images of `seeds`, without making them."""
+        seeds = list_seeds(seeds)
+        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        if classes is not None:
+            return classes
+        drawn = np.zeros(len(seeds), np.int64)
+        for index, seed in enumerate(seeds):
+            noise = SeedNoise([seed])
+            noise.normal(self.denoiser.shape)
+            drawn[index] = noise.integers(self.denoiser.num_classes).item()
+        return drawn
+
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU."""
         return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
