@@ -8,11 +8,13 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.cost import cost
 from tessera.cli.data import data_app
 from tessera.cli.eval import eval_app
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
+from tessera.cli.train import train
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -45,7 +47,9 @@ app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(eval_app, name="eval")
+app.command()(cost)
 app.command()(sample)
+app.command()(train)
 
 
 def main() -> None:

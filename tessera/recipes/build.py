@@ -94,9 +94,9 @@ def build_augment(
     """(images [B, C, H, W] in [-1, 1], draws) to (images, labels [B, K]); None for none."""
     if section is None:
         return None
-    from tessera.data.augment import augment
+    from tessera.data.augment import Augmentation
 
-    return partial(augment, **section.model_dump())
+    return Augmentation(**section.model_dump())
 
 
 def build_sampler(section: schema.SamplerConfig) -> Sampler:

@@ -18,10 +18,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from tessera import distributed
 from tessera.errors import CheckpointError
@@ -196,17 +202,18 @@ def _load_groups(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     # Safetensors shards, because PyTorch's own shard format reads its index with pickle.
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=writer)
+        save_distributed(dict(tensors), storage_writer=writer)
 
 
 def _load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    _compare(folder, tensors, {name: list(entry.size) for name, entry in stored.items()})
+    sizes = {k: list(v.size) for k, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+    _compare(folder, tensors, sizes)
     with _quiet():
-        dcp.load(dict(tensors), storage_reader=reader)
+        load_distributed(dict(tensors), storage_reader=reader)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from tessera.training.ema import Ema, local
 T = TypeVar("T")
 
 # (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised.
-Objective = Callable[[nn.Module, Tensor, Conditioning, Draws], dict[str, Tensor]]
+Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -63,6 +63,8 @@ class StopRequest:
         The processes exchange their requests on the CPU while the next step runs, so that a
         request takes effect one step later and no device is waited for.
         """
+        if self.signal is not None:
+            return True
         if not distributed.active():
             self.signal = self._received or None
             return self.signal is not None
