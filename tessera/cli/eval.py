@@ -85,11 +85,11 @@ def _from_pipeline(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     import torch
 
-    import tessera
     from tessera.distributed import device
+    from tessera.pipelines.pipeline import load
     from tessera.progress import progress
 
-    pipeline = tessera.load(path, device=device())
+    pipeline = load(path, device=device())
     with progress("samples", num, unit="images") as bar:
         for made in pipeline.sample_batches(range(seed, seed + num), batch=batch):
             labels = None if made.labels is None else torch.from_numpy(made.labels)

@@ -30,8 +30,8 @@ def quickstart(
         file.write(render(result))
     facts = result.reference.extractor.facts
     print(
-        f"{result.recognised:.1%} of {result.score.n:,} samples are recognised as their digit, by a "
-        f"classifier that is right on {facts.accuracy:.1%} of held-out real digits\n"
+        f"{result.recognised:.1%} of {result.score.n:,} samples are recognised as their digit, by "
+        f"a classifier that is right on {facts.accuracy:.1%} of held-out real digits\n"
         f"{result.score.fd_classifier:.3g} is their Fréchet distance (in-domain classifier); "
         f"real digits {result.floor:.3g}, untrained network {result.ceiling:.3g}\n"
         f"{sum(result.seconds.values()):.0f} seconds in all; the report is {report}"

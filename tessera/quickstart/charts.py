@@ -37,7 +37,9 @@ def line(points: Sequence[tuple[int, float]]) -> str:
     parts = []
     for value in _log_ticks(10**low, 10**high):
         _, y = place(0, value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", "end"))
     for value in _ticks(max(xs)):
         x, _ = place(value, ys[0])
@@ -69,7 +71,9 @@ def scale(marks: Sequence[Mark]) -> str:
     for row, (mark, value) in enumerate(zip(marks, values, strict=True)):
         y = row * bar + 10
         width = max(place(value) - left, 2)
-        parts.append(f'<rect class="{mark.kind}" x="{left}" y="{y}" width="{width:.1f}" height="26" rx="4"/>')
+        parts.append(
+            f'<rect class="{mark.kind}" x="{left}" y="{y}" width="{width:.1f}" height="26" rx="4"/>'
+        )
         parts.append(_text(left - 10, y + 18, mark.name, "end"))
         parts.append(_text(left + width + 8, y + 18, f"{mark.value:.3g}", "start", "value"))
     return _svg(parts, height, ", ".join(f"{mark.name}: {mark.value:.3g}" for mark in marks))
@@ -84,7 +88,9 @@ def _svg(parts: Sequence[str], height: int, description: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 def _ticks(largest: float) -> list[float]:
@@ -96,13 +102,13 @@ def _ticks(largest: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between `low` and `high`; finer where few of them fit."""
+    """1, 2 and 5 times powers of ten between `low` and `high`; evenly spaced where few fit."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [f * 10.0**e for e in exponents for f in factors if low <= f * 10.0**e <= high]
-        if len(ticks) >= 3:
-            break
-    return ticks
+    ticks = [f * 10.0**e for e in exponents for f in (1, 2, 5) if low <= f * 10.0**e <= high]
+    if len(ticks) >= 3:
+        return ticks
+    step = _ticks(high - low)[1]
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _thousands(value: float) -> str:

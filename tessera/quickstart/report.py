@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from tessera.images import png_bytes
 from tessera.quickstart import charts
 from tessera.quickstart.run import Frame, Result
-from tessera.quickstart.style import STYLE
 
 _SHOWN = 10  # digits of each class, real and made
 _STRIP = 3  # images whose denoising is shown
@@ -34,10 +34,14 @@ def render(result: Result) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def _style() -> str:
+    return resources.files("tessera.quickstart").joinpath("report.css").read_text(encoding="utf-8")
 
 
 def _section(title: str, body: str, note: str = "") -> str:
@@ -54,7 +58,11 @@ def _headline(result: Result, total: float) -> str:
             f"{facts.accuracy:.1%}",
             f"of the same classifier on {facts.held_out:,} held-out real digits",
         ),
-        ("distance", f"{score.fd_classifier:.3g}", f"Fréchet distance; real digits {result.floor:.3g}"),
+        (
+            "distance",
+            f"{score.fd_classifier:.3g}",
+            f"Fréchet distance; real digits {result.floor:.3g}",
+        ),
         ("time", _duration(total), f"in all, on {escape(result.device)}"),
     ]
     cells = "\n".join(
@@ -85,8 +93,8 @@ def _comparison(result: Result) -> str:
         made.append(_row(digit, result.samples[chosen], "made", right))
     return (
         '<div class="pair">\n'
-        f'<figure><figcaption>real digits</figcaption>{"".join(real)}</figure>\n'
-        f'<figure><figcaption>samples</figcaption>{"".join(made)}</figure>\n'
+        f"<figure><figcaption>real digits</figcaption>{''.join(real)}</figure>\n"
+        f"<figure><figcaption>samples</figcaption>{''.join(made)}</figure>\n"
         "</div>"
     )
 
@@ -172,8 +180,8 @@ def _score_note(result: Result) -> str:
     score = result.score
     return (
         f"Fréchet distance of {score.dim} features of the classifier, against one half of the real "
-        f"digits ({score.n_reference:,}); smaller is closer. It compares models on these digits and "
-        "is not FID."
+        f"digits ({score.n_reference:,}); smaller is closer. It compares models on these digits "
+        "and is not FID."
     )
 
 
@@ -199,7 +207,11 @@ def _facts(result: Result) -> str:
 def _commands(result: Result) -> str:
     out = result.out
     lines = [
-        ("Make sevens", f"tessera sample {out}/run --labels 7 --seeds 0-63 --out sevens"),
+        ("Make sevens", f"tessera sample {out}/run --class 7 --seeds 0-63 --grid --out sevens"),
+        (
+            "Watch them appear",
+            f"tessera sample {out}/run --seeds 0-15 --out digits.png --trajectory digits.gif",
+        ),
         ("Score the model again", f"tessera eval score {out}/run {out}/digits.ref.npz"),
         (
             "Train it for twice as long",

@@ -35,7 +35,6 @@ from tessera.training.trainer import Trainer
 
 RECIPE = "quickstart-digits"
 _UNTRAINED_STEPS = 4
-_CLASSIFIER_IMAGES = 20_000
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def run(
     overrides: Sequence[str] = (),
     digits: int | None = None,
     samples: int | None = None,
+    classifier_images: int = 20_000,
 ) -> Result:
     """Train on digits, sample, score; a few minutes on two CPU cores.
 
@@ -112,6 +112,7 @@ def run(
         overrides: changes of the recipe, as `key.path=value`.
         digits: use the first so many; by default all 1,797.
         samples: images to score; by default half as many as digits.
+        classifier_images: images to train the judging classifier on.
 
     Raises:
         TesseraError: an extra is missing, the folder is not empty, or training was stopped.
@@ -120,9 +121,7 @@ def run(
         raise TesseraError(f"{out} is not empty; choose another folder with --out")
     seconds: dict[str, float] = {}
     data_path, run_dir = out / "digits.safetensors", out / "run"
-    recipe = load_recipe(
-        RECIPE, [f"data.path={data_path}", f"training.seed={seed}", *overrides]
-    )
+    recipe = load_recipe(RECIPE, [f"data.path={data_path}", f"training.seed={seed}", *overrides])
     with _timed(seconds, "data"):
         write_digits(data_path, recipe.data.resolution, digits)
         dataset = open_dataset(data_path)
@@ -131,7 +130,7 @@ def run(
     pipeline = Pipeline.load(run_dir, device=trainer.device)
     with _timed(seconds, "classifier"):
         reference = build_reference(
-            dataset, seed=seed, training_images=_CLASSIFIER_IMAGES, device=trainer.device
+            dataset, seed=seed, training_images=classifier_images, device=trainer.device
         )
         save_reference(out / "digits.ref.npz", reference)
     with _timed(seconds, "sampling"):
@@ -165,13 +164,10 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 def _train(recipe: Recipe, run_dir: Path) -> tuple[Trainer, list[tuple[int, float]]]:
     trainer = Trainer(recipe, run_dir)
-    losses = []
-    for report in trainer.steps():
-        if report.metrics is not None and report.metrics["loss_per_pixel"] is not None:
-            losses.append((report.images, float(report.metrics["loss_per_pixel"])))
+    logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
     if trainer.stopped_by is not None:
         raise TrainingError(f"stopped; to finish the training: tessera train --resume {run_dir}")
-    return trainer, losses
+    return trainer, [(images, float(loss)) for images, loss in logged if loss is not None]
 
 
 def _sample(
@@ -194,9 +190,7 @@ def _denoising(pipeline: Pipeline) -> list[Frame]:
         # A noisy state has the spread of σ; shown so that its own spread stays that of an image.
         shown = state.x / (1 + state.sigma**2) ** 0.5
         guess = state.x if state.denoised is None else state.denoised
-        noisy, denoised = (
-            to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, guess)
-        )
+        noisy, denoised = (to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, guess))
         frames.append(Frame(state.sigma, noisy, denoised))
 
     pipeline.sample(range(pipeline.denoiser.num_classes), "balanced", on_step=keep)
@@ -219,8 +213,10 @@ def _scores(
     order = numpy_generator(seed, "quickstart", "halves").permutation(len(dataset))
     half, other = np.array_split(order, 2)
     real = torch.from_numpy(dataset.read(half))
-    against = Reference(dataset.name, measure(classifier, real.split(256)), classifier)
-    untrained, _ = _sample(_untrained(recipe, seed), len(samples), "untrained", steps=_UNTRAINED_STEPS)
+    against = Reference(dataset.name, measure(classifier, torch.split(real, 256)), classifier)
+    untrained, _ = _sample(
+        _untrained(recipe, seed), len(samples), "untrained", steps=_UNTRAINED_STEPS
+    )
     made = torch.from_numpy(samples).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few images: the report shows how many
