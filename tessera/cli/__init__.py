@@ -11,6 +11,8 @@ from tessera._version import __version__
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
 from tessera.cli.eval import app as eval_app
+from tessera.cli.eval import eval_app
+from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
 from tessera.cli.train import train
@@ -43,6 +45,7 @@ def _options(
     pass
 
 
+app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
