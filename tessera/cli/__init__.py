@@ -18,7 +18,6 @@ from tessera.cli.sample import sample
 from tessera.cli.train import train
 from tessera.errors import TesseraError
 
-
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
 app = typer.Typer(
     name="tessera",
