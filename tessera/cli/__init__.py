@@ -10,7 +10,6 @@ from rich.console import Console
 from tessera._version import __version__
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
-from tessera.cli.eval import app as eval_app
 from tessera.cli.eval import eval_app
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
