@@ -1,5 +1,19 @@
 """Train, sample and score image diffusion models at a fraction of the usual compute."""
 
+from typing import TYPE_CHECKING, Any
+
 from tessera._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from tessera.pipelines.pipeline import Pipeline, load
+
+__all__ = ["Pipeline", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch is imported by the first use, not by `import tessera`.
+    if name in ("Pipeline", "load"):
+        from tessera.pipelines import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,27 +3,85 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from tessera.conditioning import Conditioning
+from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.song_unet import SongUNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def load(system: str, name: str) -> dict[str, Tensor]:
-    """The tensors of a case."""
+    """The tensors of one file."""
     return safetensors.torch.load_file(GOLDEN / system / f"{name}.safetensors")
 
 
 def case(system: str, name: str) -> dict[str, Any]:
-    """The description of a case."""
-    cases = json.loads((GOLDEN / system / "cases.json").read_text())["cases"]
-    return next(entry for entry in cases if entry["name"] == name)
+    """The description of one case: configuration, inputs, outputs, tolerance."""
+    document = json.loads((GOLDEN / system / "cases.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = next(c for c in document["cases"] if c["name"] == name)
+    return found
+
+
+def weights(tensors: Mapping[str, Tensor], prefix: str = "w.") -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max|actual - expected| / max|expected|."""
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max())
+    assert actual.shape == expected.shape
+    difference = (actual.detach() - expected).abs()
+    return float(difference.max() / expected.abs().max())
+
+
+def recorded_conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
+    """The recorded one-hot class labels and augmentation labels, where there are any."""
+    classes = tensors.get("in.class_labels")
+    return Conditioning(
+        labels=None if classes is None else classes.argmax(dim=1),
+        augment=tensors.get("in.augment_labels"),
+    )
+
+
+def recorded_network(config: dict[str, Any], out_channels: int | None = None) -> nn.Module:
+    """The network that a case describes, with fresh weights."""
+    names = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "dropout"]
+    options = {name: config[name] for name in [*names, "attn_resolutions"]}
+    channels = config["img_channels"]
+    dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
+    if config["model_type"] == "DhariwalUNet":
+        return AdmUNet(config["img_resolution"], *dims, **options)
+    return SongUNet(
+        config["img_resolution"],
+        *dims,
+        **options,
+        embedding=config["embedding_type"],
+        channel_mult_noise=config["channel_mult_noise"],
+        encoder=config["encoder_type"],
+        decoder=config["decoder_type"],
+        resample_filter=config["resample_filter"],
+    )
+
+
+class RecordedDraws:
+    """`Draws` that hands out recorded numbers, by purpose."""
+
+    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+        self.numbers = numbers
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        return self.numbers[purpose].reshape(-1, *shape).to(torch.float32)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        return self.numbers[purpose].reshape(-1, *shape).to(torch.float32)
+
+    def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
+        return self.numbers[purpose].reshape(-1, *shape).to(torch.int64)

@@ -10,6 +10,8 @@ from rich.console import Console
 from tessera._version import __version__
 from tessera.cli.data import data_app
 from tessera.cli.recipes import recipes_app
+from tessera.cli.sample import sample
+from tessera.cli.train import train
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -40,6 +42,8 @@ def _options(
 
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command()(sample)
+app.command()(train)
 
 
 def main() -> None:

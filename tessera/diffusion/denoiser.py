@@ -46,7 +46,11 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
-        """Estimate x from z [B, C, H, W] at noise levels σ [B]; computed in float32."""
+        """Estimate x from z [B, C, H, W] at noise levels σ [B]; computed in float32.
+
+        σ may be on the CPU wherever z is: samplers pass it there, so that wrappers which decide by
+        it need no synchronisation with the device.
+        """
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape. The identity by default."""

@@ -1,0 +1,1 @@
+"""Models as folders: saved, loaded, shared, sampled from."""

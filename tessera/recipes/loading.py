@@ -92,7 +92,11 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> Data:
     seen = (*seen, path.resolve())
     if Path(base).resolve() in seen:
         raise RecipeError(f"{path}: base: {base} is built on this file itself")
-    return merge(_read(base, seen), {"name": path.stem, **data})
+    try:
+        inherited = _read(base, seen)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: base: {error}") from None
+    return merge(inherited, {"name": path.stem, **data})
 
 
 def _read_file(path: Path) -> Data:

@@ -16,12 +16,15 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen and key != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} stands there twice", problem_mark=key_node.start_mark
-                )
+            key, mark = key_node.value, key_node.start_mark
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=mark)
+            if key in seen:
+                problem = f"the key {key!r} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
             seen.add(key)
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                key_node.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 

@@ -1,0 +1,225 @@
+"""`tessera sample`: images from a pipeline, as PNGs, one NPZ or a grid."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from tessera.errors import TesseraError
+
+if TYPE_CHECKING:
+    from tessera.pipelines.generate import Job, Summary
+    from tessera.sampling.output import Trajectory
+
+_SAMPLER = "Sampler (default: the recipe's)"
+_ABLATION = "Sampler of EDM's ablations (any of these selects it)"
+_GUIDANCE = "Guidance"
+
+
+Format = StrEnum("Format", ["png", "npz", "grid"])
+Precision = StrEnum("Precision", ["fp32", "bf16"])
+Solver = StrEnum("Solver", ["heun", "euler"])
+Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
+Schedule = StrEnum("Schedule", ["linear", "vp", "ve"])
+Scaling = StrEnum("Scaling", ["none", "vp"])
+
+
+def sample(
+    pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
+    seeds: str = typer.Option("0-63", help="One image for each seed, like 0-63,100."),
+    out: Path = typer.Option(Path("samples"), help="Folder; or a file .npz or .png (a grid)."),
+    label: str | None = typer.Option(
+        None,
+        "--class",
+        metavar="CLASS",
+        help="Index or name; 'balanced' takes turns, 'none' is no class. (default: random)",
+    ),
+    batch: int = typer.Option(64, min=1, help="Most images at once on one device."),
+    output: Format | None = typer.Option(
+        None,
+        "--format",
+        help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
+    ),
+    subdirs: bool = typer.Option(False, "--subdirs", help="A sub-folder for each 1,000 seeds."),
+    grid: bool = typer.Option(False, "--grid", help="A grid beside the folder of PNGs, too."),
+    trajectory: Path | None = typer.Option(
+        None, help="Animate the first 16 images' denoising, as .gif or .webp."
+    ),
+    ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
+    device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
+    precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
+    guidance: float = typer.Option(1.0, rich_help_panel=_GUIDANCE, help="Weight; 1 is none."),
+    guidance_interval: str | None = typer.Option(
+        None, metavar="LOW,HIGH", rich_help_panel=_GUIDANCE, help="Noise levels where it acts."
+    ),
+    guide: str | None = typer.Option(
+        None,
+        metavar="PIPELINE",
+        rich_help_panel=_GUIDANCE,
+        help="Guide by this weaker model instead of by the model without class.",
+    ),
+    steps: int | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Number of steps."),
+    sigma_min: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Last noise."),
+    sigma_max: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="First noise."),
+    rho: float | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Larger: shorter steps at low noise."
+    ),
+    solver: Solver | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Order 2 or 1."),
+    s_churn: float | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Noise added while sampling; 0 is deterministic."
+    ),
+    s_min: float | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Lowest noise level at which noise is added."
+    ),
+    s_max: float | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Highest noise level at which noise is added."
+    ),
+    s_noise: float | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Scale of the noise added."
+    ),
+    discretization: Discretization | None = typer.Option(
+        None,
+        rich_help_panel=_ABLATION,
+        help="Where the steps are.",
+    ),
+    schedule: Schedule | None = typer.Option(
+        None,
+        rich_help_panel=_ABLATION,
+        help="Noise level σ(t).",
+    ),
+    scaling: Scaling | None = typer.Option(None, rich_help_panel=_ABLATION, help="Scale s(t)."),
+    alpha: float | None = typer.Option(
+        None, rich_help_panel=_ABLATION, help="Second evaluation: 1 Heun's, 0.5 the midpoint."
+    ),
+    epsilon_s: float | None = typer.Option(
+        None, rich_help_panel=_ABLATION, help="Last time of VP's steps."
+    ),
+) -> None:
+    """Make images, the same one for a seed whatever the batch size and number of processes.
+
+    Seeds whose PNG is there already are skipped, so a command that was stopped can be repeated.
+    Several processes: torchrun --nproc_per_node N -m tessera sample ...
+    """
+    chosen: dict[str, Any] = {
+        "steps": steps, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho,
+        "solver": solver, "s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise,
+        "discretization": discretization, "schedule": schedule, "scaling": scaling,
+        "alpha": alpha, "epsilon_s": epsilon_s,
+    }  # fmt: skip
+    options = {
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in chosen.items()
+        if value is not None
+    }
+    if guidance_interval is not None:
+        options["guidance_interval"] = _interval(guidance_interval)
+    kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
+    if kind != "png" and (subdirs or grid):
+        raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
+
+    from tessera import distributed
+    from tessera.pipelines.generate import Job
+    from tessera.pipelines.pipeline import Pipeline
+    from tessera.sampling.output import Trajectory
+    from tessera.sampling.seeds import parse_seeds
+
+    wanted = parse_seeds(seeds)
+    with distributed.session() as fastest, _plain_warnings():
+        target = device or fastest
+        pipe = _on_device(Pipeline.load(pipeline, ema=ema), target)
+        options |= {"guidance": guidance, "precision": precision.value}
+        if guide is not None:
+            options["guide"] = _on_device(Pipeline.load(guide), target)
+        job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
+        film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
+        summary, where = _write(job, kind, out, subdirs, grid, film)
+        if distributed.is_main():
+            _report(summary, where, trajectory)
+
+
+def _write(
+    job: Job, kind: str, out: Path, subdirs: bool, grid: bool, film: Trajectory | None
+) -> tuple[Summary, list[Path]]:
+    """Make the images and write them; returns what was written where."""
+    from tessera import distributed
+    from tessera.images import grid as tiled
+    from tessera.images import save_png
+    from tessera.pipelines.generate import generate_arrays, generate_folder, read_images
+    from tessera.sampling.output import write_npz
+
+    if kind == "png":
+        summary = generate_folder(job, out, subdirs=subdirs, trajectory=film)
+        if not grid:
+            return summary, [out]
+        picture = out.with_name(out.name + "-grid.png")
+        if distributed.is_main():
+            save_png(picture, tiled(read_images(out, job.seeds, subdirs)))
+        return summary, [out, picture]
+    suffix = {"npz": ".npz", "grid": ".png"}[kind]
+    file = out if out.suffix.lower() == suffix else out / f"samples{suffix}"
+    images, labels, summary = generate_arrays(job, file.parent, trajectory=film)
+    if distributed.is_main():
+        if kind == "npz":
+            write_npz(file, images, labels)
+        else:
+            save_png(file, tiled(images))
+    return summary, [file]
+
+
+def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if summary.made:
+        console.print(
+            f"{summary.made} images in {summary.seconds:.1f} s, "
+            f"{summary.made / summary.seconds:.3g} images/s, "
+            f"{summary.evaluations:.4g} network evaluations per image"
+        )
+    if summary.skipped:
+        console.print(f"{summary.skipped} images were there already")
+    for path in [*where, *([trajectory] if trajectory is not None else [])]:
+        console.print("written to", style="dim", end=" ")
+        console.print(str(path), markup=False)
+
+
+def _on_device(pipe: Any, device: Any) -> Any:
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise TesseraError(
+            f"--device {device}: {str(error).splitlines()[0]}. Name a device that this machine "
+            "has, such as cpu"
+        ) from error
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise TesseraError(
+            f"--guidance-interval {text!r}: give two noise levels like 0.3,5"
+        ) from None
+    return low, high
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print the library's warnings as one line for people, on the main process only."""
+    from tessera import distributed
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if distributed.is_main():
+            console = Console(stderr=True, soft_wrap=True, highlight=False)
+            console.print("[bold yellow]warning:[/]", end=" ")
+            console.print(str(message), markup=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield

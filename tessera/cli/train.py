@@ -1,0 +1,124 @@
+"""`tessera train`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from tessera.training.trainer import Trainer
+
+
+def train(
+    recipe: str | None = typer.Argument(
+        None, metavar="[RECIPE]", help="Name of a shipped recipe, or a YAML or JSON file."
+    ),
+    overrides: list[str] | None = typer.Argument(
+        None, metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe, e.g. data.path=x.zip."
+    ),
+    resume: str | None = typer.Option(
+        None, "--resume", metavar="RUN", help="Go on with the run in this folder."
+    ),
+) -> None:
+    """Train a model, or go on with a run.
+
+    tessera train cifar10-small data.path=cifar10.zip run.dir=runs/a
+
+    tessera train --resume runs/a training.images=800000
+
+    torchrun --nproc_per_node 8 -m tessera train edm-cifar10-cond-vp data.path=cifar10.zip
+    """
+    from tessera import distributed
+    from tessera.errors import RecipeError
+    from tessera.recipes.loading import load_recipe
+    from tessera.training import run_folder
+    from tessera.training.trainer import Trainer
+
+    changes = list(overrides or [])
+    with distributed.session():
+        if resume is not None:
+            changes = ([recipe] if recipe else []) + changes
+            trainer = Trainer(run_folder.read_recipe(resume, changes), resume=resume)
+        elif recipe is None:
+            raise RecipeError(
+                "name a recipe to train, or a run to resume:\n"
+                "  tessera train cifar10-small data.path=cifar10.zip\n"
+                "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+            )
+        else:
+            trainer = Trainer(load_recipe(recipe, changes))
+        if distributed.is_main():
+            _describe(trainer)
+        trainer.run()
+        if distributed.is_main():
+            _conclude(trainer)
+    if trainer.stopped_by is not None:
+        raise typer.Exit(128 + trainer.stopped_by)
+
+
+def _describe(trainer: Trainer) -> None:
+    """A short table of what is about to happen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tessera import distributed
+    from tessera.progress import quantity
+    from tessera.recipes.schema import Recipe
+
+    recipe: Recipe = trainer.recipe
+    training, dataset = recipe.training, trainer.dataset
+    count = sum(p.numel() for p in trainer.learner.parameters)
+    channels, height, width = dataset.shape
+    classes = f", {recipe.data.num_classes} classes" if recipe.data.num_classes else ""
+    processes = distributed.world()
+    where = (
+        f"{trainer.device_name}, {processes} processes" if processes > 1 else trainer.device_name
+    )
+    options: list[str] = [training.precision]
+    options += ["channels last"] if training.channels_last else []
+    options += ["compiled"] if training.compile else []
+    options += [training.parallel.upper()] if processes > 1 else []
+    micro = f", {training.micro_batch} at a time" if training.micro_batch else ""
+    rows = {
+        "recipe": recipe.name,
+        "network": f"{recipe.network.kind}, {quantity(count)} parameters",
+        "data": f"{recipe.data.path}: {len(dataset):,} images, {width}x{height}, "
+        f"{'grey' if channels == 1 else 'colour'}{classes}",
+        "device": where,
+        "precision": ", ".join(options),
+        "batch": f"{training.batch}{micro}",
+        "images": f"{trainer.images_seen:,} of {training.images:,} seen",
+        "run folder": str(trainer.run_dir),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _conclude(trainer: Trainer) -> None:
+    """Where things are and what can be done next."""
+    run, images = shlex.quote(str(trainer.run_dir)), trainer.recipe.training.images
+    if trainer.stopped_by is not None:
+        reason = signal.Signals(trainer.stopped_by).name
+        print(f"stopped by {reason} after {trainer.images_seen:,} images; saved. To go on:")
+        print(f"  {_launcher()}tessera train --resume {run}")
+        return
+    print(f"trained on {trainer.images_seen:,} images. Next:")
+    print(f"  tessera sample {run} --seeds 0-63 --out samples/")
+    print(f"  tessera train --resume {run} training.images={2 * images}   # to train longer")
+
+
+def _launcher() -> str:
+    """How this process was started, as far as it shows."""
+    from tessera import distributed
+
+    if distributed.world() == 1:
+        return "python -m " if sys.argv[0].endswith("__main__.py") else ""
+    return f"torchrun --nproc_per_node {distributed.world()} -m "

@@ -1,0 +1,18 @@
+"""How clean images become noisy ones: z = A(σ) x + σ n."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tessera.randomness import Draws
+
+
+@dataclass(frozen=True)
+class GaussianCorruption:
+    """A(σ) = identity, n white: z = x + σ n."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
+        """Corrupt x [B, C, H, W] at noise levels σ [B]; draws "noise"."""
+        return x + sigma[:, None, None, None] * draws.normal("noise", *x.shape[1:])

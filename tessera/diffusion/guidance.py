@@ -1,0 +1,106 @@
+"""Guidance: away from what a less informed denoiser says, towards what the better one says.
+
+Classifier-free guidance (Ho & Salimans 2022), in a limited interval of noise levels (Kynkäänniemi
+et al. 2024), and autoguidance by a weaker model (Karras et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tessera.conditioning import NO_CLASS, Conditioning
+from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.errors import TesseraError
+
+
+class Guided(Denoiser):
+    """D = D_ref + w (D_c - D_ref), where D_ref is the denoiser without class, or a weaker one.
+
+    Costs two evaluations; one where w is 1, that is at noise levels outside the interval. The log
+    variance is that of the conditional evaluation.
+
+    Args:
+        denoiser: the model to guide, D_c.
+        scale: guidance weight w; 1 is no guidance, 0 is D_ref alone.
+        interval: (low, high), noise levels low <= σ <= high where guidance acts; None: everywhere.
+        weak: the reference of autoguidance, called with the same conditioning. None: the denoiser
+            itself without class, evaluated in one doubled batch.
+
+    Raises:
+        TesseraError: no `weak` denoiser and a model without classes, or shapes that differ.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scale: float,
+        interval: tuple[float, float] | None = None,
+        weak: Denoiser | None = None,
+    ) -> None:
+        super().__init__()
+        if weak is None and denoiser.num_classes == 0:
+            raise TesseraError(
+                "classifier-free guidance needs a model that was trained with classes; this one "
+                "knows none. Leave out the guidance, or guide by a weaker model"
+            )
+        if weak is not None and weak.shape != denoiser.shape:
+            raise TesseraError(
+                f"the model to guide makes images of shape {denoiser.shape}, the weaker one "
+                f"{weak.shape}. Guide by a model of the same shape"
+            )
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise TesseraError(
+                f"guidance interval {interval[0]:g},{interval[1]:g}: give the lower noise level "
+                "first, then the higher one"
+            )
+        self.denoiser = denoiser
+        self.scale = scale
+        self.interval = interval
+        self.weak = weak
+        self.shape = denoiser.shape
+        self.num_classes = denoiser.num_classes
+        self.sigma_min = denoiser.sigma_min
+        self.sigma_max = denoiser.sigma_max
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self.denoiser.round_sigma(sigma)
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        """As every denoiser; free of synchronisation where `sigma` is on the CPU."""
+        active = self._active(sigma)
+        # Without any label both evaluations of classifier-free guidance are the same.
+        nothing_to_guide = self.weak is None and cond.labels is None
+        if self.scale == 1 or nothing_to_guide or not active.any():
+            plain: Posterior = self.denoiser(z, sigma, cond)
+            return plain
+        if self.weak is None:
+            conditional, reference = self._doubled(z, sigma, cond)
+        else:
+            conditional, reference = self.denoiser(z, sigma, cond), self.weak(z, sigma, cond).mean
+        difference = conditional.mean - reference
+        if active.all():
+            mean = reference + self.scale * difference
+        else:
+            scale = torch.where(active, self.scale, 1.0).to(z.device, difference.dtype)
+            mean = reference + scale.reshape(-1, 1, 1, 1) * difference
+        return Posterior(mean, conditional.log_variance)
+
+    def _active(self, sigma: Tensor) -> Tensor:
+        if self.interval is None:
+            return torch.ones((), dtype=torch.bool)
+        return (sigma >= self.interval[0]) & (sigma <= self.interval[1])
+
+    def _doubled(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Posterior, Tensor]:
+        """The conditional posterior and the unconditional mean, from one batch of 2 B."""
+        batch = len(z)
+        both = cond.map(lambda tensor: torch.cat([tensor, tensor]))
+        assert both.labels is not None
+        both.labels[batch:] = NO_CLASS
+        sigmas = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
+        posterior: Posterior = self.denoiser(torch.cat([z, z]), sigmas, both)
+        variance = posterior.log_variance
+        conditional = Posterior(
+            posterior.mean[:batch], None if variance is None else variance[:batch]
+        )
+        return conditional, posterior.mean[batch:]

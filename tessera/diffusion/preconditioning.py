@@ -1,0 +1,220 @@
+"""From network to denoiser: D(z; σ) = c_skip z + c_out F(c_in z; c_noise) (EDM, table 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.schedules import iddpm_table, vp_sigma
+from tessera.networks.layers import full_precision
+
+
+class Coefficients(NamedTuple):
+    """The four functions of σ, each shaped like σ."""
+
+    skip: Tensor
+    out: Tensor
+    input: Tensor
+    noise: Tensor
+
+
+class Preconditioning(Protocol):
+    """How a network's input and output are scaled, and which noise levels it was made for."""
+
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """c_skip, c_out, c_in and c_noise at noise levels σ (float32)."""
+        ...
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest supported noise level, of the same dtype and shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edm:
+    """EDM (Karras et al. 2022): unit variance of the network's input and training target."""
+
+    sigma_data: float = 0.5
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        variance = sigma**2 + self.sigma_data**2
+        return Coefficients(
+            skip=self.sigma_data**2 / variance,
+            out=sigma * self.sigma_data * variance.rsqrt(),
+            input=variance.rsqrt(),
+            noise=sigma.log() / 4,
+        )
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
+@dataclass(frozen=True)
+class Vp:
+    """Variance preserving (Song et al. 2021); the network predicts the noise.
+
+    Args:
+        beta_d, beta_min: of the schedule σ(t).
+        timesteps: M; the network's noise label runs from 0 to M - 1.
+        epsilon_t: smallest time trained on; its σ is `sigma_min`.
+        released_sigma_min: let `sigma_min` be 2^-10, the value that float32 cancellation leaves
+            for ε_t = 1e-5 in the released baselines, instead of the exact 0.0010005.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    timesteps: int = 1000
+    epsilon_t: float = 1e-5
+    released_sigma_min: bool = False
+
+    @property
+    def sigma_min(self) -> float:
+        return 2.0**-10 if self.released_sigma_min else self._sigma(self.epsilon_t)
+
+    @property
+    def sigma_max(self) -> float:
+        return self._sigma(1.0)
+
+    def _sigma(self, t: float) -> float:
+        time = torch.tensor(t, dtype=torch.float64, device="cpu")
+        return vp_sigma(time, self.beta_d, self.beta_min).item()
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        # The label is float32 with log(1 + σ²), not the exact `vp_time`: Fourier embeddings
+        # magnify its rounding, and the released networks know the rounded labels.
+        log = (1 + sigma**2).log()
+        time = ((self.beta_min**2 + 2 * self.beta_d * log).sqrt() - self.beta_min) / self.beta_d
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            input=(sigma**2 + 1).rsqrt(),
+            noise=(self.timesteps - 1) * time,
+        )
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
+@dataclass(frozen=True)
+class Ve:
+    """Variance exploding (Song et al. 2021)."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        one = torch.ones_like(sigma)
+        return Coefficients(skip=one, out=sigma, input=one, noise=(0.5 * sigma).log())
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
+@dataclass(frozen=True)
+class Iddpm:
+    """Improved DDPM (Nichol & Dhariwal 2021): the network knows M noise levels only.
+
+    Args:
+        c_1, c_2: of the cosine schedule's table, see `iddpm_table`.
+        timesteps: M.
+    """
+
+    c_1: float = 0.001
+    c_2: float = 0.008
+    timesteps: int = 1000
+
+    @property
+    def sigma_min(self) -> float:
+        return float(self.table(torch.device("cpu"))[-2])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.table(torch.device("cpu"))[0])
+
+    def table(self, device: torch.device) -> Tensor:
+        """The supported noise levels, float32 [M + 1], falling to 0."""
+        return _table_on(self, device)
+
+    def index(self, sigma: Tensor) -> Tensor:
+        """Position of the nearest entry of the table, int64, shaped like σ."""
+        distance = sigma.to(torch.float32)[..., None] - self.table(sigma.device)
+        return distance.abs().argmin(dim=-1)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            input=(sigma**2 + 1).rsqrt(),
+            noise=(self.timesteps - 1 - self.index(sigma)).to(torch.float32),
+        )
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self.table(sigma.device)[self.index(sigma)].to(sigma.dtype)
+
+
+@lru_cache
+def _table_on(preconditioning: Iddpm, device: torch.device) -> Tensor:
+    """Kept for each device, because a copy from the host would make every call wait."""
+    c = preconditioning
+    return iddpm_table(c.timesteps, c.c_1, c.c_2, torch.float32).to(device)
+
+
+class Preconditioned(Denoiser):
+    """A network and its preconditioning: the denoiser of Gaussian corruption.
+
+    Everything but the network runs in float32, outside of autocast. Of a network with more output
+    channels than the images have (learned variances), the first ones are used.
+
+    Args:
+        network: (input [B, C, H, W], noise [B], `Conditioning`) to raw output [B, >= C, H, W].
+        preconditioning: the scaling.
+        shape: (C, H, W) of the images trained on.
+        num_classes: number of classes that the network knows.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preconditioning: Preconditioning,
+        shape: tuple[int, int, int],
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preconditioning = preconditioning
+        self.shape = shape
+        self.num_classes = num_classes
+        self.sigma_min = preconditioning.sigma_min
+        self.sigma_max = preconditioning.sigma_max
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all."""
+        with full_precision(z.device):
+            z = z.to(torch.float32)
+            sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
+            c = self.preconditioning.coefficients(sigma)
+            c_skip, c_out, c_in = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
+            scaled = c_in * z
+        raw = self.network(scaled, c.noise.expand(len(z)), cond)
+        with full_precision(z.device):
+            raw = raw[:, : z.shape[1]].to(torch.float32)
+            return Posterior(torch.addcmul(c_skip * z, c_out, raw))
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest supported noise level; keeps dtype and shape."""
+        return self.preconditioning.round_sigma(sigma)

@@ -1,0 +1,162 @@
+"""The ADM U-Net (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis"; EDM)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.conditioning import Conditioning, one_hot
+from tessera.networks.layers import (
+    Conv,
+    GroupNorm,
+    PositionalEmbedding,
+    UNetBlock,
+    full_precision,
+)
+
+CHANNELS_PER_HEAD = 64
+
+
+class AdmUNet(nn.Module):
+    """U-Net with adaptive group norms and multi-head attention at several resolutions.
+
+    Where a level asks for attention but has fewer than 64 channels, it has none, as in the
+    released code (recipes refuse such settings).
+
+    Args:
+        resolution: height and width that the levels are named and attention is chosen by; other
+            sizes work as long as every level halves evenly.
+        in_channels, out_channels: channels of the input and of the raw output.
+        num_classes: 0 for a network without classes.
+        augment_dim: number of augmentation labels; 0 for none.
+        model_channels, channel_mult: width, and its multiplier at each level.
+        channel_mult_emb: width of the conditioning vector as a multiple of `model_channels`.
+        num_blocks: residual blocks of each level of the encoder; the decoder has one more.
+        attn_resolutions: resolutions with self-attention, in all blocks.
+        dropout: probability, in every block.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        *,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_blocks = num_blocks
+        self.levels = [f"{s}x{s}" for s in (resolution >> i for i in range(len(channel_mult)))]
+        emb_channels = model_channels * channel_mult_emb
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = (
+            nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        )
+        self.map_layer0 = nn.Linear(model_channels, emb_channels)
+        self.map_layer1 = nn.Linear(emb_channels, emb_channels)
+        self.map_label = nn.Linear(num_classes, emb_channels, bias=False) if num_classes else None
+
+        def block(
+            c_in: int, c_out: int, attention: bool = False, up: bool = False, down: bool = False
+        ) -> UNetBlock:
+            heads = c_out // CHANNELS_PER_HEAD if attention else 0
+            return UNetBlock(
+                c_in, c_out, emb_channels, up=up, down=down, heads=heads, dropout=dropout
+            )
+
+        self.enc = nn.ModuleDict()
+        channels = model_channels * channel_mult[0]
+        skips = [channels]
+        for level, name in enumerate(self.levels):
+            attention = resolution >> level in attn_resolutions
+            if level == 0:
+                self.enc[f"{name}_conv"] = Conv(in_channels, channels, 3)
+            else:
+                self.enc[f"{name}_down"] = block(channels, channels, down=True)
+                skips.append(channels)
+            for index in range(num_blocks):
+                width = model_channels * channel_mult[level]
+                self.enc[f"{name}_block{index}"] = block(channels, width, attention)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, name in reversed(list(enumerate(self.levels))):
+            attention = resolution >> level in attn_resolutions
+            if level == len(self.levels) - 1:
+                self.dec[f"{name}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{name}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{name}_up"] = block(channels, channels, up=True)
+            for index in range(num_blocks + 1):
+                width = model_channels * channel_mult[level]
+                self.dec[f"{name}_block{index}"] = block(channels + skips.pop(), width, attention)
+                channels = width
+        self.out_norm = GroupNorm(channels)
+        self.out_conv = Conv(channels, out_channels, 3)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """PyTorch's own uniform ±1/√fan_in, but zero where a residual branch or the output ends."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(
+                (".conv1", ".proj", "map_augment", "out_conv")
+            ):
+                nn.init.zeros_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.map_label is not None:
+            nn.init.normal_(self.map_label.weight)
+
+    def blocks(self) -> Iterator[UNetBlock]:
+        """The repeated residual blocks, in the order of their use."""
+        for module in [*self.enc.values(), *self.dec.values()]:
+            if isinstance(module, UNetBlock):
+                yield module
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W]."""
+        emb = self._embed(noise, cond)
+        enc, dec = self.enc, self.dec
+        x = enc[f"{self.levels[0]}_conv"](x)
+        skips = [x]
+        for level, name in enumerate(self.levels):
+            if level > 0:
+                x = enc[f"{name}_down"](x, emb)
+                skips.append(x)
+            for index in range(self.num_blocks):
+                x = enc[f"{name}_block{index}"](x, emb)
+                skips.append(x)
+        x = dec[f"{self.levels[-1]}_in0"](x, emb)
+        x = dec[f"{self.levels[-1]}_in1"](x, emb)
+        for name in reversed(self.levels):
+            if name != self.levels[-1]:
+                x = dec[f"{name}_up"](x, emb)
+            for index in range(self.num_blocks + 1):
+                x = dec[f"{name}_block{index}"](torch.cat([x, skips.pop()], dim=1), emb)
+        out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
+        return out
+
+    def _embed(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """The conditioning vector, float32 [B, E]."""
+        with full_precision(noise.device):
+            emb = self.map_noise(noise)
+            if self.map_augment is not None and cond.augment is not None:
+                emb = emb + self.map_augment(cond.augment)
+            emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+            if self.map_label is not None:
+                labels = one_hot(cond.labels, self.num_classes, len(noise), noise.device)
+                emb = emb + self.map_label(labels)
+            return F.silu(emb)

@@ -1,0 +1,247 @@
+"""The pipeline folder: `config.json` and weights as safetensors; nothing in it is executed.
+
+    config.json            format, version, kind; for kind "diffusion": the recipe, images seen,
+                           class names, and the weights with their checksums, the default first
+    model.safetensors      the network's averaged weights, float32
+    model-<name>.safetensors   further averages of the same run, if there are any
+
+Other kinds of pipeline put more networks beside the first (experts), or whole pipeline folders
+inside theirs (the stages of a relay); `kind` tells a reader what to expect.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from tessera._version import __version__
+from tessera.errors import CheckpointError, require_extra
+from tessera.files import atomic_file, atomic_folder, sha256, write_json
+
+FORMAT = "tessera-pipeline"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One average of the weights: its name, file and SHA-256."""
+
+    name: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """What `config.json` says.
+
+    Attributes:
+        recipe: the recipe as plain JSON values.
+        images_seen: images that the model was trained on.
+        class_names: one for each class, or None.
+        weights: the averages in the folder, the default first.
+    """
+
+    kind: str
+    recipe: dict[str, Any]
+    images_seen: int
+    class_names: tuple[str, ...] | None
+    weights: tuple[WeightsFile, ...]
+
+
+def write_folder(
+    folder: Path,
+    recipe: dict[str, Any],
+    states: Mapping[str, Mapping[str, Tensor]],
+    *,
+    images_seen: int,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Write a pipeline folder of kind "diffusion", whole or not at all.
+
+    Args:
+        recipe: as plain JSON values.
+        states: the network's state dict for each named average, the default first.
+    """
+    with atomic_folder(folder) as part:
+        files = []
+        for index, (name, state) in enumerate(states.items()):
+            file = "model.safetensors" if index == 0 else f"model-{name}.safetensors"
+            with atomic_file(part / file) as stream:
+                stream.write(safetensors.torch.save(_saveable(state), metadata={"format": "pt"}))
+            files.append(WeightsFile(name, file, sha256(part / file)))
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "diffusion",
+            "written_by": f"tessera {__version__}",
+            "images_seen": images_seen,
+            "class_names": None if class_names is None else list(class_names),
+            "weights": [asdict(file) for file in files],
+            "recipe": recipe,
+        }
+        write_json(part / "config.json", config)
+
+
+def find_folder(source: str | Path) -> Path:
+    """The pipeline folder that `source` names: itself, a run folder around it, or a hub id.
+
+    Raises:
+        CheckpointError: there is no pipeline under that name.
+    """
+    path = Path(source)
+    for folder in (path, path / "pipeline"):
+        if (folder / "config.json").is_file():
+            return folder
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} holds no pipeline: neither config.json nor pipeline/config.json is there. "
+            "Name a pipeline folder, or the folder of a run that has saved a checkpoint"
+        )
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _download(str(source))
+    raise CheckpointError(
+        f"there is no pipeline {str(source)!r}. Name a pipeline folder, the folder of a run, or a "
+        "Hugging Face id like user/name"
+    )
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Read and check `config.json`.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format or a newer version.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Save or download the pipeline again"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not the configuration of a tessera pipeline. Models of other tools are "
+            "brought over by `tessera convert`"
+        )
+    version = config.get("version")
+    if version != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        raise CheckpointError(
+            f"{path} has format version {version!r}; this tessera ({__version__}) reads version "
+            f"{VERSION}. " + ("Install a newer tessera" if newer else "Save the pipeline again")
+        )
+    try:
+        names = config["class_names"]
+        return FolderConfig(
+            kind=str(config["kind"]),
+            recipe=dict(config["recipe"]),
+            images_seen=int(config["images_seen"]),
+            class_names=None if names is None else tuple(map(str, names)),
+            weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is incomplete or damaged ({error!r}). Save or download the pipeline again"
+        ) from error
+
+
+def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:
+    """The average called `name`; the default for None.
+
+    Raises:
+        CheckpointError: the pipeline has no average of that name.
+    """
+    for entry in config.weights:
+        if name is None or entry.name == name:
+            return entry
+    known = ", ".join(entry.name for entry in config.weights) or "none"
+    raise CheckpointError(
+        f"the pipeline has no averaged weights called {name!r}. What it has: {known}"
+    )
+
+
+def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
+    """Read the weights into `network`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its tensors are not the network's.
+    """
+    path = folder / entry.file
+    if Path(entry.file).name != entry.file or not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing. Save or download the pipeline again, with all its files"
+        )
+    if sha256(path) != entry.sha256:
+        raise CheckpointError(
+            f"{path} is damaged or was changed: its checksum is not the one in config.json. "
+            "Save or download the pipeline again"
+        )
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Save or download the pipeline again"
+        ) from error
+    problems = _mismatches(state, network.state_dict())
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the network of the recipe in config.json: "
+            + "; ".join(problems)
+            + ". Restore the recipe that the pipeline was saved with, or save it again"
+        )
+    network.load_state_dict(state)
+
+
+def _mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What differs in names and shapes, a few examples each."""
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    return [
+        f"{len(found)} tensors {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
+        for kind, found in kinds
+        if found
+    ]
+
+
+def _saveable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies where needed; safetensors takes no two tensors that share memory."""
+    result: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        value = tensor.detach().to("cpu").contiguous()
+        if value.untyped_storage().data_ptr() in taken:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
+def _download(repository: str) -> Path:
+    hub = require_extra("huggingface_hub", "hub", f"There is no folder {repository!r}; the hub")
+    try:
+        folder = hub.snapshot_download(
+            repository, allow_patterns=["config.json", "*.safetensors", "*/config.json"]
+        )
+    except Exception as error:  # the client's errors are of many kinds, all of them the user's
+        raise CheckpointError(
+            f"there is no folder {repository!r}, and it could not be downloaded from the Hugging "
+            f"Face hub: {error}"
+        ) from error
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{repository} on the Hugging Face hub is not a tessera pipeline")
+    return Path(folder)

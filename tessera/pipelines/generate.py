@@ -1,0 +1,238 @@
+"""Sampling to files, by one process or several, each making its share of the seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from tessera import distributed
+from tessera.conditioning import NO_CLASS
+from tessera.images import save_png
+from tessera.pipelines.options import choose_sampler
+from tessera.pipelines.pipeline import Pipeline, SampledBatch
+from tessera.progress import progress
+from tessera.sampling.core import SamplerState
+from tessera.sampling.output import (
+    Trajectory,
+    claim_folder,
+    image_path,
+    write_labels,
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sampling job did, over all processes.
+
+    Attributes:
+        made: images made.
+        skipped: images that were there already.
+        seconds: time from the first to the last image.
+        evaluations: network evaluations per image made (NFE); guidance counts its two.
+    """
+
+    made: int
+    skipped: int
+    seconds: float
+    evaluations: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which images to make, and how.
+
+    Attributes:
+        seeds: one per image, each once.
+        label: class of all images (index, name, "balanced"); None to draw one for each.
+        batch: most images at once on one device.
+        options: further options of `Pipeline.sample_batches`.
+    """
+
+    pipe: Pipeline
+    seeds: Sequence[int]
+    label: int | str | None
+    batch: int
+    options: dict[str, Any]
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the image of a seed looks like, as plain JSON values."""
+        own = {"guidance", "guidance_interval", "guide", "precision"}
+        sampler = choose_sampler(
+            self.pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
+        )
+        guide = self.options.get("guide")
+        return {
+            "recipe": self.pipe.recipe.name,
+            "images_seen": self.pipe.images_seen,
+            "weights": self.pipe.checksum,
+            "class": self.label,
+            "guidance": self.options.get("guidance", 1.0),
+            "guidance_interval": self.options.get("guidance_interval"),
+            "guide": guide.checksum if guide is not None else None,
+            "precision": self.options.get("precision", "fp32"),
+            "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
+        }
+
+
+def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
+    """The seeds of one of several processes: every world-th of near-equal batches."""
+    count = math.ceil(len(seeds) / (batch * world)) * world
+    parts = np.array_split(np.asarray(seeds, dtype=object), max(count, 1))
+    return [int(seed) for part in parts[rank::world] for seed in part]
+
+
+def generate_folder(
+    job: Job, folder: Path, *, subdirs: bool = False, trajectory: Trajectory | None = None
+) -> Summary:
+    """Write a PNG for each seed; images that are there already are not made again.
+
+    Models with classes also leave `dataset.json`, the class of each file.
+
+    Raises:
+        TesseraError: the folder holds images of other settings.
+    """
+    paths = {seed: image_path(folder, seed, subdirs) for seed in job.seeds}
+    with distributed.main_first():
+        if distributed.is_main():
+            claim_folder(folder, job.settings(), list(paths.values()))
+    # Decided on by one process before any writes, so that all agree.
+    there = distributed.broadcast({seed for seed, path in paths.items() if path.exists()})
+
+    with ThreadPoolExecutor(4) as writers:
+        pending: list[Any] = []
+
+        def keep(done: SampledBatch) -> None:
+            # One batch is written while the next is computed.
+            for future in pending:
+                future.result()
+            pending[:] = [
+                writers.submit(save_png, paths[seed], image)
+                for seed, image in zip(done.seeds, done.images, strict=True)
+            ]
+
+        summary = _run(job, there, keep, trajectory)
+        for future in pending:
+            future.result()
+    distributed.barrier()
+    if distributed.is_main() and job.pipe.denoiser.num_classes:
+        labels = job.pipe.labels(job.seeds, job.label)
+        names = [path.relative_to(folder).as_posix() for path in paths.values()]
+        pairs = zip(names, labels.tolist(), strict=True)
+        write_labels(folder, {name: label for name, label in pairs if label != NO_CLASS})
+    return summary
+
+
+def generate_arrays(
+    job: Job, scratch: Path, *, trajectory: Trajectory | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, Summary]:
+    """All images uint8 [N, H, W, C] and their classes [N] (None without) in the order of the seeds.
+
+    Only the main process gets the images; those of the others pass through hidden files in the
+    folder `scratch`.
+    """
+    place = {seed: index for index, seed in enumerate(job.seeds)}
+    channels, height, width = job.pipe.denoiser.shape
+    shape = (len(job.seeds), height, width, channels)
+    own: list[SampledBatch] = []
+    summary = _run(job, set(), own.append, trajectory)
+
+    rank, world = distributed.rank(), distributed.world()
+    key = hashlib.sha256(repr((list(job.seeds), str(scratch))).encode()).hexdigest()[:12]
+    files = [scratch / f".samples-{key}-{index}.npy" for index in range(world)]
+    seeds = distributed.gather([seed for batch in own for seed in batch.seeds])
+    if rank != 0:
+        scratch.mkdir(parents=True, exist_ok=True)
+        np.save(files[rank], np.concatenate([np.zeros((0, *shape[1:]), np.uint8),
+                                             *(batch.images for batch in own)]))  # fmt: skip
+    distributed.barrier()
+    images = np.zeros(shape, np.uint8)
+    if rank == 0:
+        for batch in own:
+            images[[place[seed] for seed in batch.seeds]] = batch.images
+        for index in range(1, world):
+            images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
+            files[index].unlink()
+    classes = job.pipe.labels(job.seeds, job.label) if job.pipe.denoiser.num_classes else None
+    return images, classes, summary
+
+
+def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
+    """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
+    images = [np.asarray(Image.open(image_path(folder, seed, subdirs))) for seed in seeds]
+    return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
+
+
+def _run(
+    job: Job,
+    there: set[int],
+    keep: Callable[[SampledBatch], None],
+    trajectory: Trajectory | None,
+) -> Summary:
+    """Make this process's share of the images that are not `there`."""
+    # The main process makes the images of the animation first, as a batch of their own.
+    filmed: list[int] = []
+    if trajectory is not None:
+        filmed = list(job.seeds[: min(job.batch, trajectory.MAX_IMAGES)])
+    rest = [seed for seed in job.seeds if seed not in set(filmed)]
+    ours = share(rest, job.batch, distributed.rank(), distributed.world())
+    ours = [seed for seed in ours if seed not in there]
+    if not distributed.is_main():
+        filmed = []
+
+    start = time.perf_counter()
+    total = len(filmed) + len(ours)
+    with progress("sampling", total, unit="images") as bar, counted(job.pipe) as evaluated:
+
+        def on_step(seeds: Sequence[int], state: SamplerState) -> None:
+            bar.advance(len(seeds) / state.steps)
+            if filmed and trajectory is not None and list(seeds) == filmed:
+                trajectory(state)
+
+        batches = (
+            job.pipe.sample_batches(
+                part, job.label, batch=job.batch, on_step=on_step, **job.options
+            )
+            for part in (filmed, ours)
+        )
+        for done in itertools.chain.from_iterable(batches):
+            keep(done)
+    seconds = time.perf_counter() - start
+    if filmed and trajectory is not None:
+        trajectory.save()
+
+    reports = distributed.gather((total, evaluated[0], seconds))
+    made = sum(report[0] for report in reports)
+    return Summary(
+        made=made,
+        skipped=len(job.seeds) - made,
+        seconds=max(report[2] for report in reports),
+        evaluations=sum(report[1] for report in reports) / max(made, 1),
+    )
+
+
+@contextlib.contextmanager
+def counted(pipe: Pipeline) -> Iterator[list[int]]:
+    """Count the images that pass through the network during the block, in the list's only item."""
+    count = [0]
+
+    def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        count[0] += len(inputs[0])
+
+    handle = pipe.denoiser.network.register_forward_pre_hook(add)
+    try:
+        yield count
+    finally:
+        handle.remove()

@@ -1,0 +1,122 @@
+"""What a caller may say about sampling: the classes of the images, the sampler and its options."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from tessera.conditioning import NO_CLASS
+from tessera.errors import TesseraError
+from tessera.recipes.schema import AblationSampler, EdmSampler, SamplerConfig
+
+Label = SupportsIndex | str
+
+ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
+"""Options whose presence selects the ablation sampler."""
+
+
+def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> SamplerConfig:
+    """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
+
+    Raises:
+        TesseraError: an option is unknown or has a value that it cannot have.
+    """
+    values = section.model_dump()
+    if isinstance(section, EdmSampler) and ONLY_ABLATION & options.keys():
+        # There the range of σ follows from the discretisation unless the caller gives it.
+        del values["kind"], values["sigma_min"], values["sigma_max"]
+        kind: type[EdmSampler | AblationSampler] = AblationSampler
+    else:
+        kind = type(section)
+    for name in options:
+        if name not in kind.model_fields:
+            near = difflib.get_close_matches(name, kind.model_fields, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
+            raise TesseraError(f"the sampler has no option {name!r}. {hint}")
+    try:
+        return kind.model_validate({**values, **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise TesseraError(
+            f"sampler option {where} = {first['input']!r}: {first['msg'].lower()}"
+        ) from error
+
+
+def _names(kind: type[EdmSampler | AblationSampler]) -> list[str]:
+    return [name for name in kind.model_fields if name != "kind"]
+
+
+def choose_labels(
+    labels: Label | Iterable[Label] | None,
+    seeds: Sequence[int],
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+) -> NDArray[np.int64] | None:
+    """Class indices, one a seed; None where each seed is to draw its own.
+
+    Args:
+        labels: one class for all images, or one for each: index, name, or -1 for no class;
+            "balanced" for seed modulo the number of classes; None to draw.
+
+    Raises:
+        TesseraError: the model knows no classes, or not this one, or the number of labels is not
+            that of the seeds.
+    """
+    if labels is None:
+        return None
+    if num_classes == 0:
+        raise TesseraError(
+            "a class was asked for, but this model was trained without classes. Leave out the class"
+        )
+    if isinstance(labels, str) and labels == "balanced":
+        return np.array([seed % num_classes for seed in seeds], np.int64)
+    if isinstance(labels, str) or not isinstance(labels, Iterable) or np.ndim(labels) == 0:  # type: ignore[arg-type]
+        return np.full(len(seeds), class_index(labels, num_classes, class_names), np.int64)  # type: ignore[arg-type]
+    indices = [class_index(label, num_classes, class_names) for label in labels]
+    if len(indices) != len(seeds):
+        raise TesseraError(
+            f"{len(indices)} classes were given for {len(seeds)} seeds. "
+            "Give one class for all images, or one for each"
+        )
+    return np.array(indices, np.int64)
+
+
+def class_index(label: Label, num_classes: int, class_names: Sequence[str] | None = None) -> int:
+    """The index of a class given by name or index; -1 for no class.
+
+    A string is looked up among the names before it is read as a number.
+
+    Raises:
+        TesseraError: there is no such class.
+    """
+    if isinstance(label, str):
+        names = list(class_names or ())
+        if label in names:
+            return names.index(label)
+        try:
+            index = int(label)
+        except ValueError:
+            near = difflib.get_close_matches(label, names, 3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else _known(num_classes, names)
+            raise TesseraError(f"there is no class {label!r}. {hint}") from None
+    else:
+        index = operator.index(label)
+    if index != NO_CLASS and not 0 <= index < num_classes:
+        raise TesseraError(
+            f"there is no class {index}. {_known(num_classes, list(class_names or ()))}"
+        )
+    return index
+
+
+def _known(num_classes: int, names: list[str]) -> str:
+    known = f"The classes are 0 to {num_classes - 1}"
+    if names:
+        known += f": {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+    return known

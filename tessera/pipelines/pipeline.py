@@ -1,0 +1,358 @@
+"""A model ready to make images: recipe, denoiser and codec, saved as one folder."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.guidance import Guided
+from tessera.diffusion.preconditioning import Preconditioned
+from tessera.errors import CheckpointError
+from tessera.images import to_pil, to_uint8
+from tessera.pipelines import folder as folders
+from tessera.pipelines.options import Label, choose_labels, choose_sampler
+from tessera.recipes.build import build_denoiser, build_sampler
+from tessera.recipes.loading import dump_recipe, parse_recipe
+from tessera.recipes.schema import Recipe
+from tessera.sampling.core import SamplerState
+from tessera.sampling.seeds import SeedNoise, parse_seeds
+
+Seeds = Iterable[int] | int | str
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """Finished images of one batch.
+
+    Attributes:
+        seeds: one per image.
+        labels: int64 [n] class indices; None for models without classes.
+        images: uint8 [n, H, W, C].
+    """
+
+    seeds: list[int]
+    labels: NDArray[np.int64] | None
+    images: NDArray[np.uint8]
+
+
+OnStep = Callable[[Sequence[int], SamplerState], None]
+"""Called after every sampler step with the batch's seeds and the sampler's state."""
+
+
+class Pipeline:
+    """A trained diffusion model.
+
+    Attributes:
+        recipe: how the model was made, with the sampler that it is used with.
+        denoiser: the model; its weights are an average over the training.
+        images_seen: images that it was trained on.
+        class_names: one for each class, or None.
+        ema: name of the average, its half-life in images; one of `emas`.
+        emas: names of the averages that the folder holds, the default first.
+        checksum: SHA-256 of the weights file; None for a model that was not loaded from a folder.
+
+    Example:
+        >>> pipe = tessera.load("runs/a")  # doctest: +SKIP
+        >>> images = pipe.sample(range(16), labels=3, guidance=1.5)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        denoiser: Preconditioned,
+        *,
+        images_seen: int = 0,
+        class_names: Sequence[str] | None = None,
+        ema: str | None = None,
+        emas: Sequence[str] = (),
+        checksum: str | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.denoiser = denoiser.eval()
+        self.images_seen = images_seen
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.ema = ema if ema is not None else ema_names(recipe)[0]
+        self.emas = tuple(emas) or (self.ema,)
+        self.checksum = checksum
+        self._others: dict[str, Mapping[str, Tensor]] = {}
+        self._warned = False
+
+    # ------------------------------------------------------------------------- saving, loading
+
+    @classmethod
+    def from_denoiser(
+        cls,
+        recipe: Recipe,
+        denoiser: Preconditioned,
+        *,
+        images_seen: int = 0,
+        class_names: Sequence[str] | None = None,
+        other_emas: Sequence[Mapping[str, Tensor]] = (),
+    ) -> Self:
+        """A pipeline around a model in memory.
+
+        Args:
+            denoiser: with the weights of the recipe's first average.
+            other_emas: network state dicts of the recipe's further averages, in its order; they
+                are saved along.
+        """
+        names = ema_names(recipe)[: 1 + len(other_emas)]
+        if len(names) != 1 + len(other_emas):
+            raise ValueError(f"{1 + len(other_emas)} averages, but the recipe has {len(names)}")
+        pipe = cls(
+            recipe, denoiser, images_seen=images_seen, class_names=class_names, emas=tuple(names)
+        )
+        pipe._others = dict(zip(names[1:], other_emas, strict=True))
+        return pipe
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        ema: str | int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
+
+        Args:
+            ema: name of another average than the default, see `emas`.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of a kind not known here.
+        """
+        folder = folders.find_folder(source)
+        config = folders.read_config(folder)
+        if config.kind != "diffusion":
+            raise CheckpointError(
+                f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
+                "know. Install a newer tessera"
+            )
+        entry = folders.choose_weights(config, None if ema is None else str(ema))
+        recipe = parse_recipe(config.recipe)
+        # A model that is built draws initial weights; the caller's random state is not ours.
+        with torch.random.fork_rng(devices=[]):
+            denoiser = build_denoiser(recipe)
+        folders.load_weights(folder, entry, denoiser.network)
+        pipe = cls(
+            recipe,
+            denoiser,
+            images_seen=config.images_seen,
+            class_names=config.class_names,
+            ema=entry.name,
+            emas=[weights.name for weights in config.weights],
+            checksum=entry.sha256,
+        )
+        return pipe.to(device)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pipeline folder, whole or not at all; an existing one is replaced.
+
+        The weights in memory are saved; of a loaded pipeline, that is the average it was loaded
+        with.
+        """
+        states = {self.ema: self.denoiser.network.state_dict(), **self._others}
+        folders.write_folder(
+            Path(folder),
+            dump_recipe(self.recipe),
+            states,
+            images_seen=self.images_seen,
+            class_names=self.class_names,
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model to `device`."""
+        self.denoiser.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.denoiser.parameters()).device
+
+    # -------------------------------------------------------------------------------- sampling
+
+    @overload
+    def sample(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None,
+        *, output: Literal["numpy"] = "numpy", **options: Any,
+    ) -> NDArray[np.uint8]: ...  # fmt: skip
+
+    @overload
+    def sample(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None,
+        *, output: Literal["pil"], **options: Any,
+    ) -> list[Image.Image]: ...  # fmt: skip
+
+    @overload
+    def sample(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None,
+        *, output: Literal["tensor"], **options: Any,
+    ) -> Tensor: ...  # fmt: skip
+
+    def sample(
+        self,
+        seeds: Seeds,
+        labels: Label | Iterable[Label] | None = None,
+        *,
+        output: Literal["numpy", "pil", "tensor"] = "numpy",
+        **options: Any,
+    ) -> NDArray[np.uint8] | list[Image.Image] | Tensor:
+        """Make one image for each seed.
+
+        Args:
+            seeds: numbers, or text like "0-63,100".
+            labels: see `sample_batches`.
+            output: "numpy", uint8 [N, H, W, C]; "pil", a list of Pillow images; "tensor", uint8
+                [N, C, H, W] on the CPU.
+            options: those of `sample_batches`.
+        """
+        batches = list(self.sample_batches(seeds, labels, **options))
+        images = np.concatenate([batch.images for batch in batches])
+        if output == "pil":
+            return [to_pil(image) for image in images]
+        if output == "tensor":
+            return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return images
+
+    def sample_batches(
+        self,
+        seeds: Seeds,
+        labels: Label | Iterable[Label] | None = None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        batch: int = 64,
+        precision: Precision = "fp32",
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Iterator[SampledBatch]:
+        """Make one image for each seed, batch by batch, in the order of the seeds.
+
+        A seed's image does not depend on the other seeds, on the batch size or on the device, but
+        for the rounding of the network's arithmetic.
+
+        Args:
+            seeds: numbers, or text like "0-63,100".
+            labels: one class for all, or one for each seed: index, name, or -1 for no class;
+                "balanced" for seed modulo the number of classes; None to draw one per seed.
+            guidance: weight of guidance; 1 for none.
+            guidance_interval: (low, high), the noise levels where guidance acts.
+            guide: a weaker model to guide by, instead of the model without class.
+            batch: most images at once; the seeds are divided evenly.
+            precision: "bf16" computes the network in bfloat16 where that is safe.
+            on_step: called after every step of every batch.
+            options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...).
+
+        Raises:
+            TesseraError: a class, guidance or sampler option that this model cannot have.
+        """
+        seeds = list_seeds(seeds)
+        if not seeds:
+            return
+        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        sampler = build_sampler(choose_sampler(self.recipe.sampling, options))
+        denoiser = self.guided(guidance, guidance_interval, guide)
+        for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
+            ours = [seeds[row] for row in rows]
+            noise = SeedNoise(ours, self.device)
+            latents = noise.normal(self.denoiser.shape)
+            cond = self._conditioning(noise, None if classes is None else classes[rows])
+            with _autocast(self.device, precision):
+                for state in sampler(denoiser, latents, cond, noise):
+                    if on_step is not None:
+                        on_step(ours, state)
+            yield SampledBatch(
+                ours,
+                None if cond.labels is None else cond.labels.cpu().numpy(),
+                self.to_pixels(state.x),
+            )
+
+    def labels(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None
+    ) -> NDArray[np.int64]:
+        """The classes that `sample_batches` gives the images of `seeds`, without making them."""
+        seeds = list_seeds(seeds)
+        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        if classes is not None:
+            return classes
+        drawn = np.zeros(len(seeds), np.int64)
+        for index, seed in enumerate(seeds):
+            noise = SeedNoise([seed])
+            noise.normal(self.denoiser.shape)
+            drawn[index] = noise.integers(self.denoiser.num_classes).item()
+        return drawn
+
+    def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
+        """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU."""
+        return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def guided(
+        self,
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+    ) -> Denoiser:
+        """The model's denoiser, with guidance around it if `guidance` is not 1."""
+        if guidance == 1:
+            return self.denoiser
+        weak = guide.denoiser if isinstance(guide, Pipeline) else guide
+        result = Guided(self.denoiser, guidance, interval, weak)
+        if weak is None and self.recipe.objective.label_dropout == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this model was trained without label dropout, so it has not learned to do "
+                "without a class, which guidance relies on; expect poor images. Train with "
+                "objective.label_dropout=0.1, or guide by a weaker model",
+                stacklevel=4,
+            )
+        return result
+
+    def _conditioning(self, noise: SeedNoise, classes: NDArray[np.int64] | None) -> Conditioning:
+        if self.denoiser.num_classes == 0:
+            return Conditioning()
+        drawn = noise.integers(self.denoiser.num_classes)
+        return Conditioning(drawn if classes is None else torch.from_numpy(classes).to(self.device))
+
+
+def load(
+    source: str | Path, *, ema: str | int | None = None, device: torch.device | str = "cpu"
+) -> Pipeline:
+    """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub."""
+    return Pipeline.load(source, ema=ema, device=device)
+
+
+def list_seeds(seeds: Seeds) -> list[int]:
+    """Seeds in any of the forms that callers may give, as a list."""
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    if isinstance(seeds, int):
+        return [seeds]
+    return [int(seed) for seed in seeds]
+
+
+def ema_names(recipe: Recipe) -> list[str]:
+    """A name for each average of the recipe: its half-life in images, numbered if that repeats."""
+    names: list[str] = []
+    for ema in recipe.ema:
+        name = f"{ema.halflife_images:.0f}"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
+
+
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,117 @@
+"""From the sections of a recipe to the objects that they describe; one place for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tessera.diffusion import preconditioning
+from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
+from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.song_unet import SongUNet
+from tessera.randomness import Draws
+from tessera.recipes import schema
+
+if TYPE_CHECKING:
+    from tessera.data.views import FullView
+    from tessera.diffusion.objectives import EdmObjective, VeObjective, VpObjective
+    from tessera.sampling.core import Sampler
+
+
+def build_network(recipe: schema.Recipe) -> nn.Module:
+    """The network with fresh weights, on the default device."""
+    section = recipe.network
+    network: type[SongUNet | AdmUNet]
+    match section:
+        case schema.SongUNetConfig():
+            network = SongUNet
+        case schema.AdmUNetConfig():
+            network = AdmUNet
+    channels, resolution, _ = recipe.shape
+    # Improved DDPM's networks also predict a variance, which its preconditioning leaves out.
+    learns_variance = isinstance(recipe.preconditioning, schema.IddpmPreconditioning)
+    return network(
+        resolution,
+        channels,
+        2 * channels if learns_variance else channels,
+        num_classes=recipe.data.num_classes,
+        augment_dim=recipe.augment_dim,
+        **_options(section),
+    )
+
+
+def build_preconditioning(section: schema.PreconditioningConfig) -> Preconditioning:
+    """The four functions of σ around the network."""
+    match section:
+        case schema.EdmPreconditioning():
+            return preconditioning.Edm(**_options(section))
+        case schema.VpPreconditioning():
+            return preconditioning.Vp(**_options(section))
+        case schema.VePreconditioning():
+            return preconditioning.Ve(**_options(section))
+        case schema.IddpmPreconditioning():
+            return preconditioning.Iddpm(**_options(section))
+
+
+def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
+    """The network and its preconditioning, with fresh weights, on the default device."""
+    return Preconditioned(
+        build_network(recipe),
+        build_preconditioning(recipe.preconditioning),
+        recipe.shape,
+        recipe.data.num_classes,
+    )
+
+
+def build_objective(section: schema.ObjectiveConfig) -> EdmObjective | VpObjective | VeObjective:
+    """What training minimises."""
+    from tessera.diffusion import objectives
+
+    match section:
+        case schema.EdmObjective():
+            return objectives.EdmObjective(**_options(section))
+        case schema.VpObjective():
+            return objectives.VpObjective(**_options(section))
+        case schema.VeObjective():
+            return objectives.VeObjective(**_options(section))
+
+
+def build_view(recipe: schema.Recipe) -> FullView:
+    """What of the clean images a step trains on."""
+    from tessera.data.views import FullView
+
+    match recipe.view:
+        case schema.FullView():
+            return FullView(recipe.training.batch)
+
+
+def build_augment(
+    section: schema.AugmentConfig | None,
+) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor]] | None:
+    """(images [B, C, H, W] in [-1, 1], draws) to (images, labels [B, K]); None for none."""
+    if section is None:
+        return None
+    from tessera.data.augment import Augmentation
+
+    return Augmentation(**section.model_dump())
+
+
+def build_sampler(section: schema.SamplerConfig) -> Sampler:
+    """The sampler with its options bound."""
+    match section:
+        case schema.EdmSampler():
+            from tessera.sampling.edm import sample_edm
+
+            return partial(sample_edm, **_options(section))
+        case schema.AblationSampler():
+            from tessera.sampling.ablation import sample_ablation
+
+            return partial(sample_ablation, **_options(section))
+
+
+def _options(section: schema.Section) -> dict[str, Any]:
+    """A section's keys as keyword arguments of what it describes."""
+    return section.model_dump(exclude={"kind"})

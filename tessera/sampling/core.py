@@ -1,0 +1,85 @@
+"""What samplers share: their state, their source of noise, and the call of the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser, Posterior
+
+Refine = Callable[[Tensor, float, Conditioning], Tensor]
+"""Hook after each step: (x, its noise level σ, cond) to a better x at the same σ (e.g. MCMC).
+
+After the last step σ is 0.
+"""
+
+
+class NoiseSource(Protocol):
+    """Random numbers of a batch of B images, used up in the order of the calls."""
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers [B, *shape]."""
+        ...
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform int64 numbers in 0..high-1, [B]."""
+        ...
+
+
+@dataclass
+class SamplerState:
+    """Where a sampler stands after a step.
+
+    Attributes:
+        step: steps done, 1..steps.
+        steps: steps in all.
+        sigma: noise level of x; 0 after the last step.
+        x: float64 [B, C, H, W], z = x_clean + σ n; the sample after the last step.
+        denoised: [B, C, H, W], the denoiser's latest estimate of the clean image.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+
+
+class Sampler(Protocol):
+    """Every sampler, once its options are bound.
+
+    `latents` [B, C, H, W] are unit normal noise, or the image to start from where a method starts
+    from one. The state is yielded after every step; the last one holds the sample.
+    """
+
+    def __call__(
+        self, denoiser: Denoiser, latents: Tensor, cond: Conditioning, noise: NoiseSource
+    ) -> Iterator[SamplerState]: ...
+
+
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that know no float64 (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def denoise(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Tensor:
+    """The denoiser's estimate of x at one noise level for the whole batch, in z's dtype.
+
+    σ is handed over on the CPU: a wrapper that decides by it (guidance in an interval, experts)
+    then needs no synchronisation with the device.
+    """
+    sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
+    posterior: Posterior = denoiser(z, sigmas, cond)
+    return posterior.mean.to(z.dtype)
+
+
+def round_sigmas(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The noise levels that the denoiser supports nearest to `sigmas`, as Python numbers."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    rounded: list[float] = denoiser.round_sigma(levels).tolist()
+    return rounded

@@ -1,0 +1,165 @@
+"""Samples as files: one PNG for each seed, one NPZ for all, and the denoising as an animation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tessera.errors import TesseraError
+from tessera.files import atomic_file, write_json
+from tessera.images import grid
+from tessera.sampling.core import SamplerState
+
+SETTINGS_FILE = "sampling.json"
+LABELS_FILE = "dataset.json"
+
+
+def image_path(folder: Path, seed: int, subdirs: bool = False) -> Path:
+    """`000017.png` in the folder, or in a sub-folder of each 1,000 seeds (`000000/000017.png`)."""
+    if subdirs:
+        folder = folder / f"{seed - seed % 1000:06d}"
+    return folder / f"{seed:06d}.png"
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], ours: Sequence[Path]) -> None:
+    """Write the settings beside the images, or check that those there were made with the same.
+
+    Args:
+        settings: plain JSON values.
+        ours: the image files that are about to be written.
+
+    Raises:
+        TesseraError: the folder holds images of other or unknown settings.
+    """
+    path = folder / SETTINGS_FILE
+    advice = "Choose another folder, or empty this one"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TesseraError(f"{path} cannot be read ({error}). {advice}") from error
+        differing = _differences(there, json.loads(json.dumps(settings)))
+        if differing:
+            raise TesseraError(
+                f"{folder} holds images that were made with other settings "
+                f"({'; '.join(differing)}). {advice}"
+            )
+        return
+    foreign = next((image for image in ours if image.exists()), None)
+    if foreign is not None:
+        raise TesseraError(
+            f"{foreign} is there already, without a {SETTINGS_FILE} that tells how it was made. "
+            + advice
+        )
+    write_json(path, settings)
+
+
+def _differences(there: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = [*there, *(key for key in now if key not in there)]
+        return [
+            text
+            for key in keys
+            for text in _differences(there.get(key), now.get(key), f"{prefix}{key}.")
+        ]
+    return [] if there == now else [f"{prefix[:-1]}: {_shown(there)} there, {_shown(now)} now"]
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def write_labels(folder: Path, labels: Mapping[str, int]) -> None:
+    """Add the class of each file to `dataset.json`, which makes the folder a labelled data set."""
+    path = folder / LABELS_FILE
+    known: dict[str, int] = {}
+    if path.exists():
+        known = dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
+    known.update(labels)
+    with atomic_file(path, "w") as file:
+        json.dump({"labels": sorted(known.items())}, file)
+
+
+def write_npz(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
+    """`arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` int64 [N]: the field's sample file."""
+    arrays = [images] if labels is None else [images, labels]
+    with atomic_file(path) as file:
+        np.savez(file, *arrays)
+
+
+class Trajectory:
+    """Collects the steps of a batch of at most 16 images and writes them as an animation.
+
+    On the left is the state of the sampler, scaled down to about unit variance; on the right the
+    denoiser's estimate of where it leads.
+
+    Args:
+        path: a .gif or .webp file.
+        to_pixels: model space [B, C, H, W] to uint8 [B, H, W, C].
+
+    Raises:
+        TesseraError: another suffix.
+    """
+
+    MAX_IMAGES = 16
+    MAX_FRAMES = 60
+
+    def __init__(
+        self, path: str | os.PathLike[str], to_pixels: Callable[[Tensor], NDArray[np.uint8]]
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in (".gif", ".webp"):
+            raise TesseraError(
+                f"{self.path}: an animation is written as .gif or .webp, not as "
+                f"{self.path.suffix or 'a file without suffix'}"
+            )
+        self.to_pixels = to_pixels
+        self.frames: list[Image.Image] = []
+
+    def __call__(self, state: SamplerState) -> None:
+        """Keep the state as a frame; of very many steps, evenly spaced ones."""
+        every = math.ceil(state.steps / self.MAX_FRAMES)
+        if (state.steps - state.step) % every:
+            return
+        unit = state.x / math.sqrt(1 + state.sigma**2)
+        pictures = [
+            grid(self.to_pixels(images[: self.MAX_IMAGES])) for images in (unit, state.denoised)
+        ]
+        captions = (f"sigma {state.sigma:.3g}", "denoised")
+        self.frames.append(_side_by_side(pictures, captions))
+
+    def save(self) -> None:
+        """Write the animation; its last frame stays for two seconds."""
+        first, *rest = self.frames
+        durations = [100] * len(rest) + [2000]
+        options: dict[str, Any] = {"save_all": True, "append_images": rest, "loop": 0}
+        with atomic_file(self.path) as file:
+            if self.path.suffix.lower() == ".gif":
+                first.save(file, "GIF", duration=durations, optimize=False, **options)
+            else:
+                first.save(file, "WEBP", duration=durations, quality=80, method=4, **options)
+
+
+def _side_by_side(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Image.Image:
+    """Pictures in a row on white, each under its caption."""
+    gap, head = 12, 16
+    height = head + max(picture.shape[0] for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for picture, caption in zip(pictures, captions, strict=True):
+        canvas.paste(Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture),
+                     (left, head))  # fmt: skip
+        draw.text((left + 2, 2), caption, fill="black")
+        left += picture.shape[1] + gap
+    return canvas

@@ -1,0 +1,127 @@
+"""From a recipe's data section to micro-batches: images, conditioning and their random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tessera import distributed
+from tessera.conditioning import Conditioning
+from tessera.data.dataset import ImageDataset, open_dataset
+from tessera.data.loader import Batch, Loader, StepPlan
+from tessera.data.order import EpochOrder, Order, WindowedOrder
+from tessera.errors import RecipeError
+from tessera.images import from_uint8
+from tessera.randomness import AddressedDraws, Draws, derive_seed
+from tessera.recipes.build import build_augment, build_view
+from tessera.recipes.schema import Recipe
+from tessera.training.learner import MicroBatch
+
+Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
+
+
+class Feed:
+    """The training images of a recipe, in the order of the run, as the learner wants them.
+
+    Raises:
+        RecipeError: the images do not fit the recipe, or the batch not the processes; the message
+            names the key.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._recipe, self._device = recipe, device
+        self.dataset = _open(recipe)
+        _check(recipe, self.dataset)
+        self.view = build_view(recipe)
+        self._augment: Augment | None = build_augment(recipe.augment)
+        seed = derive_seed(recipe.training.seed, "order")
+        orders: dict[str, Callable[[int, int], Order]] = {
+            "epochs": EpochOrder,
+            "windowed": WindowedOrder,
+        }
+        self._order = orders[recipe.data.order](len(self.dataset), seed)
+
+    def batches(self, images_seen: int) -> Loader:
+        """This process's batches of the steps that follow after `images_seen` images."""
+        return Loader(
+            self.dataset,
+            self._order,
+            self._plans(images_seen),
+            rank=distributed.rank(),
+            world=distributed.world(),
+            device=self._device,
+            workers=self._recipe.data.workers,
+            use_labels=self._recipe.data.num_classes > 0,
+        )
+
+    def _plans(self, images_seen: int) -> Iterator[StepPlan]:
+        while images_seen < self._recipe.training.images:
+            plan = self.view.plan(images_seen)
+            yield plan
+            images_seen += plan.images
+
+    def micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        """The rounds of a step: at most `training.micro_batch` images each."""
+        training = self._recipe.training
+        count = len(batch.numbers)
+        size = training.micro_batch or count
+        first = batch.plan.first_image + distributed.rank() * count
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            draws = AddressedDraws(training.seed, batch.numbers[rows])
+            x, coords = self.view.apply(from_uint8(batch.images[rows]), draws, batch.plan)
+            augment: Tensor | None = None
+            if self._augment is not None:
+                x, augment = self._augment(x, draws)
+            labels = None if batch.labels is None else batch.labels[rows]
+            seed = derive_seed(training.seed, "dropout", first + start)
+            yield MicroBatch(x, Conditioning(labels, augment, coords), draws, seed)
+
+
+def _open(recipe: Recipe) -> ImageDataset:
+    if recipe.data.path is None:
+        raise RecipeError(
+            "data.path is not set: give the images to train on, for example data.path=photos.zip"
+        )
+    return open_dataset(
+        recipe.data.path,
+        max_images=recipe.data.max_images,
+        seed=derive_seed(recipe.training.seed, "subset"),
+        xflip=recipe.data.xflip,
+        cache=recipe.data.cache,
+    )
+
+
+def _check(recipe: Recipe, dataset: ImageDataset) -> None:
+    """Compare the data with the recipe; every difference is named."""
+    data, problems = recipe.data, list[str]()
+    channels, height, width = dataset.shape
+    if height != width:
+        problems.append(f"its images are {width}x{height} pixels; they must be square")
+    elif height != data.resolution:
+        problems.append(
+            f"its images are {width}x{height} pixels, but data.resolution is {data.resolution}"
+        )
+    if channels != data.channels:
+        problems.append(
+            f"its images have {channels} channel{'s' if channels > 1 else ''}, "
+            f"but data.channels is {data.channels}"
+        )
+    if data.num_classes and dataset.num_classes != data.num_classes:
+        found = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
+        problems.append(
+            f"it has {found}, but data.num_classes is {data.num_classes} (0 trains without labels)"
+        )
+    if problems:
+        raise RecipeError(
+            f"{data.path} does not fit the recipe:\n  "
+            + "\n  ".join(problems)
+            + "\nChange those keys, or convert the images with: tessera data convert"
+        )
+    if recipe.training.batch % distributed.world():
+        raise RecipeError(
+            f"training.batch ({recipe.training.batch}) must be a multiple of the number of "
+            f"processes ({distributed.world()})"
+        )

@@ -1,0 +1,242 @@
+"""What is trained and how one step of it is made; knows no data set, file or schedule of events."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tessera import distributed
+from tessera.conditioning import Conditioning
+from tessera.randomness import Draws
+from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
+from tessera.training import guard, optimizers, parallel
+from tessera.training.ema import Ema, local
+
+T = TypeVar("T")
+
+# (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised.
+Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Images of one forward pass on one device.
+
+    Attributes:
+        x: clean images in model space, [B, C, H, W].
+        cond: what the network is told about them.
+        draws: their random numbers.
+        network_seed: seed of PyTorch's own generator during the pass, for dropout.
+    """
+
+    x: Tensor
+    cond: Conditioning
+    draws: Draws
+    network_seed: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did; tensors are 0-dim and on the device, so reading one waits for it.
+
+    Attributes:
+        lr: learning rate of the step.
+        terms: mean over the global batch of each term of the objective.
+        grad_norm: norm of the whole gradient, before clipping.
+        bad: 1 if the gradient or the loss was not finite, else 0.
+    """
+
+    lr: float
+    terms: dict[str, Tensor]
+    grad_norm: Tensor
+    bad: Tensor
+
+
+class TrainStep(nn.Module):
+    """Denoiser and objective as one module, so that DDP and FSDP see one forward pass."""
+
+    def __init__(self, denoiser: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(self, x: Tensor, cond: Conditioning, draws: Draws) -> dict[str, Tensor]:
+        """Terms of the objective for each image, [B]."""
+        return self.objective(self.denoiser, x, cond, draws)
+
+
+class Learner:
+    """Weights, optimiser, averages and counters of a run.
+
+    Args:
+        step: the module to train; moved to `device`.
+        optimizer, emas, training: sections of the recipe.
+        device: where to train.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        optimizer: OptimizerConfig,
+        emas: Iterable[EmaConfig],
+        training: TrainingConfig,
+        device: torch.device,
+    ) -> None:
+        self._config, self._training, self.device = optimizer, training, device
+        set_precision(training)
+        self.step = step.to(device).train()
+        # FSDP shards contiguous weights only; the images are channels-last all the same.
+        sharded = distributed.active() and training.parallel == "fsdp"
+        if training.channels_last and not sharded:
+            self.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if training.compile:
+            parallel.compile_blocks(self.step, device)
+        self._module = parallel.wrap(self.step, training.parallel, device)
+        self.sharded = sharded
+        self.parameters = [p for p in self.step.parameters() if p.requires_grad]
+        self.optimizer = optimizers.build_optimizer(self.parameters, optimizer)
+        self.emas = [Ema(self.step, config) for config in emas]
+        self.loss_scale = guard.LossScale(training, device)
+        self.skips = guard.SkipCounter(device)
+
+    def update(self, rounds: Iterable[MicroBatch], images: int, images_seen: int) -> Update:
+        """One optimiser step: minimise the mean of "loss" over the global batch.
+
+        Args:
+            rounds: this process's micro-batches, of `images` / processes images in all.
+            images: images of the global batch.
+            images_seen: images before the step.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        for micro, final in _mark_final(rounds):
+            torch.manual_seed(micro.network_seed)
+            with parallel.round_of(self._module, final=final):
+                for name, value in self._backward(micro, images).items():
+                    terms[name] = terms[name] + value if name in terms else value
+        gradients = local(p.grad for p in self.parameters if p.grad is not None)
+        norm = guard.gradient_norm(gradients, self.sharded) / self.loss_scale.scale
+        bad = (~(norm.isfinite() & terms["loss"].isfinite())).to(torch.float32)
+        sums, bad = guard.agree(list(terms.values()), bad)
+
+        lr = optimizers.learning_rate(self._config, images_seen, self._training.images)
+        optimizers.set_learning_rate(self.optimizer, lr)
+        skip = self._apply(gradients, norm, bad)
+        for ema in self.emas:
+            ema.update(images_seen, images, skip)
+        self.skips.update(bad)
+        means = {name: total / images for name, total in zip(terms, sums, strict=True)}
+        return Update(lr, means, norm, bad)
+
+    def _backward(self, micro: MicroBatch, images: int) -> dict[str, Tensor]:
+        """Add to the gradients; the sum of each term over the micro-batch."""
+        x = micro.x
+        if self._training.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            terms: dict[str, Tensor] = self._module(x, micro.cond, micro.draws)
+        # DDP and FSDP average over processes; the objective is a mean over the global batch.
+        weight = distributed.world() / images
+        loss = terms["loss"].float().sum() * weight
+        torch.autograd.backward(loss * self.loss_scale.scale if self.loss_scale.active else loss)
+        sums = {name: value.detach().float().sum() for name, value in terms.items()}
+        return {**sums, "loss_per_pixel": sums["loss"] / x[0].numel()}
+
+    def _apply(self, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> Tensor:
+        """Unscale, clip, and step unless `bad`; 1 if the step was skipped, else 0."""
+        # The fused kernel divides gradients by `grad_scale` on the way, at no cost.
+        divisor: Tensor | None = self.loss_scale.scale if self.loss_scale.active else None
+        replace = self._training.nonfinite == "replace"
+        skip = torch.zeros_like(bad) if replace else bad
+        if replace:
+            if divisor is not None:
+                torch._foreach_div_(gradients, divisor)
+                divisor = None
+            guard.replace_nonfinite(gradients)
+            if self._config.clip_norm is not None:
+                norm = guard.gradient_norm(gradients, self.sharded)
+        if self._config.clip_norm is not None:
+            excess = (norm / self._config.clip_norm).clamp(min=1)
+            divisor = excess if divisor is None else divisor * excess
+        self._optimizer_step(divisor, skip)
+        self.loss_scale.update(bad)
+        return skip
+
+    def _optimizer_step(self, divisor: Tensor | None, skip: Tensor) -> None:
+        self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self._training.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self._training.precision])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every live tensor that a checkpoint holds, by `<group>/<name>`.
+
+        Groups: model (parameters and buffers), ema-0, ema-1, ..., optimizer.
+        """
+        found = {f"model/{n}": t.detach() for n, t in self.step.state_dict(keep_vars=True).items()}
+        for index, ema in enumerate(self.emas):
+            found |= {f"ema-{index}/{name}": t for name, t in ema.weights.items()}
+        for name, tensor in optimizers.named_state(self.optimizer, self.step).items():
+            found[f"optimizer/{name}"] = tensor
+        return found
+
+    def counters(self) -> dict[str, float]:
+        """Loss scale and skipped steps; waits for the device."""
+        live = self._live_counters()
+        values = torch.stack([t.to(torch.float32) for t in live.values()]).tolist()
+        return dict(zip(live, values, strict=True))
+
+    def load_counters(self, counters: dict[str, float]) -> None:
+        """Put back what `counters` gave."""
+        for name, tensor in self._live_counters().items():
+            tensor.fill_(counters[name])
+
+    def _live_counters(self) -> dict[str, Tensor]:
+        return {**self.loss_scale.state(), **self.skips.state()}
+
+    def average(self, index: int) -> dict[str, Tensor]:
+        """State of the denoiser with the weights of an average, whole, for sampling and sharing.
+
+        All processes must ask, because they hold its shards.
+        """
+        state = {n: parallel.whole(t) for n, t in self.step.state_dict(keep_vars=True).items()}
+        state |= {n: parallel.whole(t) for n, t in self.emas[index].weights.items()}
+        prefix = "denoiser."
+        return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+    def weights_finite(self) -> bool:
+        """Whether weights and averages of all processes are finite; waits for the device."""
+        tensors = [*local(self.parameters), *(a for ema in self.emas for a in ema.local_weights)]
+        finite = all(torch.stack([t.isfinite().all() for t in tensors]).tolist())
+        return all(distributed.gather(finite))
+
+
+def set_precision(training: TrainingConfig) -> None:
+    """Full float32 products for fp32; TensorFloat32 for what autocast leaves in float32."""
+    allow = training.precision != "fp32"
+    torch.set_float32_matmul_precision("high" if allow else "highest")
+    torch.backends.cudnn.allow_tf32 = allow
+
+
+def _mark_final(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item with whether it is the last."""
+    iterator = iter(items)
+    held = next(iterator)
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True

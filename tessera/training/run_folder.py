@@ -1,0 +1,123 @@
+"""The folder of a run: where it is, that it is the right one, and the recipe in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tessera import distributed
+from tessera.errors import CheckpointError, RecipeError, TrainingError
+from tessera.files import atomic_file
+from tessera.recipes.loading import dump_recipe, load_recipe
+from tessera.recipes.schema import Recipe
+
+RECIPE = "recipe.yaml"
+
+# What may change when a run is resumed: nothing that would make another model of its past.
+_CHANGEABLE = (
+    "name",
+    "description",
+    "run",
+    "sampling",
+    "training.images",
+    "training.micro_batch",
+    "training.compile",
+    "training.channels_last",
+    "training.parallel",
+    "training.max_skipped",
+    "data.path",
+    "data.cache",
+    "data.workers",
+)
+
+
+def create(recipe: Recipe, run_dir: str | Path | None) -> Path:
+    """Make the folder of a new run and write its recipe there; the same on all processes.
+
+    Raises:
+        TrainingError: the folder holds something already.
+    """
+    chosen = run_dir or recipe.run.dir
+    result: Path | str | None = None
+    if distributed.is_main():
+        folder = Path(chosen) if chosen is not None else _next_folder(recipe.name)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            result = f"{folder} is not empty. {_advice(folder)}"
+        else:
+            write_recipe(folder, recipe)
+            result = folder
+    result = distributed.broadcast(result)
+    if isinstance(result, str) or result is None:
+        raise TrainingError(str(result))
+    return result
+
+
+def _advice(folder: Path) -> str:
+    other = "choose another folder with run.dir=..."
+    if (folder / RECIPE).exists():
+        return f"To go on with the run in it: tessera train --resume {folder}\nOr {other}"
+    return other[0].upper() + other[1:]
+
+
+def _next_folder(name: str) -> Path:
+    """runs/<name>-<number>, the first number above those that are there."""
+    runs = Path("runs")
+    found = [re.fullmatch(re.escape(name) + r"-(\d+)", p.name) for p in runs.glob(f"{name}-*")]
+    number = max((int(match[1]) for match in found if match), default=0) + 1
+    return runs / f"{name}-{number:03d}"
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the complete recipe of a run."""
+    with atomic_file(folder / RECIPE, "w") as file:
+        yaml.safe_dump(dump_recipe(recipe), file, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of an existing run, with changes.
+
+    Raises:
+        CheckpointError: there is no run.
+        RecipeError: a change that would not continue the run; the message names the key.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not the folder of a run: it has no {RECIPE}. "
+            "Give the folder that `tessera train` printed when the run began"
+        )
+    recipe = load_recipe(path)
+    if not overrides:
+        return recipe
+    changed = load_recipe(path, overrides)
+    check_same(recipe, changed)
+    return changed
+
+
+def check_same(recipe: Recipe, changed: Recipe) -> None:
+    """Refuse changes that would not continue the run of `recipe`.
+
+    Raises:
+        RecipeError: names the keys.
+    """
+    before, after = _flatten(dump_recipe(recipe)), _flatten(dump_recipe(changed))
+    differ = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+    wrong = [k for k in differ if not any(k == c or k.startswith(c + ".") for c in _CHANGEABLE)]
+    if wrong:
+        raise RecipeError(
+            f"a resumed run cannot change {', '.join(wrong)}: start a new run with it. "
+            f"What can change: {', '.join(_CHANGEABLE[2:])}"
+        )
+
+
+def _flatten(data: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(data, dict):
+        return {prefix: json.dumps(data)}
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

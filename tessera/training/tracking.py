@@ -1,0 +1,191 @@
+"""Metrics of a run: gathered on the device, written as JSON lines, to TensorBoard and to wandb."""
+
+from __future__ import annotations
+
+import json
+import resource
+import secrets
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.errors import require_extra
+from tessera.files import atomic_file
+from tessera.recipes.loading import dump_recipe
+from tessera.recipes.schema import Recipe
+from tessera.training.learner import Update
+
+Metrics = dict[str, float | int | None]
+
+# Fields of a line that differ from one execution of a run to another.
+TIMING_FIELDS = ("seconds", "images_per_second", "memory_gb")
+
+
+class Meter:
+    """Means over the images of a log interval, without waiting for the device to know them.
+
+    Skipped steps do not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Apple's GPUs have no float64.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, update: Update, images: int) -> None:
+        """Count a step over `images` images."""
+        good = 1 - update.bad.to(self._dtype)
+        for name, value in {**update.terms, "grad_norm": update.grad_norm}.items():
+            pair = torch.stack([value, torch.ones_like(value)]).to(self._dtype) * images
+            pair = torch.where(good > 0, pair, torch.zeros_like(pair))
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def means(self) -> Metrics:
+        """The mean of each term since the last call (None without a good step); waits."""
+        sums, self._sums = self.state(), {}
+        return {name: total / count if count else None for name, (total, count) in sums.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """Sum and count of each term so far, as JSON values; waits for the device."""
+        if not self._sums:
+            return {}
+        values: list[list[float]] = torch.stack(list(self._sums.values())).tolist()
+        return dict(zip(self._sums, values, strict=True))
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Put back what `state` gave."""
+        self._sums = {
+            name: torch.tensor(pair, dtype=self._dtype, device=self._device)
+            for name, pair in state.items()
+        }
+
+
+class Tracker(Protocol):
+    """Somewhere that metrics and pictures go; the horizontal axis is images seen."""
+
+    def log(self, metrics: Metrics) -> None:
+        """Take a line of metrics."""
+        ...
+
+    def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        """Take a picture [H, W, C]."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl: a JSON object for each log interval, in the order of images seen."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def log(self, metrics: Metrics) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def cut_lines(path: Path, images: int) -> None:
+    """Keep only the lines up to `images`, so that a resumed run continues the file."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["images"] <= images:
+                kept.append(line)
+        except (ValueError, KeyError):
+            break  # the half line of a killed process
+    with atomic_file(path, "w") as file:
+        file.writelines(line + "\n" for line in kept)
+
+
+class TensorBoard:
+    """Event files for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed process logged beyond its checkpoint is not shown.
+        self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None)
+
+    def log(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "images" and value is not None:
+                self._writer.add_scalar(name, value, metrics["images"])
+
+    def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        self._writer.add_image(name, image, images, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a Weights & Biases project; a resumed run continues it."""
+
+    def __init__(self, run_dir: Path, project: str, recipe: Recipe) -> None:
+        self._wandb: Any = require_extra("wandb", "log", "run.wandb")
+        marker = run_dir / "wandb-id"
+        if not marker.exists():
+            marker.write_text(secrets.token_hex(4))
+        self._run = self._wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=marker.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=dump_recipe(recipe),
+        )
+        self._run.define_metric("*", step_metric="images")
+
+    def log(self, metrics: Metrics) -> None:
+        self._run.log({name: value for name, value in metrics.items() if value is not None})
+
+    def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        self._run.log({name: self._wandb.Image(image), "images": images})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
+    """The trackers that the recipe asks for, for a run that goes on after `images` images."""
+    cut_lines(run_dir / "metrics.jsonl", images)
+    trackers: list[Tracker] = [JsonLines(run_dir / "metrics.jsonl")]
+    if recipe.run.tensorboard:
+        try:
+            trackers.append(TensorBoard(run_dir / "tensorboard", images))
+        except ImportError:
+            print(
+                "note: TensorBoard is not installed, so only metrics.jsonl is written "
+                "(pip install 'tessera-diffusion[log]', or run.tensorboard=false)",
+                file=sys.stderr,
+            )
+    if recipe.run.wandb is not None:
+        trackers.append(WeightsAndBiases(run_dir, recipe.run.wandb, recipe))
+    return trackers
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of the device so far, GB; on the CPU that of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

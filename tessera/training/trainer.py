@@ -1,0 +1,318 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tessera import distributed
+from tessera.data.dataset import ImageDataset
+from tessera.data.loader import Batch
+from tessera.errors import TrainingError
+from tessera.progress import progress
+from tessera.randomness import derive_seed
+from tessera.recipes.build import build_denoiser, build_objective
+from tessera.recipes.loading import dump_recipe, parse_recipe
+from tessera.recipes.schema import Recipe
+from tessera.training import run_folder, tracking
+from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
+from tessera.training.feed import Feed
+from tessera.training.learner import Learner, TrainStep, Update
+from tessera.training.preview import Preview, ema_pipeline
+from tessera.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step.
+
+    Attributes:
+        step: number of the step, from 1.
+        images: images seen after it.
+        update: what it did, on the device.
+        metrics: the line that was logged after this step; None at most steps.
+    """
+
+    step: int
+    images: int
+    update: Update
+    metrics: tracking.Metrics | None
+
+
+class Trainer:
+    """Trains a recipe in a run folder.
+
+    Args:
+        recipe: what to train. With `resume` it may be left out; if given, it may differ from that
+            of the run only where that does not change what has been trained.
+        run_dir: folder of a new run; by default the recipe's, or runs/<recipe>-<number>.
+        resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
+
+    Attributes:
+        recipe, run_dir, device: of this run.
+        learner: weights, averages, optimiser.
+        images_seen, step: progress so far.
+        stopped_by: number of the signal that ended the run early; None otherwise.
+
+    Raises:
+        TesseraError: recipe, data or run folder do not fit; the message says what to do.
+
+    Example:
+        >>> trainer = Trainer(load_recipe("quickstart-digits", ["data.path=digits.zip"]))
+        >>> for report in trainer.steps(): ...  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        run_dir: str | Path | None = None,
+        resume: str | Path | None = None,
+    ) -> None:
+        if resume is not None:
+            recorded = run_folder.read_recipe(resume)
+            recipe = recipe or recorded
+            run_folder.check_same(recorded, recipe)
+        elif recipe is None:
+            raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
+        self.recipe = recipe
+        self.device = distributed.device()
+        self._feed = Feed(recipe, self.device)
+        torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+        self.learner = Learner(
+            TrainStep(build_denoiser(recipe), build_objective(recipe.objective)),
+            recipe.optimizer,
+            recipe.ema,
+            recipe.training,
+            self.device,
+        )
+        self.images_seen = self.step = 0
+        self.stopped_by: int | None = None
+        self._meter = tracking.Meter(self.device)
+        self._seconds = 0.0
+        self.run_dir = run_folder.create(recipe, run_dir) if resume is None else Path(resume)
+        self._checkpoints = Checkpoints(self.run_dir / "checkpoints", recipe.run.keep)
+        self._saved: Path | None = None
+        if resume is not None:
+            self._restore()
+
+    @property
+    def dataset(self) -> ImageDataset:
+        """The training images."""
+        return self._feed.dataset
+
+    @property
+    def device_name(self) -> str:
+        """The device in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        if self.device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads"
+        return self.device.type
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Train to the end, or until SIGTERM or Ctrl-C (see `stopped_by`)."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train; an iterator over the steps, after each of which metrics, previews and checkpoints
+        that are due have been made.
+
+        Raises:
+            TrainingError: too many steps in a row had gradients that are not finite.
+        """
+        run, total = self.recipe.run, self.recipe.training.images
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            trackers = self._open_trackers(stack)
+            preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers)
+            bar = stack.enter_context(
+                progress("training", total, unit="images", completed=self.images_seen)
+            )
+            clock = Clock(self._seconds, self.images_seen)
+            save_pending = False
+            for batch in stack.enter_context(self._feed.batches(self.images_seen)):
+                before, update = self.images_seen, self._train(batch)
+                due = Due(before, self.images_seen, total)
+                bar.update(self.images_seen)
+
+                metrics: tracking.Metrics | None = None
+                if before == 0 or due(run.log_every_images):
+                    metrics = self._metrics(update, clock)
+                    for tracker in trackers:
+                        tracker.log(metrics)
+                    bar.update(self.images_seen, note=_note(metrics))
+                if run.preview is not None and due(run.preview.every_images):
+                    with clock.paused():
+                        preview.make(self.learner, self.images_seen)
+                stopping = stop.agreed()
+                save_pending = save_pending or stopping or due(run.checkpoint_every_images)
+                if save_pending and self._settled(due.finished):
+                    with clock.paused():
+                        self._save(clock.seconds)
+                    save_pending = False
+                yield StepReport(self.step, self.images_seen, update, metrics)
+                if stopping and not save_pending and not due.finished:
+                    self.stopped_by = stop.signal
+                    return
+
+    def _train(self, batch: Batch) -> Update:
+        """One optimiser step."""
+        rounds = self._feed.micro_batches(batch)
+        update = self.learner.update(rounds, batch.plan.images, self.images_seen)
+        self._meter.add(update, batch.plan.images)
+        self.images_seen += batch.plan.images
+        self.step += 1
+        return update
+
+    # ------------------------------------------------------- what waits for the device, seldom
+
+    def _metrics(self, update: Update, clock: Clock) -> tracking.Metrics:
+        """The line of a log interval."""
+        means = self._meter.means()
+        counters = self.learner.counters()
+        self._check_streak(counters["skipped_in_a_row"])
+        return {
+            "images": self.images_seen,
+            "step": self.step,
+            **means,
+            "lr": update.lr,
+            "skipped": int(counters["skipped"]),
+            "loss_scale": counters["loss_scale"],
+            "seconds": round(clock.seconds, 3),
+            "images_per_second": round(clock.speed(self.images_seen), 3),
+            "memory_gb": round(tracking.memory_gb(self.device), 3),
+        }
+
+    def _settled(self, finished: bool) -> bool:
+        """Whether the last step was a good one, so that its weights may be kept.
+
+        Raises:
+            TrainingError: the weights are not finite, or too many steps in a row were bad.
+        """
+        streak = self.learner.counters()["skipped_in_a_row"]
+        self._check_streak(streak)
+        if not self.learner.weights_finite():
+            raise TrainingError(
+                f"the weights are not finite after {self.images_seen} images. {self._last_good()}"
+            )
+        return streak == 0 or finished
+
+    def _check_streak(self, streak: float) -> None:
+        limit = self.recipe.training.max_skipped
+        if streak > limit:
+            raise TrainingError(
+                f"the last {int(streak)} steps in a row had a loss or gradients that are not "
+                f"finite (training.max_skipped is {limit}), after {self.images_seen} images. "
+                + self._last_good()
+            )
+
+    def _last_good(self) -> str:
+        advice = "Try a lower optimizer.lr, optimizer.clip_norm=1, or training.precision=bf16"
+        if self._saved is None:
+            return f"No checkpoint had been written yet. {advice}"
+        return f"The last good checkpoint is {self._saved}; {advice[0].lower()}{advice[1:]}"
+
+    # ---------------------------------------------------------------------- saving and resuming
+
+    def _save(self, seconds: float) -> None:
+        """Write a checkpoint, and the pipeline folder with the averaged weights."""
+        state = {
+            "images": self.images_seen,
+            "step": self.step,
+            "seconds": seconds,
+            "counters": self.learner.counters(),
+            "meter": self._meter.state(),
+            "recipe": dump_recipe(self.recipe),
+        }
+        self._saved = self._checkpoints.save(
+            self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
+        )
+        pipeline = ema_pipeline(
+            self.recipe, self.learner, self.images_seen, self.dataset.class_names
+        )
+        if pipeline is not None:
+            pipeline.save(self.run_dir / "pipeline")
+        distributed.barrier()
+
+    def _restore(self) -> None:
+        """Go back to the newest undamaged checkpoint; to the beginning if there is none yet."""
+        self._saved = self._checkpoints.newest()
+        if self._saved is not None:
+            state = read_state(self._saved)
+            run_folder.check_same(parse_recipe(state["recipe"]), self.recipe)
+            load_tensors(self._saved, self.learner.tensors())
+            self.learner.load_counters(state["counters"])
+            self._meter.load(state["meter"])
+            self.images_seen, self.step = state["images"], state["step"]
+            self._seconds = state["seconds"]
+        elif distributed.is_main():
+            print("no checkpoint yet: training from the beginning", file=sys.stderr)
+        if distributed.is_main():
+            run_folder.write_recipe(self.run_dir, self.recipe)
+        distributed.barrier()
+
+    def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
+        if not distributed.is_main():
+            return []
+        trackers = tracking.open_trackers(self.run_dir, self.recipe, self.images_seen)
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        return trackers
+
+
+class Due:
+    """What is to be done after a step, given the images seen before and after it."""
+
+    def __init__(self, before: int, after: int, total: int) -> None:
+        self._before, self._after = before, after
+        self.finished = after >= total
+
+    def __call__(self, every: int) -> bool:
+        """Whether a multiple of `every` images has been reached, or the end of the run."""
+        return self.finished or self._after // every > self._before // every
+
+
+class Clock:
+    """Training time, without previews and checkpoints.
+
+    Args:
+        seconds: what earlier parts of the run took.
+        images: images seen so far.
+    """
+
+    def __init__(self, seconds: float, images: int) -> None:
+        self._start = time.monotonic() - seconds
+        self._mark = (seconds, images)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the whole run."""
+        return time.monotonic() - self._start
+
+    def speed(self, images: int) -> float:
+        """Images per second since the last call."""
+        now = self.seconds
+        (then, before), self._mark = self._mark, (now, images)
+        return (images - before) / max(now - then, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        begin = time.monotonic()
+        yield
+        self._start += time.monotonic() - begin
+
+
+def _note(metrics: tracking.Metrics) -> str:
+    loss = metrics["loss_per_pixel"]
+    shown = "not finite" if loss is None else f"{loss:.4g}"
+    return f"loss {shown}  memory {metrics['memory_gb']:.1f} GB"

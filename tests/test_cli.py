@@ -1,0 +1,105 @@
+"""The command as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tessera.cli import app
+
+HEAVY = ("torch", "numpy", "PIL", "scipy", "sklearn", "matplotlib")
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command and group below `command`."""
+    inner = getattr(command, "commands", {})
+    return [path, *(found for name, sub in inner.items() for found in commands(sub, (*path, name)))]
+
+
+COMMANDS = commands(typer.main.get_command(app))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tessera", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_of_every_command_answers_without_torch() -> None:
+    # One process for all: starting Python is what takes time.
+    script = f"""
+import contextlib, io, sys
+from tessera.cli import app
+for path in {COMMANDS!r}:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            app([*path, "--help"])
+        except SystemExit as end:
+            assert not end.code, path
+    assert "Usage:" in text.getvalue(), path
+print(*[name for name in {HEAVY!r} if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "", "imported for --help"
+
+
+def test_every_command_says_what_it_does() -> None:
+    root: Any = typer.main.get_command(app)
+    for path in COMMANDS:
+        command = root
+        for name in path:
+            command = command.commands[name]
+        assert command.help, " ".join(path)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("tessera ")
+
+
+def test_listing_recipes_needs_no_torch_and_fits_the_terminal() -> None:
+    script = (
+        "import sys; from tessera.cli import app; app(['recipes'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0
+    assert "cifar10-small" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_shown_recipe_is_a_recipe_file(tmp_path: Path) -> None:
+    from tessera.recipes.loading import load_recipe
+
+    result = run("recipes", "show", "edm-cifar10-cond-ve", "training.batch=256")
+    path = tmp_path / "mine.yaml"
+    path.write_text(result.stdout)
+    assert load_recipe(path) == load_recipe("edm-cifar10-cond-ve", ["training.batch=256"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recipes", "show", "cifar10-smal"], "did you mean cifar10-small?"),
+        (["recipes", "show", "cifar10-small", "lr=1"], "did you mean optimizer.lr?"),
+        (["recipes", "show", "cifar10-small", "training.batch=[bold]x"], "training.batch"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "error:" in result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout

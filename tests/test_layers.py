@@ -1,0 +1,137 @@
+"""Imports run one way, and optional packages are imported where they are used."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tessera"
+
+# From the bottom to the top; parts of one line do not know each other, but for the first line's.
+LAYERS = (
+    ("errors", "files", "images", "conditioning", "randomness", "distributed", "progress",
+     "_version"),
+    ("networks",),
+    ("diffusion",),
+    ("data",),
+    ("sampling",),
+    ("recipes",),
+    ("cost", "convert"),
+    ("metrics",),
+    ("pipelines",),
+    ("training",),
+    ("quickstart",),
+    ("cli",),
+    ("tessera", "__main__"),
+)  # fmt: skip
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+
+OPTIONAL = {
+    "sklearn", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchvision", "tensorboard",
+    "torch.utils.tensorboard", "wandb", "huggingface_hub", "lmdb", "cv2", "pandas",
+}  # fmt: skip
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a file belongs to, as it stands in `LAYERS`."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "tessera" if first == "__init__" else first
+
+
+def imports(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, full name) of everything that is imported anywhere in a file."""
+    package = ["tessera", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*prefix, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def upward(path: Path, source: str) -> list[str]:
+    """The imports of a file that break the order."""
+    own = part_of(path)
+    wrong = []
+    for line, name in imports(ast.parse(source), path):
+        if name != "tessera" and not name.startswith("tessera."):
+            continue
+        target = ([*name.split("."), ""])[1]
+        # `from tessera import load` takes a name of the package itself.
+        target = target if target in LEVEL and target != "tessera" else "tessera"
+        same_line = LEVEL[target] == LEVEL[own] and (target == own or LEVEL[own] == 0)
+        if own != "tessera" and LEVEL[target] >= LEVEL[own] and not same_line:
+            wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {own} imports {name}")
+    return wrong
+
+
+def optional_at_top(path: Path, source: str) -> list[str]:
+    """The optional packages that importing a file would import."""
+    wrong = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for line, name in imports(ast.Module([node], []), path):
+                if any(name == module or name.startswith(f"{module}.") for module in OPTIONAL):
+                    wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {name}")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return wrong
+
+
+def test_every_module_has_its_place() -> None:
+    assert {part_of(path) for path in MODULES} <= set(LEVEL)
+
+
+def test_imports_run_downwards() -> None:
+    assert [line for path in MODULES for line in upward(path, path.read_text())] == []
+
+
+def test_optional_packages_are_imported_where_used() -> None:
+    assert [line for path in MODULES for line in optional_at_top(path, path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "count"),
+    [
+        ("networks/x.py", "from tessera.diffusion.denoiser import Denoiser", 1),
+        ("networks/x.py", "def f():\n    import tessera.data.views", 1),
+        ("networks/x.py", "if TYPE_CHECKING:\n    from tessera.recipes import schema", 1),
+        ("networks/x.py", "from ..diffusion import denoiser", 1),
+        ("networks/x.py", "from . import layers\nfrom tessera.errors import DataError", 0),
+        ("networks/x.py", "from tessera import load", 1),
+        ("cost.py", "from tessera.convert import edm", 1),
+        ("cli/x.py", "from tessera.cost import estimate\nfrom tessera import training", 0),
+        ("files.py", "from tessera.errors import DataError", 0),
+    ],
+)
+def test_the_check_itself(file: str, source: str, count: int) -> None:
+    assert len(upward(PACKAGE / file, source)) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("import wandb", 1),
+        ("from torch.utils.tensorboard import SummaryWriter", 1),
+        ("from torch.utils import tensorboard", 1),
+        ("try:\n    import lmdb\nexcept ImportError:\n    pass", 1),
+        ("def f():\n    import wandb", 0),
+        ("if TYPE_CHECKING:\n    import diffusers", 0),
+        ("import torch.utils.data", 0),
+    ],
+)
+def test_the_optional_check_itself(source: str, count: int) -> None:
+    assert len(optional_at_top(PACKAGE / "training/x.py", source)) == count

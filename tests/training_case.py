@@ -1,0 +1,81 @@
+"""A tiny training run for tests: 8x8 images, two classes, seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_files import random_images, write_packed
+
+from tessera.recipes.loading import dump_recipe, parse_recipe
+from tessera.recipes.overrides import merge
+from tessera.recipes.schema import Recipe
+from tessera.training import tracking
+
+BASE: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"resolution": 8, "num_classes": 2, "workers": 1},
+    "network": {
+        "kind": "song_unet",
+        "model_channels": 8,
+        "channel_mult": [1, 1],
+        "channel_mult_emb": 2,
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+        "dropout": 0.1,
+    },
+    "objective": {"kind": "edm", "label_dropout": 0.2},
+    "optimizer": {"lr": 2e-3, "rampup_images": 40},
+    "ema": [{"halflife_images": 50}],
+    "training": {"images": 96, "batch": 8, "seed": 3},
+    "sampling": {"kind": "edm", "steps": 2},
+    "run": {
+        "log_every_images": 16,
+        "checkpoint_every_images": 32,
+        "preview": None,
+        "tensorboard": False,
+    },
+}
+
+
+def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
+    """The tiny recipe with changed sections, on a random data set in `folder`."""
+    path = folder / "tiny.safetensors"
+    if not path.exists():
+        write_packed(path, random_images(30), labels=[i % 2 for i in range(30)])
+    return parse_recipe(merge(merge(BASE, {"data": {"path": str(path)}}), changes))
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> Path:
+    """The recipe as a file for the command."""
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(dump_recipe(recipe)))
+    return path
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in tracking.TIMING_FIELDS} for x in lines]
+
+
+def start(*arguments: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """`python -m tessera ARGUMENTS`, or the same under torchrun."""
+    launcher = ["-m", "tessera"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "tessera"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
