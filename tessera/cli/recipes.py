@@ -51,4 +51,4 @@ def show(
         return
     from rich.syntax import Syntax
 
-    Console().print(Syntax(text, "yaml", background_color="default"))
+    Console().print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))
