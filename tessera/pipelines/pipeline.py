@@ -147,6 +147,8 @@ class Pipeline:
         with torch.random.fork_rng(devices=[]):
             denoiser = build_denoiser(recipe)
         folders.load_weights(folder, entry, denoiser.network)
+        if recipe.training.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
         pipe = cls(
             recipe,
             denoiser,
