@@ -148,7 +148,7 @@ class Pipeline:
             denoiser = build_denoiser(recipe)
         folders.load_weights(folder, entry, denoiser.network)
         if recipe.training.channels_last:
-            denoiser.to(memory_format=torch.channels_last)
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pipe = cls(
             recipe,
             denoiser,
