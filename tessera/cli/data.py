@@ -147,14 +147,16 @@ def _print_report(report: Report) -> None:
     table = _table()
     table.add_row("source", report.kind)
     table.add_row("images", f"{report.count:,} of {shape_text(report.shape)}")
-    table.add_row("labels", f"{report.num_classes} classes" if report.num_classes else "none")
+    table.add_row(
+        "labels", _counted(report.num_classes, "class", "classes") if report.num_classes else "none"
+    )
     if report.too_small:
         table.add_row("left out", f"{report.too_small:,} smaller than the resolution")
     if report.bad:
         table.add_row("left out", f"{len(report.bad):,} that cannot be used:")
         _add_listed(table, report.bad)
     if report.ignored:
-        table.add_row("ignored", f"{len(report.ignored):,} files that are not images:")
+        table.add_row("ignored", _counted(len(report.ignored), "file", "files") + ", no image:")
         _add_listed(table, report.ignored)
     for note in report.notes:
         table.add_row("[yellow]note", _plain(note))
@@ -179,14 +181,15 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
     else:
         counts = [entry.count for entry in summary.classes]
         balance = (
-            f"{counts[0]:,} images each"
+            f"{counts[0]:,} per class"
             if min(counts) == max(counts)
-            else f"{min(counts):,} to {max(counts):,} images each"
+            else f"{min(counts):,} to {max(counts):,} per class"
         )
         absent = summary.num_classes - len(counts)
         table.add_row(
             "labels",
-            f"{summary.num_classes} classes, {balance}" + (f"; {absent} empty" if absent else ""),
+            f"{_counted(summary.num_classes, 'class', 'classes')}, {balance}"
+            + (f"; {absent} empty" if absent else ""),
         )
     if dataset.skipped:
         table.add_row("left out", f"{len(dataset.skipped):,} that cannot be used:")
@@ -247,6 +250,10 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def _counted(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _size_text(size: float) -> str:

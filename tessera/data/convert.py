@@ -154,6 +154,10 @@ def convert(
                     labels.append(result.record.label)
                     names.append(result.record.name)
         report.count = len(labels)
+        if len(report.bad) > report.count:
+            report.notes.append(
+                "most images were left out; the first one that can be used sets the shape of all"
+            )
         if not labels:
             raise DataError(_nothing_left(source, report))
         sink.finish(_settle_labels(labels, names, opened, report), report.class_names)
@@ -216,7 +220,7 @@ def _settle_labels(
     report.num_classes = len(np.unique(values)) if values.ndim == 1 else values.shape[1]
     if report.class_names is not None and report.num_classes < len(report.class_names):
         report.notes.append(
-            f"only {report.num_classes} of the {len(report.class_names)} classes occur in the set"
+            f"{report.num_classes} of the {len(report.class_names)} classes occur in the set"
         )
     return values
 

@@ -10,7 +10,7 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.decode import decode_image, is_image
-from tessera.data.labels import LABELS_FILE, Label, find_labels, folder_labels
+from tessera.data.labels import LABELS_FILE, Label, find_labels
 from tessera.data.members import Members, ZipMembers, open_members
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, require_extra
@@ -108,29 +108,18 @@ def _files(members: Members, upright: bool) -> Source:
         images.sort(key=lambda name: name.split("/"))  # component-wise, like path objects
     ignored = tuple(n for n in members.names if n != LABELS_FILE and not is_image(n))
     labels = find_labels(members, images)
-    if labels is None and isinstance(members, ZipMembers) and LABELS_FILE not in members.names:
-        labels = folder_labels(_without_common_folder(images))
 
     def load(name: str) -> Pixels:
-        return decode_image(members.read(name), f"{members.path}: {name}", upright=upright)
+        return decode_image(members.read(name), members.where(name), upright=upright)
 
     values: list[Label] = labels.values if labels is not None else [None] * len(images)
     records = [
-        Record(name, value, functools.partial(load, name))
+        Record(members.where(name), value, functools.partial(load, name))
         for name, value in zip(images, values, strict=True)
     ]
     kind = "ZIP of images" if isinstance(members, ZipMembers) else "image folder"
     names = labels.class_names if labels is not None else None
     return Source(kind, members.path.stem, len(records), records, names, ignored)
-
-
-def _without_common_folder(images: list[str]) -> list[str]:
-    """Archives are often made of one folder with everything inside; look into it."""
-    while len({image.split("/", 1)[0] for image in images}) == 1 and "/" in images[0]:
-        if not all("/" in image for image in images):
-            break
-        images = [image.split("/", 1)[1] for image in images]
-    return images
 
 
 def _packed(path: Path) -> Source:
@@ -247,14 +236,14 @@ def _idx(path: Path) -> Source:
     labels_path = path.with_name(
         path.name.replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
     )
-    labels: list[Label] = [None] * len(images)
+    labels: Sequence[Label] = [None] * len(images)
     class_names = None
     if labels_path.exists():
-        indices = _read_idx(labels_path, 1)
+        indices = _read_idx(labels_path, 1).tolist()
         if len(indices) != len(images):
             raise DataError(f"{labels_path}: {len(indices)} labels for {len(images)} images")
-        labels = indices.tolist()
-        class_names = tuple(str(i) for i in range(int(indices.max(initial=-1)) + 1)) or None
+        labels = indices
+        class_names = tuple(str(i) for i in range(max(indices, default=-1) + 1)) or None
     if images.shape[1:] == (28, 28):
         images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     records = [

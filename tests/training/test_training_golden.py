@@ -63,6 +63,8 @@ def test_released_loop(channels_last: bool) -> None:
             recorded = weights(golden, f"in.{index}.")
             numbers = {"sigma": recorded.pop("rnd"), "noise": recorded.pop("noise")}
             numbers |= {f"augment.{name}": value for name, value in recorded.items()}
+            # The released code draws shifts as [2, B].
+            numbers["augment.translate_frac.n"] = recorded["translate_frac.n"].T
             draws = RecordedDraws(numbers)
             x, augmented = augment(recorded["images"], draws)
             cond = Conditioning(recorded["labels"].argmax(dim=1), augmented)
@@ -74,7 +76,16 @@ def test_released_loop(channels_last: bool) -> None:
 
     expected = torch.cat([golden[f"out.{k}.loss"].sum((1, 2, 3)) for k in range(len(losses))])
     assert relative_error(torch.cat(losses), expected) < 1e-4
+    worst = 0.0
     for index, prefix in ((None, "out.net.model."), (0, "out.ema.model.")):
         state = denoiser.state_dict() if index is None else learner.average(index)
         for name, value in weights(golden, prefix).items():
-            assert (state[f"network.{name}"] - value).abs().max() < 1e-4, name
+            difference = (state[f"network.{name}"] - value).abs()
+            if name.endswith("qkv.bias"):
+                # Softmax does not see a bias of the keys (q, k, v interleaved): its gradient is
+                # rounding noise alone, which Adam turns into steps of any sign.
+                assert difference[1::3].max() < 1e-3 * config["steps"]
+                difference[1::3] = 0
+            assert difference.max() < 1e-4, name
+            worst = max(worst, float(difference.max()))
+    assert worst < 2e-5
