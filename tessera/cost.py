@@ -99,7 +99,7 @@ def estimate(
         evaluations=evaluations,
         sample_flops=forward * evaluations,
         micro_batch=micro_batch,
-        activation_bytes=_activations(recipe, micro_batch),
+        activation_bytes=_activations(recipe, denoiser, micro_batch),
         weight_bytes=weights,
         gradient_bytes=weights,
         optimizer_bytes=2 * weights,
@@ -113,12 +113,16 @@ def _flops(recipe: Recipe, denoiser: Denoiser) -> tuple[int, int]:
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         denoiser(x, x.new_ones(1), cond)
     with FlopCounterMode(display=False) as train:
-        build_objective(recipe.objective)(denoiser, x, cond, draws)["loss"].sum().backward()
+        terms = build_objective(recipe.objective)(denoiser, x, cond, draws)
+        torch.autograd.backward(terms["loss"].sum())
     return forward.get_total_flops(), train.get_total_flops()
 
 
-def _activations(recipe: Recipe, batch: int) -> int:
-    """Bytes kept for the backward pass of `batch` images, each storage counted once."""
+def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
+    """Bytes kept for the backward pass of `batch` images, each storage counted once.
+
+    Leaves `denoiser` without usable weights.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ def _activations(recipe: Recipe, batch: int) -> int:
 
     # Fake CPU tensors, not meta ones: these know autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        denoiser = build_denoiser(recipe).train()
+        denoiser = denoiser.to_empty(device="cpu")
         x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
         dtype = _AUTOCAST.get(recipe.training.precision)
         autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()

@@ -119,7 +119,7 @@ def sample(
         if value is not None
     }
     if guidance_interval is not None:
-        options["guidance_interval"] = _interval(guidance_interval)
+        options["guidance_interval"] = parse_interval(guidance_interval)
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
@@ -198,7 +198,8 @@ def _on_device(pipe: Any, device: Any) -> Any:
         ) from error
 
 
-def _interval(text: str) -> tuple[float, float]:
+def parse_interval(text: str) -> tuple[float, float]:
+    """`LOW,HIGH` as two noise levels."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
