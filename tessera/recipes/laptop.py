@@ -59,9 +59,9 @@ def cifar10_small() -> Recipe:
             attn_resolutions=(8,),
             dropout=0,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, rampup_images=10_000, decay="cosine"),
+        optimizer=OptimizerConfig(lr=1e-3, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=10_000),),
-        training=TrainingConfig(images=200_000, batch=64, precision="bf16", compile=True),
+        training=TrainingConfig(images=120_000, batch=32, precision="bf16"),
         sampling=EdmSampler(steps=18),
         run=RunConfig(
             log_every_images=2_000,
