@@ -19,7 +19,7 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.errors import CheckpointError
+from tessera.errors import CheckpointError, TesseraError
 from tessera.images import to_pil, to_uint8
 from tessera.pipelines import folder as folders
 from tessera.pipelines.options import Label, choose_labels, choose_sampler
@@ -264,6 +264,8 @@ class Pipeline:
         seeds = list_seeds(seeds)
         if not seeds:
             return
+        if batch < 1:
+            raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         sampler = build_sampler(choose_sampler(self.recipe.sampling, options))
         denoiser = self.guided(guidance, guidance_interval, guide)
@@ -281,6 +283,23 @@ class Pipeline:
                 None if cond.labels is None else cond.labels.cpu().numpy(),
                 self.to_pixels(state.x),
             )
+
+    def check(
+        self,
+        seeds: Seeds,
+        labels: Label | Iterable[Label] | None = None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        precision: Precision = "fp32",
+        **options: Any,
+    ) -> None:
+        """Raise the errors that `sample_batches` would raise with the same arguments."""
+        choose_labels(labels, list_seeds(seeds), self.denoiser.num_classes, self.class_names)
+        choose_sampler(self.recipe.sampling, options)
+        self.guided(guidance, guidance_interval, guide)
+        _autocast(self.device, precision)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None
@@ -355,4 +374,6 @@ def ema_names(recipe: Recipe) -> list[str]:
 
 
 def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    if precision not in ("fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
