@@ -9,6 +9,7 @@ the stack may be cut short after any of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -40,8 +41,9 @@ class BrickSpec(NamedTuple):
 class Lego(nn.Module):
     """A stack of bricks, conditioned on noise level, class and augmentation labels.
 
-    The canvas may have any height and width that are multiples of every brick's size. Parameters
-    are named as in the released checkpoints.
+    The canvas may have any height and width that are multiples of every brick's size. A canvas
+    smaller than a brick (a crop that is trained on) is one small patch to it. Parameters are named
+    as in the released checkpoints.
 
     Args:
         channels: of the image, and of the output.
@@ -110,10 +112,51 @@ class Lego(nn.Module):
             if isinstance(embedder, nn.Linear):
                 nn.init.normal_(embedder.weight, std=0.02)
 
-    @property
-    def canvas_multiple(self) -> int:
-        """Heights and widths of a canvas are multiples of this, pixels."""
-        return math.lcm(*(spec.size for spec in self.specs))
+    def fits(self, side: int) -> bool:
+        """Whether a canvas may have this height or width, pixels."""
+        return side > 0 and all(
+            side % spec.patch == 0 if side < spec.size else side % spec.size == 0
+            for spec in self.specs
+        )
+
+    def padded(self, side: int) -> int:
+        """The smallest height or width of at least `side` that a canvas may have."""
+        return next(size for size in itertools.count(side) if self.fits(size))
+
+    def check_canvas(self, height: int, width: int) -> None:
+        """Whether the bricks tile a canvas.
+
+        Raises:
+            TesseraError: they do not; the message names the sizes that they do.
+        """
+        if self.fits(height) and self.fits(width):
+            return
+        step = math.lcm(*(spec.size for spec in self.specs))
+        small = [size for size in range(1, step) if self.fits(size)]
+        allowed = f"multiples of {step}" + (f" or {', '.join(map(str, small))}" if small else "")
+        raise TesseraError(
+            f"a canvas of {height}x{width} pixels (height x width) does not fit bricks of "
+            f"{', '.join(str(spec.size) for spec in self.specs)}: height and width must be {allowed}"
+        )
+
+    def check_prefix(self, bricks: int | None) -> None:
+        """Whether the stack may be cut after `bricks` bricks; None for not cut.
+
+        Raises:
+            TesseraError: there are not as many, or only the last output was trained.
+        """
+        if bricks is None or bricks == len(self.specs):
+            return
+        if not 1 <= bricks < len(self.specs):
+            raise TesseraError(
+                f"cannot run {bricks} bricks: the stack has {len(self.specs)}, and at least the "
+                "first must run"
+            )
+        if not self.joint:
+            raise TesseraError(
+                "this stack was trained with its last output only (network.joint=false), so no "
+                "brick may be skipped. Train it with network.joint=true"
+            )
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated transformer blocks, in the order of their use."""
@@ -134,8 +177,8 @@ class Lego(nn.Module):
         Raises:
             TesseraError: the canvas does not fit the bricks, or the stack cannot be cut there.
         """
-        self._check_canvas(*x.shape[-2:])
-        self._check_prefix(bricks)
+        self.check_canvas(*x.shape[-2:])
+        self.check_prefix(bricks)
         c = self._embed(noise, cond)
         place = coordinates(x, cond)
         outputs: list[Tensor] = []
@@ -154,29 +197,6 @@ class Lego(nn.Module):
             if self.map_augment is not None and cond.augment is not None:
                 c = c + self.map_augment(cond.augment)
             return c
-
-    def _check_canvas(self, height: int, width: int) -> None:
-        step = self.canvas_multiple
-        if height % step or width % step or not height or not width:
-            raise TesseraError(
-                f"a canvas of {height}x{width} (height x width) does not fit bricks of "
-                f"{', '.join(str(spec.size) for spec in self.specs)} pixels: height and width must "
-                f"be multiples of {step}, such as {step}, {2 * step}, {3 * step}"
-            )
-
-    def _check_prefix(self, bricks: int | None) -> None:
-        if bricks is None or bricks == len(self.specs):
-            return
-        if not 1 <= bricks < len(self.specs):
-            raise TesseraError(
-                f"cannot run {bricks} bricks: the stack has {len(self.specs)}, and at least the "
-                "first must run"
-            )
-        if not self.joint:
-            raise TesseraError(
-                "this stack was trained with its last output only (network.joint=false), so no "
-                "brick may be skipped. Train it with network.joint=true"
-            )
 
 
 class Brick(nn.Module):
@@ -208,21 +228,55 @@ class Brick(nn.Module):
         else:
             self.register_buffer("pos_embed", table)
         self.x_embedder = PatchEmbedding(in_channels, width, self.patch)
-        self.blocks = nn.ModuleList(
-            DiTBlock(width, heads, span=side**2, mlp_ratio=mlp_ratio) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(width, self.patch**2 * out_channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Canvas [B, C_in, H, W] and conditioning [B, D] to output [B, C, H, W]."""
-        height, width = x.shape[-2:]
-        h = self.x_embedder(to_tokens(x, self.size, self.patch))
+        canvas = Grid(*x.shape[-2:], self.size, self.patch)
+        h = self.x_embedder(canvas.cut(x))
+        positions = self._positions(canvas).to(h.dtype)
         # [B, patches, tokens of a patch, D]: one table for all patches.
-        positions = self.pos_embed.to(h.dtype)
-        h = (h.unflatten(1, (-1, positions.shape[1])) + positions).flatten(1, 2)
+        h = (h.unflatten(1, (-1, canvas.span)) + positions).flatten(1, 2)
         for block in self.blocks:
-            h = block(h, c)
-        return to_canvas(self.final_layer(h, c), self.size, self.patch, height, width)
+            h = block(h, c, canvas.span)
+        return canvas.join(self.final_layer(h, c))
+
+    def _positions(self, canvas: Grid) -> Tensor:
+        """The part of the table that a patch uses: all of it, but for canvases smaller than it."""
+        side = self.size // self.patch
+        table = self.pos_embed.unflatten(1, (side, side))
+        return table[:, : canvas.rows, : canvas.columns].flatten(1, 2)
+
+
+class Grid:
+    """Cuts a canvas of `height` x `width` into r x r patches of tokens with side p, and joins them.
+
+    Attributes:
+        rows, columns: tokens of a patch along each axis.
+        span: tokens of a patch.
+    """
+
+    def __init__(self, height: int, width: int, size: int, token: int) -> None:
+        self.token = token
+        self.rows, self.columns = min(height, size) // token, min(width, size) // token
+        self.span = self.rows * self.columns
+        self._down, self._across = height // min(height, size), width // min(width, size)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Canvas [B, C, H, W] to tokens [B, T, C p p], patch after patch, rows first in each."""
+        batch, channels, p = len(x), x.shape[1], self.token
+        x = x.reshape(batch, channels, self._down, self.rows, p, self._across, self.columns, p)
+        # [B, patch row, patch column, token row, token column, C, p, p]
+        return x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, -1, channels * p**2)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, T, p p C] (channel fastest) to the canvas [B, C, H, W]; `cut` undone."""
+        batch, p = len(tokens), self.token
+        x = tokens.reshape(batch, self._down, self._across, self.rows, self.columns, p, p, -1)
+        # [B, C, patch row, token row, p, patch column, token column, p]
+        x = x.permute(0, 7, 1, 3, 5, 2, 4, 6)
+        return x.reshape(batch, x.shape[1], self._down * self.rows * p, -1)
 
 
 class PatchEmbedding(nn.Module):
@@ -267,20 +321,3 @@ def _axis(size: int, device: torch.device) -> Tensor:
     """2 (i / (size - 1) - 1/2); a single pixel is in the middle."""
     index = torch.arange(size, dtype=torch.float32, device=device)
     return 2 * (index / (size - 1) - 0.5) if size > 1 else index
-
-
-def to_tokens(x: Tensor, size: int, patch: int) -> Tensor:
-    """Canvas [B, C, H, W] to tokens [B, T, C p p], patch after patch, rows first in each."""
-    batch, channels, height, width = x.shape
-    side = size // patch
-    x = x.reshape(batch, channels, height // size, side, patch, width // size, side, patch)
-    # [B, patch row, patch column, token row, token column, C, p, p]
-    return x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, -1, channels * patch**2)
-
-
-def to_canvas(tokens: Tensor, size: int, patch: int, height: int, width: int) -> Tensor:
-    """Tokens [B, T, p p C] (channel fastest) to the canvas [B, C, H, W]; `to_tokens` undone."""
-    batch, side = len(tokens), size // patch
-    x = tokens.reshape(batch, height // size, width // size, side, side, patch, patch, -1)
-    x = x.permute(0, 7, 1, 3, 5, 2, 4, 6)
-    return x.reshape(batch, -1, height, width)

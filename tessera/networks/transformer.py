@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tessera.networks.layers import PositionalEmbedding
 
-SHORT_SPAN = 16
-"""Spans of fewer tokens than this are too short for the kernels of long attention."""
+_SHORT = 16
+"""Spans of fewer tokens than this are short."""
+_SQUARE = 2048
+"""Spans of at most this many tokens may keep their square of attention weights in memory."""
 
 
 def sincos_table(width: int, rows: int, columns: int) -> Tensor:
@@ -49,19 +51,17 @@ class Attention(nn.Module):
     Args:
         width: D.
         heads: must divide D.
-        span: consecutive tokens that see one another; None for all tokens of an image.
     """
 
-    def __init__(self, width: int, heads: int, span: int | None = None) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.span = heads, span
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] to the same; T is a multiple of the span."""
+    def forward(self, x: Tensor, span: int) -> Tensor:
+        """[B, T, D] to the same; each `span` consecutive tokens, of T, see one another."""
         batch, tokens, width = x.shape
-        span = self.span or tokens
         qkv = self.qkv(x)
         h = attend(qkv.reshape(-1, span, 3, self.heads, width // self.heads))
         return self.proj(h.reshape(batch, tokens, width))
@@ -69,21 +69,25 @@ class Attention(nn.Module):
 
 def attend(qkv: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of qkv [N, n, 3, heads, d], as [N, n, heads, d]."""
-    if qkv.shape[1] >= SHORT_SPAN:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if torch.compiler.is_compiling():
+    tokens = qkv.shape[1]
+    if tokens < _SHORT and torch.compiler.is_compiling():
         return _attend_fused(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    # The flash kernels are made for long spans: over a few tokens they spend their time on being
+    # called; and that of the CPU computes in bfloat16 no faster than in float32, unlike products.
+    explicit = tokens < _SHORT or (
+        tokens <= _SQUARE and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+    )
+    if not explicit:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _attend_fused(qkv: Tensor) -> Tensor:
     """`attend` as products and sums, which the compiler fuses into one pass over qkv.
 
-    Its n^2 intermediate values per token never reach memory; products of matrices as small as
-    these spend most of their time on being called.
+    Products of matrices as small as a span of few tokens would cost more in calls than in work.
     """
     q, k, v = qkv.to(torch.float32).unbind(dim=2)
     scores = (q[:, :, None] * k[:, None]).sum(dim=-1) * q.shape[-1] ** -0.5  # [N, n, n, heads]
@@ -111,16 +115,16 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated before and gated after by the conditioning vector."""
 
-    def __init__(self, width: int, heads: int, span: int | None = None, mlp_ratio: float = 4.0):
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.attn = Attention(width, heads, span)
+        self.attn = Attention(width, heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """h [B, T, D] and c [B, D] to h."""
+    def forward(self, h: Tensor, c: Tensor, span: int) -> Tensor:
+        """h [B, T, D] and c [B, D] to h; attention is confined to spans of so many tokens."""
         s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(c)[:, None].to(h.dtype).chunk(6, dim=-1)
-        h = torch.addcmul(h, g1, self.attn(modulate(h, s1, k1)))
+        h = torch.addcmul(h, g1, self.attn(modulate(h, s1, k1), span))
         return torch.addcmul(h, g2, self.mlp(modulate(h, s2, k2)))
 
 
