@@ -16,7 +16,7 @@ from tessera.randomness import Draws
 from tessera.recipes import schema
 
 if TYPE_CHECKING:
-    from tessera.data.views import FullView
+    from tessera.data.views import View
     from tessera.diffusion.objectives import EdmObjective, VeObjective, VpObjective
     from tessera.sampling.core import Sampler
 
@@ -39,6 +39,7 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
         2 * channels if learns_variance else channels,
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
+        coord_frequencies=recipe.coord_frequencies,
         **_options(section),
     )
 
@@ -79,13 +80,26 @@ def build_objective(section: schema.ObjectiveConfig) -> EdmObjective | VpObjecti
             return objectives.VeObjective(**_options(section))
 
 
-def build_view(recipe: schema.Recipe) -> FullView:
+def build_view(recipe: schema.Recipe) -> View:
     """What of the clean images a step trains on."""
-    from tessera.data.views import FullView
+    from tessera.data.views import FullView, PatchView, patch_sizes
 
-    match recipe.view:
+    view, training, side = recipe.view, recipe.training, recipe.shape[1]
+    match view:
         case schema.FullView():
-            return FullView(recipe.training.batch)
+            return FullView(training.batch)
+        case schema.PatchView():
+            return PatchView(
+                side,
+                training.batch,
+                patch_sizes(
+                    side, recipe.patch_sizes, view.real_p, view.probabilities, view.multipliers
+                ),
+                seed=training.seed,
+                progressive=view.schedule == "progressive",
+                total_images=training.images,
+                per_pixel=view.per_pixel,
+            )
 
 
 def build_augment(
