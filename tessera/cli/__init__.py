@@ -8,7 +8,10 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
-from tessera.cli.eval import app as eval_app
+from tessera.cli.cost import cost
+from tessera.cli.data import data_app
+from tessera.cli.eval import eval_app
+from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
 from tessera.cli.train import train
@@ -40,7 +43,10 @@ def _options(
     pass
 
 
+app.command()(quickstart)
+app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.add_typer(eval_app, name="eval")

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tessera.metrics.reference import Reference
     from tessera.metrics.score import Score
 
-app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
+eval_app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
 
 
-@app.command()
+@eval_app.command()
 def reference(
     data: Path = typer.Argument(help="Real images: archive, packed set, folder or NPZ."),
     out: Path = typer.Argument(help="Reference file to write (.npz)."),
@@ -43,7 +43,7 @@ def reference(
     _print_table("Reference", [*_reference_rows(result), ("written to", str(out))])
 
 
-@app.command()
+@eval_app.command()
 def score(
     samples: Path = typer.Argument(help="Images (folder, archive, packed set, NPZ) or a pipeline."),
     reference: Path = typer.Argument(help="Reference file, or the real images themselves."),
@@ -85,11 +85,11 @@ def _from_pipeline(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     import torch
 
-    import tessera
     from tessera.distributed import device
+    from tessera.pipelines.pipeline import load
     from tessera.progress import progress
 
-    pipeline = tessera.load(path, device=device())
+    pipeline = load(path, device=device())
     with progress("samples", num, unit="images") as bar:
         for made in pipeline.sample_batches(range(seed, seed + num), batch=batch):
             labels = None if made.labels is None else torch.from_numpy(made.labels)

@@ -123,28 +123,28 @@ def open_dataset(
     path = Path(path)
     reader: ImageReader
     skipped: list[str] = []
+    labels: NDArray[Any] | None
     if path.suffix.lower() == ".safetensors" and not path.is_dir():
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         packed = PackedFile(path)
-        labels, class_names, total, kind = packed.labels, packed.class_names, None, "packed"
+        labels, class_names, kind = packed.labels, packed.class_names, "packed"
         reader, total = PackedReader(packed.images), len(packed.images)
-        where = str(path)
     else:
         members = open_members(path)
         kind = "folder" if path.is_dir() else "zip"
-        names = [name for name in members.names if is_image(name)]
-        if skip_bad:
-            names, skipped = _readable(members, names)
+        every = [name for name in members.names if is_image(name)]
+        found = find_labels(members, every)
+        names, skipped = _readable(members, every) if skip_bad else (every, [])
         if not names:
             raise DataError(f"{path}: no images in it" + "".join(f"\n  {s}" for s in skipped[:5]))
-        found = find_labels(members, names)
         class_names = found.class_names if found is not None else None
-        labels = label_array(found.values, names, str(path)) if found is not None else None
+        labels = None
+        if found is not None:
+            labels = label_array(found.of(every, names), names, str(path))
         reader, total = MemberReader(members, names), len(names)
-        where = str(path)
     if total == 0:
-        raise DataError(f"{where}: no images in it")
+        raise DataError(f"{path}: no images in it")
     raw = _subset(total, max_images, seed)
     if cache and kind != "packed":
         reader = CachedReader(reader, total)
@@ -214,7 +214,7 @@ class CachedReader:
 
 
 def _decode(members: Members, name: str) -> NDArray[np.uint8]:
-    return channels_first(decode_image(members.read(name), f"{members.path}: {name}"))
+    return channels_first(decode_image(members.read(name), members.where(name)))
 
 
 def _checked(
@@ -222,7 +222,7 @@ def _checked(
 ) -> NDArray[np.uint8]:
     if image.shape != shape:
         raise DataError(
-            f"{members.path}: {name} is {shape_text(image.shape)}, but the first image of the set "
+            f"{members.where(name)} is {shape_text(image.shape)}, but the first image of the set "
             f"is {shape_text(shape)}; `tessera data convert` brings images to one shape"
         )
     return image
@@ -251,7 +251,7 @@ def _readable(members: Members, names: Sequence[str]) -> tuple[list[str], list[s
                 shape = result
                 kept.append(name)
             else:
-                bad.append(f"{members.path}: {name} is {shape_text(result)}")
+                bad.append(f"{members.where(name)} is {shape_text(result)}")
     return kept, bad
 
 

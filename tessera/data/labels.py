@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.data.members import Members
+from tessera.data.members import Members, ZipMembers
 from tessera.errors import DataError
 
 LABELS_FILE = "dataset.json"
@@ -31,20 +31,24 @@ class Labels:
     values: list[Label]
     class_names: tuple[str, ...] | None = None
 
-    @property
-    def missing(self) -> int:
-        """Number of images without a label."""
-        return sum(value is None for value in self.values)
+    def of(self, images: Sequence[str], chosen: Sequence[str]) -> list[Label]:
+        """Labels of the chosen ones of the N images."""
+        table = dict(zip(images, self.values, strict=True))
+        return [table[name] for name in chosen]
 
 
 def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
     """Labels of the named images: from `dataset.json` if there is one, else from the folders.
 
+    In a ZIP archive a single folder around everything is looked through.
+
     Raises:
         DataError: `dataset.json` is not what it should be.
     """
     if LABELS_FILE in members.names:
-        return parse_labels(members.read(LABELS_FILE), images, f"{members.path}/{LABELS_FILE}")
+        return parse_labels(members.read(LABELS_FILE), images, members.where(LABELS_FILE))
+    if isinstance(members, ZipMembers):
+        images = _without_common_folder(images)
     return folder_labels(images)
 
 
@@ -87,6 +91,14 @@ def folder_labels(images: Sequence[str]) -> Labels | None:
         return None
     index = {name: i for i, name in enumerate(names)}
     return Labels([index[folder] for folder in folders], tuple(names))
+
+
+def _without_common_folder(images: Sequence[str]) -> Sequence[str]:
+    while images and len({image.split("/", 1)[0] for image in images}) == 1:
+        if not all("/" in image for image in images):
+            break
+        images = [image.split("/", 1)[1] for image in images]
+    return images
 
 
 def label_array(

@@ -23,6 +23,10 @@ class Members(Protocol):
         """The bytes of a file. Raises DataError, naming the file, if it cannot be read."""
         ...
 
+    def where(self, name: str) -> str:
+        """How messages call a file."""
+        ...
+
     def close(self) -> None:
         """Release the open files."""
         ...
@@ -44,7 +48,11 @@ class FolderMembers:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise DataError(f"{self.path / name}: cannot be read ({error.strerror})") from error
+            raise DataError(f"{self.where(name)}: cannot be read ({error.strerror})") from error
+
+    def where(self, name: str) -> str:
+        """How messages call a file."""
+        return str(self.path / name)
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -75,12 +83,12 @@ class ZipMembers:
         """The bytes of a member, checked against its CRC."""
         entry = self._entries[name]
         if entry.flag_bits & 1:
-            raise DataError(f"{self.path}: {name} is encrypted; unpack the archive first")
+            raise DataError(f"{self.where(name)} is encrypted; unpack the archive first")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return self._read_other(entry, name)
         header = self._pread(30, entry.header_offset)
         if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise DataError(f"{self.path}: {name} is damaged (no header where it should begin)")
+            raise DataError(f"{self.where(name)} is damaged (no header where it should begin)")
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
         start = entry.header_offset + 30 + name_length + extra_length
         data = self._pread(entry.compress_size, start)
@@ -88,17 +96,21 @@ class ZipMembers:
             if entry.compress_type == zipfile.ZIP_DEFLATED:
                 data = zlib.decompress(data, -zlib.MAX_WBITS)
         except zlib.error as error:
-            raise DataError(f"{self.path}: {name} is damaged ({error})") from error
+            raise DataError(f"{self.where(name)} is damaged ({error})") from error
         if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:
-            raise DataError(f"{self.path}: {name} is damaged (its checksum does not fit)")
+            raise DataError(f"{self.where(name)} is damaged (its checksum does not fit)")
         return data
+
+    def where(self, name: str) -> str:
+        """How messages call a file."""
+        return f"{self.path}: {name}"
 
     def _read_other(self, entry: zipfile.ZipInfo, name: str) -> bytes:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(entry)
         except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
-            raise DataError(f"{self.path}: {name} cannot be read ({error})") from error
+            raise DataError(f"{self.where(name)} cannot be read ({error})") from error
 
     def _pread(self, size: int, offset: int) -> bytes:
         if hasattr(os, "pread"):

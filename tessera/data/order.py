@@ -58,8 +58,8 @@ class WindowedOrder:
     """The sequence of EDM's released sampler: a walk through a list that is shuffled on the way.
 
     At step k the list's entry k mod n is given out, then swapped with a random one among the
-    `window` entries before it. The sequence can only be made from its beginning, at a few million
-    images a second, so the first call of a resumed run takes that long.
+    `window` entries before it. The sequence can only be made from its beginning, at one or two
+    million images a second, so the first call of a resumed run takes that long.
 
     Args:
         n: images in the set.

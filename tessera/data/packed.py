@@ -65,7 +65,9 @@ class PackedWriter:
         """Write labels (int64 [N] or float32 [N, K]) and the header."""
         described = None
         padding = 0
-        if labels is not None:
+        if labels is None:
+            self._metadata.pop("class_names", None)
+        else:
             padding = -self._count * math.prod(self._shape) % 8
             self._file.write(bytes(padding))
             self._file.write(np.ascontiguousarray(labels).data)

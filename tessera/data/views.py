@@ -14,6 +14,21 @@ from tessera.data.loader import StepPlan
 from tessera.randomness import Draws, derive_seed
 
 
+@dataclass(frozen=True)
+class PatchSize:
+    """One of the sizes of patches.
+
+    Attributes:
+        side: in pixels of model space.
+        probability: that a step has this size.
+        multiplier: images of such a step, as a multiple of the batch.
+    """
+
+    side: int
+    probability: float
+    multiplier: int
+
+
 class FullView:
     """Trains on whole images.
 
@@ -35,21 +50,6 @@ class FullView:
     def loss_weight(self, plan: StepPlan) -> float:
         """Factor of the step's loss."""
         return 1.0
-
-
-@dataclass(frozen=True)
-class PatchSize:
-    """One of the sizes of patches.
-
-    Attributes:
-        side: in pixels of model space.
-        probability: that a step has this size.
-        multiplier: images of such a step, as a multiple of the batch.
-    """
-
-    side: int
-    probability: float
-    multiplier: int
 
 
 class PatchView:

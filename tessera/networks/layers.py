@@ -295,8 +295,10 @@ class UNetBlock(nn.Module):
         assert self.qkv.bias is not None
         bias = self.qkv.bias.reshape(rows).permute(2, 0, 1).flatten()
         tokens = x.flatten(2).transpose(1, 2)  # a view if x is channels-last: [B, H W, C]
-        qkv = F.linear(tokens, weight, bias).reshape(len(x), -1, 3, *rows[:2])
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, heads, H W, C / heads]
+        q, k, v = (
+            part.reshape(len(x), -1, *rows[:2]).transpose(1, 2)  # [B, heads, H W, C / heads]
+            for part in F.linear(tokens, weight, bias).chunk(3, dim=2)
+        )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = F.linear(h, self.proj.weight.flatten(1), self.proj.bias)
         return h.transpose(1, 2).reshape(-1, channels, height, width)

@@ -23,7 +23,7 @@ from tessera.conditioning import NO_CLASS
 from tessera.images import save_png
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import choose_canvas
-from tessera.pipelines.options import choose_sampler
+from tessera.pipelines.options import choose_sampler, class_index
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
 from tessera.progress import progress
 from tessera.sampling.core import SamplerState
@@ -69,19 +69,26 @@ class Job:
     batch: int
     options: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        # Mistakes are found here, before anything is written.
+        self.pipe.check(self.seeds, self.label, **self.options)
+
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
+        pipe, guide = self.pipe, self.options.get("guide")
         own = {"guidance", "guidance_interval", "guide", "precision", *CANVAS_OPTIONS}
         sampler = choose_sampler(
-            self.pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
+            pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
         )
-        guide = self.options.get("guide")
-        canvas = choose_canvas(self.pipe.recipe, **self.options)
+        canvas = choose_canvas(pipe.recipe, **self.options)
+        label = self.label
+        if label is not None and label != "balanced":
+            label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
         return {
-            "recipe": self.pipe.recipe.name,
-            "images_seen": self.pipe.images_seen,
-            "weights": self.pipe.checksum,
-            "class": self.label,
+            "recipe": pipe.recipe.name,
+            "images_seen": pipe.images_seen,
+            "weights": pipe.checksum,
+            "class": label,
             "guidance": self.options.get("guidance", 1.0),
             "guidance_interval": self.options.get("guidance_interval"),
             "guide": guide.checksum if guide is not None else None,
@@ -202,7 +209,7 @@ def _run(
 
     start = time.perf_counter()
     total = len(filmed) + len(ours)
-    with progress("sampling", total, unit="images") as bar, counted(job.pipe) as evaluated:
+    with progress("sampling", total, unit="images") as bar, counted(job) as evaluated:
 
         def on_step(seeds: Sequence[int], state: SamplerState) -> None:
             bar.advance(len(seeds) / state.steps)
@@ -232,15 +239,17 @@ def _run(
 
 
 @contextlib.contextmanager
-def counted(pipe: Pipeline) -> Iterator[list[int]]:
-    """Count the images that pass through the network during the block, in the list's only item."""
+def counted(job: Job) -> Iterator[list[int]]:
+    """Count the images that pass through the networks during the block, in the list's only item."""
     count = [0]
 
     def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         count[0] += len(inputs[0])
 
-    handle = pipe.denoiser.network.register_forward_pre_hook(add)
+    pipes = {id(pipe): pipe for pipe in (job.pipe, job.options.get("guide")) if pipe is not None}
+    handles = [pipe.denoiser.network.register_forward_pre_hook(add) for pipe in pipes.values()]
     try:
         yield count
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -19,15 +19,15 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.errors import CheckpointError
+from tessera.errors import CheckpointError, TesseraError
 from tessera.images import to_pil, to_uint8
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
-from tessera.pipelines.canvas import choose_canvas
+from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.options import Label, choose_labels, choose_sampler
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import Recipe, SamplerConfig
 from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
@@ -268,10 +268,11 @@ class Pipeline:
         seeds = list_seeds(seeds)
         if not seeds:
             return
+        if batch < 1:
+            raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
-        canvas = choose_canvas(self.recipe, **options)
-        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, own))
+        canvas, section = self._sampling(options)
+        sampler = build_sampler(section)
         denoiser = self.guided(guidance, guidance_interval, guide)
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
@@ -288,6 +289,23 @@ class Pipeline:
                 None if cond.labels is None else cond.labels.cpu().numpy(),
                 self.to_pixels(state.x),
             )
+
+    def check(
+        self,
+        seeds: Seeds,
+        labels: Label | Iterable[Label] | None = None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        precision: Precision = "fp32",
+        **options: Any,
+    ) -> None:
+        """Raise the errors that `sample_batches` would raise with the same arguments."""
+        choose_labels(labels, list_seeds(seeds), self.denoiser.num_classes, self.class_names)
+        self._sampling(options)
+        self.guided(guidance, guidance_interval, guide)
+        _autocast(self.device, precision)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -336,6 +354,11 @@ class Pipeline:
             )
         return result
 
+    def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
+        """What part of the picture is made, and by which sampler."""
+        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
+        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
+
     def _conditioning(self, noise: NoiseSource, classes: NDArray[np.int64] | None) -> Conditioning:
         if self.denoiser.num_classes == 0:
             return Conditioning()
@@ -369,4 +392,6 @@ def ema_names(recipe: Recipe) -> list[str]:
 
 
 def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    if precision not in ("fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

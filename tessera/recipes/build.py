@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tessera.diffusion import preconditioning
+from tessera.data.augment import Augmentation
+from tessera.data.views import FullView, PatchView, View, patch_sizes
+from tessera.diffusion import objectives, preconditioning
+from tessera.diffusion.objectives import DenoisingObjective
 from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.song_unet import SongUNet
-from tessera.randomness import Draws
 from tessera.recipes import schema
-
-if TYPE_CHECKING:
-    from tessera.data.views import View
-    from tessera.diffusion.objectives import EdmObjective, VeObjective, VpObjective
-    from tessera.sampling.core import Sampler
+from tessera.sampling.ablation import sample_ablation
+from tessera.sampling.core import Sampler
+from tessera.sampling.edm import sample_edm
 
 
 def build_network(recipe: schema.Recipe) -> nn.Module:
@@ -67,10 +66,8 @@ def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
     )
 
 
-def build_objective(section: schema.ObjectiveConfig) -> EdmObjective | VpObjective | VeObjective:
+def build_objective(section: schema.ObjectiveConfig) -> DenoisingObjective:
     """What training minimises."""
-    from tessera.diffusion import objectives
-
     match section:
         case schema.EdmObjective():
             return objectives.EdmObjective(**_options(section))
@@ -82,8 +79,6 @@ def build_objective(section: schema.ObjectiveConfig) -> EdmObjective | VpObjecti
 
 def build_view(recipe: schema.Recipe) -> View:
     """What of the clean images a step trains on."""
-    from tessera.data.views import FullView, PatchView, patch_sizes
-
     view, training, side = recipe.view, recipe.training, recipe.shape[1]
     match view:
         case schema.FullView():
@@ -102,27 +97,19 @@ def build_view(recipe: schema.Recipe) -> View:
             )
 
 
-def build_augment(
-    section: schema.AugmentConfig | None,
-) -> Callable[[Tensor, Draws], tuple[Tensor, Tensor]] | None:
-    """(images [B, C, H, W] in [-1, 1], draws) to (images, labels [B, K]); None for none."""
+def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
+    """The augmentation of the training images; None for none."""
     if section is None:
         return None
-    from tessera.data.augment import augment
-
-    return partial(augment, **section.model_dump())
+    return Augmentation(**section.model_dump())
 
 
 def build_sampler(section: schema.SamplerConfig) -> Sampler:
     """The sampler with its options bound."""
     match section:
         case schema.EdmSampler():
-            from tessera.sampling.edm import sample_edm
-
             return partial(sample_edm, **_options(section))
         case schema.AblationSampler():
-            from tessera.sampling.ablation import sample_ablation
-
             return partial(sample_ablation, **_options(section))
 
 

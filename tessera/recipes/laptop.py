@@ -52,18 +52,18 @@ def cifar10_small() -> Recipe:
         network=SongUNetConfig(
             model_channels=32,
             channel_mult=(1, 2, 4),
-            num_blocks=2,
+            num_blocks=1,
             attn_resolutions=(8,),
             dropout=0,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, rampup_images=20_000, decay="cosine"),
-        ema=(EmaConfig(halflife_images=30_000),),
-        training=TrainingConfig(images=400_000, batch=64, precision="bf16", compile=True),
+        optimizer=OptimizerConfig(lr=1e-3, rampup_images=10_000, decay="cosine"),
+        ema=(EmaConfig(halflife_images=10_000),),
+        training=TrainingConfig(images=200_000, batch=64, precision="bf16", compile=True),
         sampling=EdmSampler(steps=18),
         run=RunConfig(
-            log_every_images=5_000,
-            checkpoint_every_images=50_000,
-            preview=PreviewConfig(every_images=50_000, rows=8, columns=10),
+            log_every_images=2_000,
+            checkpoint_every_images=20_000,
+            preview=PreviewConfig(every_images=20_000, rows=4, columns=10),
         ),
     )
 

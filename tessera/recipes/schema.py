@@ -328,6 +328,12 @@ class OptimizerConfig(Section):
     decay_start_images: int = Field(0, ge=0, description="images before the decay begins")
     final_lr: NonNegative = Field(0, description="where cosine and linear decay end")
 
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> Self:
+        if self.decay == "inverse_sqrt" and self.decay_start_images == 0:
+            raise ValueError("decay=inverse_sqrt needs decay_start_images above 0")
+        return self
+
 
 class EmaConfig(Section):
     """One exponential moving average of the weights."""
@@ -358,6 +364,13 @@ class TrainingConfig(Section):
     )
     max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _replaceable(self) -> Self:
+        # A dynamic scale finds its value by overflowing, and must not learn from the overflows.
+        if self.nonfinite == "replace" and self.precision == "fp16" and self.loss_scale is None:
+            raise ValueError("nonfinite=replace in fp16 needs a fixed loss_scale, for example 100")
+        return self
 
     @model_validator(mode="after")
     def _whole_rounds(self) -> Self:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.errors import TesseraError
 from tessera.files import atomic_file, write_json
-from tessera.images import grid
+from tessera.images import grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"
@@ -113,6 +113,7 @@ class Trajectory:
 
     MAX_IMAGES = 16
     MAX_FRAMES = 60
+    MAX_SIDE = 512
 
     def __init__(
         self, path: str | os.PathLike[str], to_pixels: Callable[[Tensor], NDArray[np.uint8]]
@@ -132,11 +133,15 @@ class Trajectory:
         if (state.steps - state.step) % every:
             return
         unit = state.x / math.sqrt(1 + state.sigma**2)
-        pictures = [
-            grid(self.to_pixels(images[: self.MAX_IMAGES])) for images in (unit, state.denoised)
-        ]
-        captions = (f"sigma {state.sigma:.3g}", "denoised")
+        pictures = [self._picture(images) for images in (unit, state.denoised)]
+        captions = (f"noisy, sigma {state.sigma:.3g}", "denoised")
         self.frames.append(_side_by_side(pictures, captions))
+
+    def _picture(self, x: Tensor) -> Image.Image:
+        """A grid of the first images, shrunk where it would be too large to watch."""
+        picture = to_pil(grid(self.to_pixels(x[: self.MAX_IMAGES])))
+        picture.thumbnail((self.MAX_SIDE, self.MAX_SIDE))
+        return picture
 
     def save(self) -> None:
         """Write the animation; its last frame stays for two seconds."""
@@ -150,16 +155,15 @@ class Trajectory:
                 first.save(file, "WEBP", duration=durations, quality=80, method=4, **options)
 
 
-def _side_by_side(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Image.Image:
+def _side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Pictures in a row on white, each under its caption."""
     gap, head = 12, 16
-    height = head + max(picture.shape[0] for picture in pictures)
-    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    height = head + max(picture.height for picture in pictures)
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, height), "white")
     draw, left = ImageDraw.Draw(canvas), 0
     for picture, caption in zip(pictures, captions, strict=True):
-        canvas.paste(Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture),
-                     (left, head))  # fmt: skip
+        canvas.paste(picture, (left, head))
         draw.text((left + 2, 2), caption, fill="black")
-        left += picture.shape[1] + gap
+        left += picture.width + gap
     return canvas

@@ -94,12 +94,14 @@ class Learner:
         self._config, self._training, self.device = optimizer, training, device
         set_precision(training)
         self.step = step.to(device).train()
-        if training.channels_last:
+        # FSDP shards contiguous weights only; the images are channels-last all the same.
+        sharded = distributed.active() and training.parallel == "fsdp"
+        if training.channels_last and not sharded:
             self.step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if training.compile:
             parallel.compile_blocks(self.step, device)
         self._module = parallel.wrap(self.step, training.parallel, device)
-        self.sharded = parallel.is_sharded(self._module)
+        self.sharded = sharded
         self.parameters = [p for p in self.step.parameters() if p.requires_grad]
         self.optimizer = optimizers.build_optimizer(self.parameters, optimizer)
         self.emas = [Ema(self.step, config) for config in emas]

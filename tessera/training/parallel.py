@@ -85,11 +85,6 @@ def round_of(module: nn.Module, *, final: bool) -> Iterator[None]:
         yield
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are split over processes."""
-    return isinstance(module, FSDPModule)
-
-
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into `target`, or into this process's shard of it."""

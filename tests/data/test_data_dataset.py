@@ -104,22 +104,20 @@ def test_all_formats_give_back_what_was_written(
 @pytest.mark.parametrize("labels", [None, [4, 0, 2], [[0.5, 1.0], [2.0, 3.0], [4.0, 5.0]]])
 def test_packed_file_is_plain_safetensors(tmp_path, size, labels):
     images = random_images(3, 1, size)
-    values = None if labels is None else np.array(labels, np.int64 if size_1(labels) else "f4")
+    values = (
+        None if labels is None else np.array(labels, "f4" if isinstance(labels[0], list) else "i8")
+    )
     path = write_packed(tmp_path / "a.safetensors", images, values, ("a", "b", "c", "d", "e"))
     with safe_open(path, "pt") as file:
         np.testing.assert_array_equal(file.get_tensor("images").numpy(), images)
         assert ("labels" in file.keys()) == (labels is not None)  # noqa: SIM118
         if labels is not None:
             np.testing.assert_array_equal(file.get_tensor("labels").numpy(), values)
-        assert json.loads(file.metadata()["class_names"]) == ["a", "b", "c", "d", "e"]
+            assert json.loads(file.metadata()["class_names"]) == ["a", "b", "c", "d", "e"]
     dataset = open_dataset(path)
     np.testing.assert_array_equal(dataset.read(np.arange(3)), images)
     assert (dataset.labels is None) == (labels is None)
     assert labels is None or dataset.labels.tolist() == labels
-
-
-def size_1(labels) -> bool:
-    return not isinstance(labels[0], list)
 
 
 def test_folder_names_are_labels_without_a_labels_file(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_cases import load
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.diffusion import schedules
@@ -34,6 +34,7 @@ def test_vp_range() -> None:
     assert Vp().sigma_min == pytest.approx(0.0010005, rel=1e-4)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.floats(1e-5, 1.0))
 def test_vp_inverse_and_derivative(t: float) -> None:
     time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
@@ -43,6 +44,7 @@ def test_vp_inverse_and_derivative(t: float) -> None:
     assert schedules.vp_sigma_derivative(time.detach()).item() == pytest.approx(slope.item(), 1e-7)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.floats(1e-6, 1e4))
 def test_ve_inverse_and_derivative(t: float) -> None:
     time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
@@ -52,6 +54,7 @@ def test_ve_inverse_and_derivative(t: float) -> None:
     assert schedules.ve_sigma_derivative(time.detach()).item() == pytest.approx(slope.item())
 
 
+@settings(deadline=None, max_examples=50)
 @given(steps=st.integers(1, 60), rho=st.floats(1, 10))
 def test_steps_fall_from_sigma_max_to_sigma_min(steps: int, rho: float) -> None:
     beta_d, beta_min = schedules.vp_betas(0.002, 80.0)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_case import tiny_recipe
 
-from tessera.conditioning import full_grid
+from tessera.conditioning import Conditioning, full_grid
+from tessera.cost import estimate
 from tessera.data.loader import StepPlan
 from tessera.data.views import PatchView, crop, patch_coordinates, patch_sizes
 from tessera.errors import RecipeError
@@ -109,13 +110,26 @@ def test_progressive_goes_from_small_to_large() -> None:
     ]  # fmt: skip
 
 
+def test_cost_counts_the_sizes(tmp_path: Path) -> None:
+    # Without attention, and as far as the network is convolutions, cost goes with the pixels.
+    network = {"network": {"attn_resolutions": [], "channel_mult": [1, 1]}}
+    options = {"data": {"resolution": 32}, "coords": {"frequencies": 0}, **network}
+    full = estimate(tiny_recipe(tmp_path, **options))
+    patch = estimate(tiny_recipe(tmp_path, view={"kind": "patches", "real_p": 0.5}, **options))
+    assert patch.parameters == full.parameters
+    assert patch.forward_flops == full.forward_flops
+    # (0.2 · 4/16 + 0.3 · 2/4 + 0.5) / (0.2 · 4 + 0.3 · 2 + 0.5)
+    assert patch.train_flops / full.train_flops == pytest.approx(0.70 / 1.9, rel=0.05)
+    assert patch.activation_bytes == full.activation_bytes
+
+
 def patch_recipe(folder: Path, **changes: Any):
     view = {"kind": "patches", "sizes": [2, 4, 8], **changes.pop("view", {})}
     return tiny_recipe(folder, view=view, **changes)
 
 
 def test_training_feeds_patches_of_one_size_a_step(tmp_path: Path) -> None:
-    recipe = patch_recipe(tmp_path, training={"micro_batch": 2})
+    recipe = patch_recipe(tmp_path, training={"micro_batch": 2, "images": 800})
     feed = Feed(recipe, CPU)
     seen = set()
     with feed.batches(0) as batches:
@@ -129,11 +143,14 @@ def test_training_feeds_patches_of_one_size_a_step(tmp_path: Path) -> None:
             for micro in rounds:
                 assert micro.x.dtype == torch.float32
                 assert micro.x.shape == (2 * 8 // side, 3, side, side)
-                for image, place in zip(micro.x, micro.cond.coords or [None] * 8, strict=False):
+                coords = micro.cond.coords
+                for index, image in enumerate(micro.x):
                     whole = from_uint8(batch.images[start])
                     x = y = 0
-                    if place is not None:
-                        x, y = ((place[:, 0, 0] + 1) / 2 * 7).round().to(torch.int64).tolist()
+                    if coords is not None:
+                        x, y = (
+                            ((coords[index, :, 0, 0] + 1) / 2 * 7).round().to(torch.int64).tolist()
+                        )
                     assert torch.equal(image, whole[:, y : y + side, x : x + side])
                     start += 1
     assert seen == {2, 4, 8}
@@ -192,18 +209,10 @@ def test_every_preconditioning_trains_on_patches(tmp_path: Path, preconditioning
 @pytest.mark.parametrize("kind", ["song_unet", "adm_unet"])
 @pytest.mark.parametrize("frequencies", [0, 3])
 def test_networks_use_coordinates(tmp_path: Path, kind: str, frequencies: int) -> None:
-    from tessera.conditioning import Conditioning
-
-    options = {"embedding": "fourier", "encoder": "residual"} if kind == "song_unet" else {}
-    recipe = tiny_recipe(
-        tmp_path,
-        coords={"frequencies": frequencies},
-        network={"kind": kind, "attn_resolutions": [], "dropout": 0, **options},
-    ) if kind == "song_unet" else load_recipe(
-        "edm-imagenet64-adm",
-        ["data.resolution=8", "network.model_channels=8", "network.channel_mult=1,1",
-         "network.num_blocks=1", "network.attn_resolutions=[]", f"coords.frequencies={frequencies}"],
-    )  # fmt: skip
+    network: dict[str, Any] = {"kind": kind, "attn_resolutions": []}
+    if kind == "song_unet":
+        network |= {"embedding": "fourier", "encoder": "residual"}
+    recipe = tiny_recipe(tmp_path, coords={"frequencies": frequencies}, network=network)
     denoiser = build_denoiser(recipe).eval()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import case, load, relative_error
+from golden_cases import case, load, recorded_network, relative_error, weights
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.preconditioning import Edm, Iddpm, Preconditioned, Ve, Vp
 from tessera.images import to_uint8
 from tessera.sampling.ablation import sample_ablation
 from tessera.sampling.edm import sample_edm
@@ -25,6 +26,13 @@ NAMES = {
     "S_noise": "s_noise",
 }
 TOY = case("edm", "samplers_toy")["config"]["runs"]
+NETS = case("edm", "samplers_net")["config"]["runs"]
+PRECONDITIONINGS = {
+    "edm": Edm(),
+    "vp": Vp(released_sigma_min=True),
+    "ve": Ve(),
+    "iddpm": Iddpm(),
+}
 
 
 class Toy(Denoiser):
@@ -88,6 +96,36 @@ def test_toy(toy: dict[str, Any]) -> None:
         assert ((sigmas / numbers[prefix + "call_sigma"] - 1).abs() < tolerance).all()
     assert relative_error(torch.stack(denoiser.inputs), numbers[prefix + "call_x"]) < tolerance
     assert relative_error(final, numbers[prefix + "final"]) < tolerance
+
+
+@pytest.mark.parametrize("net", NETS, ids=[str(net["index"]) for net in NETS])
+def test_network(net: dict[str, Any]) -> None:
+    numbers, file = load("edm", "samplers_net"), net["weights"].removesuffix(".safetensors")
+    config, tensors = case("edm", file)["config"], weights(load("edm", file))
+    if file == "iddpm":
+        del tensors["u"]
+        tensors = weights(tensors, "model.")
+    network = recorded_network(config, 6 if file == "iddpm" else 3).eval()
+    network.load_state_dict(tensors)
+    denoiser = Preconditioned(network, PRECONDITIONINGS[net["precond"]], (3, 16, 16), 3)
+    sigmas: list[float] = []
+    inputs: list[Tensor] = []
+    denoiser.register_forward_pre_hook(
+        lambda _, given: (inputs.append(given[0]), sigmas.append(given[1][0].item()))[:0] or None
+    )
+
+    own = weights(numbers, f"in.{net['index']}.")
+    out = weights(numbers, f"out.{net['index']}.")
+    cond = Conditioning(own["class_labels"].argmax(dim=1))
+    noise = Recorded(own.get("step_noise", torch.empty(0)))
+    final = run(net["sampler"], denoiser, own["latents"], cond, noise, **net["options"])
+
+    assert len(sigmas) == net["NFE"]
+    called = torch.tensor(sigmas, dtype=torch.float64)
+    # The released iDDPM table is float32 throughout, and the VP range starts from its σ_min.
+    assert relative_error(called, out["call_sigma"]) < (1e-6 if file == "iddpm" else 1e-10)
+    assert relative_error(inputs[0], out["first_denoise_input"]) < 1e-6
+    assert relative_error(final, out["final"]) < 5e-4
 
 
 def test_random_stream_and_pixels() -> None:

@@ -1,0 +1,202 @@
+"""What a recipe costs, before anything is trained: parameters, FLOPs, memory.
+
+Everything is counted on the recipe's own objects (network, objective, sampler), run on tensors
+without data, so that nothing is allocated and no formula has to keep up with the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from tessera.conditioning import Conditioning
+from tessera.data.views import PatchSize, PatchView
+from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.guidance import Guided
+from tessera.randomness import AddressedDraws
+from tessera.recipes.build import (
+    build_denoiser,
+    build_objective,
+    build_preconditioning,
+    build_sampler,
+    build_view,
+)
+from tessera.recipes.schema import Recipe
+from tessera.sampling.seeds import SeedNoise
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe costs; FLOPs count a multiply-add as two, memory is in bytes on one device.
+
+    Attributes:
+        parameters: trained numbers.
+        forward_flops: one evaluation of the denoiser for one image.
+        train_flops: one training image, forward and backward; the mean over the sizes of patches.
+        run_flops: the whole training run.
+        evaluations: evaluations of the denoiser for one sampled image; guidance counts twice.
+        sample_flops: one sampled image.
+        micro_batch: images of one forward pass in training, if one device does all.
+        activation_bytes: what is kept of one micro-batch for its backward pass; an estimate,
+            because devices and compilers keep different intermediate results.
+        weight_bytes, gradient_bytes, optimizer_bytes, ema_bytes: the other memory of training.
+    """
+
+    parameters: int
+    forward_flops: int
+    train_flops: int
+    run_flops: int
+    evaluations: int
+    sample_flops: int
+    micro_batch: int
+    activation_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    ema_bytes: int
+
+    @property
+    def train_bytes(self) -> int:
+        """Memory of training on one device, without what the allocator wastes."""
+        states = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.ema_bytes
+        return states + self.activation_bytes
+
+
+def estimate(
+    recipe: Recipe,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+) -> Cost:
+    """Count what `recipe` costs; takes seconds and next to no memory for models of any size.
+
+    Args:
+        guidance: weight of classifier-free guidance while sampling; 1 for none.
+        guidance_interval: noise levels where it acts; None for all.
+
+    Raises:
+        TesseraError: guidance of a model that knows no classes.
+    """
+    # Tables of noise levels are cached; make them before tensors are without data.
+    _ = build_preconditioning(recipe.preconditioning).sigma_min
+    evaluations = _evaluations(recipe, guidance, guidance_interval)
+    with torch.device("meta"):
+        denoiser = build_denoiser(recipe).train()
+    forward, train = _flops(recipe, denoiser)
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    weights = sum(p.nbytes for p in parameters)
+    micro_batch = recipe.training.micro_batch or recipe.training.batch
+    return Cost(
+        parameters=sum(p.numel() for p in parameters),
+        forward_flops=forward,
+        train_flops=train,
+        run_flops=train * recipe.training.images,
+        evaluations=evaluations,
+        sample_flops=forward * evaluations,
+        micro_batch=micro_batch,
+        activation_bytes=_activations(recipe, denoiser, micro_batch),
+        weight_bytes=weights,
+        gradient_bytes=weights,
+        optimizer_bytes=2 * weights,
+        ema_bytes=len(recipe.ema) * weights,
+    )
+
+
+def _flops(recipe: Recipe, denoiser: Denoiser) -> tuple[int, int]:
+    """(one evaluation, one training image) on meta tensors, where attention is counted too."""
+    x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        denoiser(x, x.new_ones(1), cond)
+    view = build_view(recipe)
+    sizes = view.sizes if isinstance(view, PatchView) else [PatchSize(x.shape[-1], 1.0, 1)]
+    flops = images = 0.0
+    for size in sizes:
+        patch = x[:, :, : size.side, : size.side]
+        with FlopCounterMode(display=False) as train:
+            terms = build_objective(recipe.objective)(denoiser, patch, cond, draws)
+            torch.autograd.backward(terms["loss"].sum())
+        flops += size.probability * size.multiplier * train.get_total_flops()
+        images += size.probability * size.multiplier
+    return forward.get_total_flops(), round(flops / images)
+
+
+def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
+    """Bytes kept for the backward pass of `batch` images, each storage counted once.
+
+    Leaves `denoiser` without usable weights.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    # Fake CPU tensors, not meta ones: these know autocast and fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = denoiser.to_empty(device="cpu")
+        x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
+        dtype = _AUTOCAST.get(recipe.training.precision)
+        autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            loss = build_objective(recipe.objective)(denoiser, x, cond, draws)["loss"]
+        for parameter in denoiser.parameters():
+            storages.pop(parameter.untyped_storage()._cdata, None)
+        del loss
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _inputs(
+    recipe: Recipe, batch: int, device: torch.device
+) -> tuple[Tensor, Conditioning, AddressedDraws]:
+    """Images, conditioning and draws of a training step."""
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    cond = Conditioning(
+        labels=labels if recipe.data.num_classes else None,
+        augment=torch.zeros(batch, recipe.augment_dim, device=device)
+        if recipe.augment_dim
+        else None,
+    )
+    x = torch.zeros(batch, *recipe.shape, device=device)
+    return x, cond, AddressedDraws(0, torch.arange(batch, device=device))
+
+
+class _Counter(Denoiser):
+    """A denoiser that computes nothing and counts how many images it is asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        preconditioning = build_preconditioning(recipe.preconditioning)
+        self.shape = recipe.shape
+        self.num_classes = recipe.data.num_classes
+        self.sigma_min = preconditioning.sigma_min
+        self.sigma_max = preconditioning.sigma_max
+        self.round_sigma = preconditioning.round_sigma  # type: ignore[method-assign]
+        self.images = 0
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        self.images += len(z)
+        return Posterior(z)
+
+
+def _evaluations(
+    recipe: Recipe, guidance: float, guidance_interval: tuple[float, float] | None
+) -> int:
+    """How often the recipe's sampler evaluates the denoiser for one image."""
+    counter = _Counter(recipe)
+    denoiser: Denoiser = counter
+    if guidance != 1:
+        denoiser = Guided(counter, guidance, guidance_interval)
+    labels = torch.zeros(1, dtype=torch.int64) if recipe.data.num_classes else None
+    latents = torch.zeros(1, *recipe.shape)
+    sampler = build_sampler(recipe.sampling)
+    for _ in sampler(denoiser, latents, Conditioning(labels), SeedNoise([0])):
+        pass
+    return counter.images

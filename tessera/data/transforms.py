@@ -1,0 +1,123 @@
+"""Geometry of the conversion: crop and resize, on uint8 [H, W] or [H, W, 3] (EDM's data set tool).
+
+A size is (width, height), as users write it: 64x48 is wider than high.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tessera.errors import DataError
+
+Pixels = NDArray[np.uint8]
+Transform = Literal["none", "center-crop", "center-crop-wide"]
+Filter = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
+
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
+FILTERS: tuple[Filter, ...] = get_args(Filter)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64`, `64x48` or `64,48` as (width, height)."""
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise DataError(f"resolution {text!r}: write one number, or width x height as in 64x48")
+    return int(parts[0]), int(parts[-1])
+
+
+def check_transform(transform: Transform, size: tuple[int, int] | None, resample: Filter) -> None:
+    """Raise DataError for choices that cannot give a square image."""
+    if transform not in TRANSFORMS:
+        raise DataError(f"transform {transform!r}: choose one of {', '.join(TRANSFORMS)}")
+    if resample not in FILTERS:
+        raise DataError(f"filter {resample!r}: choose one of {', '.join(FILTERS)}")
+    if size is None:
+        if transform != "none":
+            raise DataError(f"transform {transform!r} needs the size to crop to: add a resolution")
+        return
+    width, height = size
+    if transform == "center-crop-wide":
+        if height > width:
+            raise DataError(
+                f"center-crop-wide pads a wide picture to a square, but {width}x{height} is high"
+            )
+    elif width != height:
+        raise DataError(
+            f"resolution {width}x{height} is not square, and models are trained on square images; "
+            "use one number, or center-crop-wide for letter-boxed wide pictures"
+        )
+
+
+def apply_transform(
+    image: Pixels,
+    transform: Transform,
+    size: tuple[int, int] | None,
+    resample: Filter = "lanczos",
+    released_wide_crop: bool = False,
+) -> Pixels | None:
+    """Crop and resize; None where center-crop-wide leaves out a picture that is too small.
+
+    Args:
+        image: uint8 [H, W] or [H, W, 3]; the crops turn grey into three equal channels.
+        size: (width, height); None keeps the image as it is.
+        released_wide_crop: repeat the released tool, which cuts to rows of the wrong aspect ratio
+            and so stretches most pictures.
+    """
+    if size is None:
+        return image
+    if transform == "none":
+        return resize(image, size, resample)
+    if transform == "center-crop":
+        side = min(image.shape[:2])
+        return resize(_rgb(_cut(image, side, side)), size, resample)
+    return _wide(image, size, resample, released_wide_crop)
+
+
+def resize(image: Pixels, size: tuple[int, int], resample: Filter) -> Pixels:
+    """Resize to (width, height) without keeping the aspect ratio; unchanged if it fits already."""
+    if (image.shape[1], image.shape[0]) == size:
+        return image
+    method = Image.Resampling[resample.upper()]
+    return np.array(Image.fromarray(image).resize(size, method), dtype=np.uint8)
+
+
+def _wide(image: Pixels, size: tuple[int, int], resample: Filter, released: bool) -> Pixels | None:
+    """The middle of the picture at the size's aspect ratio, on a black square of the width."""
+    height, width = image.shape[:2]
+    out_width, out_height = size
+    if released:
+        rows, columns = round(out_width * height / width), width
+    else:
+        rows, columns = min(height, round(width * out_height / out_width)), width
+        if rows == height:
+            columns = min(width, round(height * out_width / out_height))
+    if columns < out_width or rows < out_height:
+        return None
+    picture = resize(_rgb(_cut(image, rows, columns)), size, resample)
+    canvas = np.zeros((out_width, out_width, 3), np.uint8)
+    canvas[(out_width - out_height) // 2 : (out_width + out_height) // 2] = picture
+    return canvas
+
+
+def _cut(image: Pixels, rows: int, columns: int) -> Pixels:
+    height, width = image.shape[:2]
+    top, bottom = (height - rows) // 2, (height + rows) // 2
+    left, right = (width - columns) // 2, (width + columns) // 2
+    return np.ascontiguousarray(image[top:bottom, left:right])
+
+
+def _rgb(image: Pixels) -> Pixels:
+    return image if image.ndim == 3 else image[:, :, None].repeat(3, axis=2)
+
+
+def to_channels(image: Pixels, channels: int | None) -> Pixels:
+    """Grey to RGB (3) or RGB to grey (1); None leaves the image as it is."""
+    if channels == 3:
+        return _rgb(image)
+    if channels == 1 and image.ndim == 3:
+        return np.array(Image.fromarray(image).convert("L"), dtype=np.uint8)
+    return image

@@ -1,0 +1,115 @@
+"""Two small charts as inline SVG; their colours are the page's, so they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_WIDTH, _HEIGHT = 720, 260
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 36
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value on a scale; `kind` chooses its colour in the page's style."""
+
+    name: str
+    value: float
+    kind: str
+
+
+def line(points: Sequence[tuple[int, float]]) -> str:
+    """Loss over images seen, on a logarithmic axis."""
+    if not points:
+        return "<p>No loss was logged.</p>"
+    xs, ys = [x for x, _ in points], [max(y, 1e-12) for _, y in points]
+    low, high = math.log10(min(ys)), math.log10(max(ys))
+    margin = 0.05 * (high - low) or 0.1
+    low, high = low - margin, high + margin
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x / max(xs)) * (_WIDTH - _LEFT - _RIGHT)
+        up = (math.log10(y) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + across, _HEIGHT - _BOTTOM - up
+
+    parts = []
+    for value in _log_ticks(10**low, 10**high):
+        _, y = place(0, value)
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", "end"))
+    for value in _ticks(max(xs)):
+        x, _ = place(value, ys[0])
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 18, _thousands(value), "middle"))
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 2, "images seen", "end"))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, xs, ys))
+    parts.append(f'<polyline class="curve" points="{path}"/>')
+    last = place(xs[-1], ys[-1])
+    parts.append(f'<circle class="end" cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="4"/>')
+    return _svg(parts, _HEIGHT, f"loss per pixel, {ys[0]:.3g} at first, {ys[-1]:.3g} at the end")
+
+
+def scale(marks: Sequence[Mark]) -> str:
+    """Values as bars on a common logarithmic axis, each with its name and number."""
+    values = [max(mark.value, 1e-6) for mark in marks]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    low, high = low - (low == math.log10(min(values))), max(high, low + 1)
+    bar, height = 46, 46 * len(marks) + 30
+    left = 190
+
+    def place(value: float) -> float:
+        return left + (math.log10(value) - low) / (high - low) * (_WIDTH - left - 80)
+
+    parts = []
+    for exponent in range(low, high + 1):
+        x = place(10.0**exponent)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 24}"/>')
+        parts.append(_text(x, height - 6, f"{10.0**exponent:g}", "middle"))
+    for row, (mark, value) in enumerate(zip(marks, values, strict=True)):
+        y = row * bar + 10
+        width = max(place(value) - left, 2)
+        parts.append(
+            f'<rect class="{mark.kind}" x="{left}" y="{y}" width="{width:.1f}" height="26" rx="4"/>'
+        )
+        parts.append(_text(left - 10, y + 18, mark.name, "end"))
+        parts.append(_text(left + width + 8, y + 18, f"{mark.value:.3g}", "start", "value"))
+    return _svg(parts, height, ", ".join(f"{mark.name}: {mark.value:.3g}" for mark in marks))
+
+
+def _svg(parts: Sequence[str], height: int, description: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(description)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
+
+
+def _ticks(largest: float) -> list[float]:
+    """Round numbers from 0 to `largest`, four to eight of them."""
+    step = 10.0 ** math.floor(math.log10(largest))
+    while largest / step < 4:
+        step /= 2 if largest / step >= 2 else 5
+    return [i * step for i in range(int(largest / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between `low` and `high`; evenly spaced where few fit."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [f * 10.0**e for e in exponents for f in (1, 2, 5) if low <= f * 10.0**e <= high]
+    if len(ticks) >= 3:
+        return ticks
+    step = _ticks(high - low)[1]
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"

@@ -1,0 +1,236 @@
+"""The quickstart's report: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.images import png_bytes
+from tessera.quickstart import charts
+from tessera.quickstart.run import Frame, Result
+
+_SHOWN = 10  # digits of each class, real and made
+_STRIP = 3  # images whose denoising is shown
+
+
+def render(result: Result) -> str:
+    """The report as HTML, with its pictures inside."""
+    recipe, total = result.recipe, sum(result.seconds.values())
+    sections = [
+        _headline(result, total),
+        _section("Real and made", _comparison(result), _comparison_note(result)),
+        _section("From noise to digit", _strip(result.frames), _strip_note(result)),
+        _section("Training", charts.line(result.losses), _training_note(result)),
+        _section("How far from real", charts.scale(_marks(result)), _score_note(result)),
+        _section("What it took", _facts(result)),
+        _section("Go on", _commands(result)),
+    ]
+    title = escape(f"tessera quickstart: {recipe.name}")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _style() -> str:
+    return resources.files("tessera.quickstart").joinpath("report.css").read_text(encoding="utf-8")
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{body}\n</section>"
+
+
+def _headline(result: Result, total: float) -> str:
+    facts, score = result.reference.extractor.facts, result.score
+    tiles = [
+        ("recognised", f"{result.recognised:.1%}", f"of {score.n:,} samples, as their class"),
+        (
+            "accuracy",
+            f"{facts.accuracy:.1%}",
+            f"of the same classifier on {facts.held_out:,} held-out real digits",
+        ),
+        (
+            "distance",
+            f"{score.fd_classifier:.3g}",
+            f"Fréchet distance; real digits {result.floor:.3g}",
+        ),
+        ("time", _duration(total), f"in all, on {escape(result.device)}"),
+    ]
+    cells = "\n".join(
+        f'<div class="tile {name}"><b>{value}</b><span>{note}</span></div>'
+        for name, value, note in tiles
+    )
+    return (
+        "<header>\n<h1>Handwritten digits from noise</h1>\n"
+        f"<p>A diffusion model of {result.parameters / 1e6:.2f} million parameters, trained from "
+        f"scratch in {_duration(result.seconds['training'])}.</p>\n"
+        f'<div class="tiles">\n{cells}\n</div>\n</header>'
+    )
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def _comparison(result: Result) -> str:
+    """Rows of real digits beside rows of samples, one row per class."""
+    labels = result.dataset.labels
+    assert labels is not None
+    real, made = [], []
+    for digit in range(result.recipe.data.num_classes):
+        indices = np.flatnonzero(labels == digit)[:_SHOWN]
+        real.append(_row(digit, result.dataset.read(indices).transpose(0, 2, 3, 1), "real"))
+        chosen = np.flatnonzero(result.labels == digit)[:_SHOWN]
+        right = result.predicted[chosen] == digit
+        made.append(_row(digit, result.samples[chosen], "made", right))
+    return (
+        '<div class="pair">\n'
+        f"<figure><figcaption>real digits</figcaption>{''.join(real)}</figure>\n"
+        f"<figure><figcaption>samples</figcaption>{''.join(made)}</figure>\n"
+        "</div>"
+    )
+
+
+def _row(
+    digit: int, images: NDArray[np.uint8], what: str, right: Sequence[bool] | NDArray[np.bool_] = ()
+) -> str:
+    flags = list(right) or [True] * len(images)
+    cells = "".join(
+        _image(image, f"{what} {digit}", "" if ok else "wrong")
+        for image, ok in zip(images, flags, strict=True)
+    )
+    return f'<div class="row"><span>{digit}</span>{cells}</div>'
+
+
+def _image(image: NDArray[np.uint8], alt: str, kind: str = "") -> str:
+    data = base64.b64encode(png_bytes(image)).decode()
+    css = f' class="{kind}"' if kind else ""
+    return f'<img{css} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _strip(frames: Sequence[Frame]) -> str:
+    """Noisy states above the network's estimates, from left to right."""
+    head = "".join(f"<span>{frame.sigma:.2g}</span>" for frame in frames)
+    rows = [f'<div class="row head"><span>σ</span>{head}</div>']
+    for index in _spread(len(frames[0].noisy), _STRIP):
+        for name in ("noisy", "denoised"):
+            cells = "".join(_image(getattr(f, name)[index], f"{name} {index}") for f in frames)
+            rows.append(f'<div class="row {name}"><span>{name}</span>{cells}</div>')
+    return f'<figure class="strip">{"".join(rows)}</figure>'
+
+
+def _spread(count: int, chosen: int) -> list[int]:
+    """A few indices below `count`, spread over them."""
+    return sorted({round(i) for i in np.linspace(min(2, count - 1), count - 1, chosen)})
+
+
+# ---------------------------------------------------------------------------------- words, facts
+
+
+def _comparison_note(result: Result) -> str:
+    wrong = int((result.predicted != result.labels).sum())
+    to_real, among_real = result.nearest
+    facts = result.reference.extractor.facts
+    return (
+        f"The first {_SHOWN} of each class, none picked. {wrong} of all {result.score.n:,} samples "
+        "are taken for another class than they were asked to be (framed in red where shown); the "
+        "judge is a small classifier trained on four fifths of the real digits, which is itself "
+        f"wrong on {1 - facts.accuracy:.1%} of the rest. Are they copies? A sample is on average "
+        f"{to_real:.0f} grey levels away from the closest real digit, a real digit "
+        f"{among_real:.0f} from the closest other one."
+    )
+
+
+def _strip_note(result: Result) -> str:
+    options = result.recipe.sampling
+    return (
+        f"Each sample begins as noise of σ = {getattr(options, 'sigma_max', None) or 80:g} and is "
+        f"made in {options.steps} steps. Above the state after a step, below what the network "
+        "took the digit to be."
+    )
+
+
+def _training_note(result: Result) -> str:
+    count = len(result.dataset)
+    return (
+        f"{result.images_seen:,} images seen, {count:,} different ones about "
+        f"{result.images_seen / count:.0f} times, "
+        f"{result.images_seen / result.seconds['training']:.0f} per second. The weighted error per "
+        "pixel stays far from zero, because noise cannot be guessed."
+    )
+
+
+def _marks(result: Result) -> list[charts.Mark]:
+    return [
+        charts.Mark("real digits, another half", result.floor, "floor"),
+        charts.Mark("samples", result.score.fd_classifier, "samples"),
+        charts.Mark("untrained network", result.ceiling, "ceiling"),
+    ]
+
+
+def _score_note(result: Result) -> str:
+    score = result.score
+    return (
+        f"Fréchet distance of {score.dim} features of the classifier, against one half of the real "
+        f"digits ({score.n_reference:,}); smaller is closer. It compares models on these digits "
+        "and is not FID."
+    )
+
+
+def _facts(result: Result) -> str:
+    recipe = result.recipe
+    training, sampler = recipe.training, recipe.sampling
+    channels, height, width = result.dataset.shape
+    rows = [
+        ("data", f"{len(result.dataset):,} handwritten digits, enlarged to {width} x {height}, "
+                 f"{channels} channel, 10 classes"),
+        ("network", f"{recipe.network.kind}, {result.parameters:,} parameters"),
+        ("training", f"{training.images:,} images in batches of {training.batch}, "
+                     f"{training.precision}, learning rate {recipe.optimizer.lr:g}"),
+        ("sampling", f"{sampler.kind}, {sampler.steps} steps, no guidance, averaged weights of "
+                     f"half-life {recipe.ema[0].halflife_images:,.0f} images"),
+        ("seed", str(training.seed)),
+        *((f"time: {part}", _duration(value)) for part, value in result.seconds.items()),
+    ]  # fmt: skip
+    cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in rows)
+    return f"<table>{cells}</table>"
+
+
+def _commands(result: Result) -> str:
+    out = result.out
+    lines = [
+        ("Make sevens", f"tessera sample {out}/run --class 7 --seeds 0-63 --grid --out sevens"),
+        (
+            "Watch them appear",
+            f"tessera sample {out}/run --seeds 0-15 --out digits.png --trajectory digits.gif",
+        ),
+        ("Score the model again", f"tessera eval score {out}/run {out}/digits.ref.npz"),
+        (
+            "Train it for twice as long",
+            f"tessera train --resume {out}/run training.images={2 * result.recipe.training.images}",
+        ),
+        (
+            "Your own images",
+            "tessera data convert photos/ photos.safetensors --resolution 32x32 "
+            "--transform center-crop --format packed\n"
+            "tessera train cifar10-small data.path=photos.safetensors data.num_classes=0",
+        ),
+    ]
+    return "".join(
+        f"<p>{escape(title)}</p><pre><code>{escape(command)}</code></pre>"
+        for title, command in lines
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

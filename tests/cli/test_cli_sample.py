@@ -1,0 +1,250 @@
+"""`tessera sample` end to end on a tiny pipeline: files, resuming, errors, several processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pipeline import tiny_pipeline
+from typer.testing import CliRunner
+
+from tessera.cli import app
+from tessera.errors import TesseraError
+from tessera.pipelines.generate import share
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pipelines") / "tiny"
+    tiny_pipeline().save(folder)
+    return str(folder)
+
+
+def run(*arguments: object) -> str:
+    """The output of `tessera sample`; errors of the user's are raised."""
+    result = CliRunner().invoke(app, ["sample", *map(str, arguments), "--device", "cpu"])
+    if isinstance(result.exception, TesseraError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def pngs(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")
+    }
+
+
+def test_pngs(pipeline: str, tmp_path: Path) -> None:
+    output = run(pipeline, "--seeds", "0-4,1007", "--out", tmp_path / "s")
+    assert re.search(r"6 images in .* images/s, 5 network evaluations per image", output)
+    assert str(tmp_path / "s") in output
+    files = pngs(tmp_path / "s")
+    assert sorted(files) == [*(f"00000{seed}.png" for seed in range(5)), "001007.png"]
+    expected = tiny_pipeline().sample("0-4,1007")
+    for (_, data), image in zip(sorted(files.items()), expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+    labels = json.loads((tmp_path / "s" / "dataset.json").read_text())["labels"]
+    assert [name for name, _ in labels] == sorted(files)
+    assert [label for _, label in labels] == tiny_pipeline().labels("0-4,1007").tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_batch_sizes_give_the_same_images(pipeline: str, tmp_path: Path, batch: int) -> None:
+    # In float32 on a CPU, libraries may sum in another order for another batch size, which can
+    # move a value across a grey level's edge: PNGs are equal, or one grey level apart.
+    run(pipeline, "--seeds", "0-15", "--batch", 16, "--out", tmp_path / "whole")
+    run(pipeline, "--seeds", "0-15", "--batch", batch, "--out", tmp_path / "parts")
+    for name in pngs(tmp_path / "whole"):
+        one, other = (
+            np.asarray(Image.open(tmp_path / kind / name)).astype(int)
+            for kind in ("whole", "parts")
+        )
+        assert abs(one - other).max() <= 1
+
+
+def test_resuming_makes_only_what_is_missing(pipeline: str, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    run(pipeline, "--seeds", "0-5", "--out", folder)
+    before = pngs(folder)
+    (folder / "000003.png").unlink()
+    (folder / "000001.png").write_bytes(b"kept")
+    output = run(pipeline, "--seeds", "0-6", "--out", folder)
+    assert "2 images in" in output
+    assert "5 images were there already" in output
+    after = pngs(folder)
+    assert after.pop("000001.png") == b"kept"
+    assert len(after) == 6
+    assert all(after[name] == before[name] for name in after if name in before)
+    assert "7 images were there already" in run(pipeline, "--seeds", "0-6", "--out", folder)
+
+
+def test_images_of_other_settings_are_not_mixed(pipeline: str, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    run(pipeline, "--seeds", "0", "--out", folder)
+    for options, difference in (
+        (["--steps", "4"], "sampler.steps: 3 there, 4 now"),
+        (["--class", "bee"], "class: none there, 1 now"),
+        (["--guidance", "2"], r"guidance: 1.0 there, 2.0 now"),
+        (["--precision", "bf16"], "precision: fp32 there, bf16 now"),
+    ):
+        with pytest.raises(TesseraError, match=difference + r"\). Choose another folder"):
+            run(pipeline, "--seeds", "1", "--out", folder, *options)
+    assert list(pngs(folder)) == ["000000.png"]
+    (folder / "sampling.json").unlink()
+    with pytest.raises(TesseraError, match=r"000000.png is there already, without"):
+        run(pipeline, "--seeds", "0", "--out", folder)
+
+
+def test_subdirs_and_grid(pipeline: str, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    output = run(pipeline, "--seeds", "7,1007", "--subdirs", "--grid", "--out", folder)
+    assert sorted(pngs(folder)) == ["000000/000007.png", "001000/001007.png"]
+    labels = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert [name for name, _ in labels] == ["000000/000007.png", "001000/001007.png"]
+    # Beside the folder, so that the folder holds nothing but samples.
+    assert Image.open(tmp_path / "s-grid.png").width == 2 * 64 + 2
+    assert "s-grid.png" in output
+
+
+def test_npz(pipeline: str, tmp_path: Path) -> None:
+    run(pipeline, "--seeds", "9,2-4", "--batch", 3, "--out", tmp_path / "x.npz", "--class", "cat")
+    with np.load(tmp_path / "x.npz") as file:
+        assert sorted(file.files) == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8
+        assert np.array_equal(file["arr_0"], tiny_pipeline().sample([9, 2, 3, 4], labels=2))
+        assert file["arr_1"].tolist() == [2, 2, 2, 2]
+        assert file["arr_1"].dtype == np.int64
+    run(pipeline, "--seeds", "0", "--format", "npz", "--out", tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["samples.npz"]
+
+
+def test_npz_without_classes(tmp_path: Path) -> None:
+    tiny_pipeline(num_classes=0).save(tmp_path / "p")
+    run(tmp_path / "p", "--seeds", "0", "--out", tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        assert file.files == ["arr_0"]
+
+
+def test_grid(pipeline: str, tmp_path: Path) -> None:
+    run(pipeline, "--seeds", "0-8", "--out", tmp_path / "g.png", "--class", "balanced")
+    assert Image.open(tmp_path / "g.png").size == (3 * 64 + 4, 3 * 64 + 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["g.png"]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_trajectory(pipeline: str, tmp_path: Path, suffix: str) -> None:
+    film, folder = tmp_path / f"t.{suffix}", tmp_path / "s"
+    output = run(pipeline, "--seeds", "0-19", "--out", folder, "--steps", 6, "--trajectory", film)
+    assert str(film) in output
+    assert len(pngs(folder)) == 20
+    with Image.open(film) as movie:
+        assert movie.n_frames == 6
+        panel = 4 * 64 + 6
+        assert movie.size == (2 * panel + 12, panel + 16)
+        movie.seek(5)
+        last = np.asarray(movie.convert("RGB")).astype(int)
+    # In the last frame the state and the estimate are the finished images.
+    corner = np.asarray(Image.open(folder / "000000.png")).astype(int)
+    for left in (0, panel + 12):
+        shown = last[16 : 16 + 64 : 8, left : left + 64 : 8]
+        assert abs(shown - corner).mean() < 30
+
+
+def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
+    output = run(
+        pipeline, "--seeds", "0-1", "--out", tmp_path / "a", "--discretization", "vp",
+        "--schedule", "vp", "--scaling", "vp", "--solver", "euler", "--steps", 5,
+    )  # fmt: skip
+    assert "5 network evaluations" in output
+    settings = json.loads((tmp_path / "a" / "sampling.json").read_text())
+    assert settings["sampler"]["kind"] == "ablation"
+    assert settings["sampler"]["sigma_max"] is None
+    output = run(pipeline, "--seeds", "0-1", "--out", tmp_path / "b", "--guidance", "1.5")
+    assert "10 network evaluations" in output
+    output = run(
+        pipeline, "--seeds", "0-1", "--out", tmp_path / "c", "--guidance", 1.5,
+        "--guide", pipeline, "--guidance-interval", "0.01,10",
+    )  # fmt: skip
+    assert "7 network evaluations" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1-x"], "'1-x'"),
+        (["--class", "dog"], "no class 'dog'"),
+        (["--guidance-interval", "3"], "two noise levels"),
+        (["--trajectory", "x.mp4"], ".gif or .webp"),
+        (["--ema", "5"], "What it has: 1000"),
+        (["--guide", "nowhere"], "there is no pipeline 'nowhere'"),
+        (["--out", "x.npz", "--grid"], "belong to PNGs"),
+    ],
+)
+def test_errors(pipeline: str, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(TesseraError, match=message):
+        run(pipeline, "--out", tmp_path / "s", *options)
+    assert not (tmp_path / "s").exists()
+
+
+def launch(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tessera", "sample", *map(str, arguments), "--device", "cpu"]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_two_processes_make_the_files_of_one(pipeline: str, tmp_path: Path, kind: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one, two = (tmp_path / name / f"s.{kind}".removesuffix(".png") for name in ("one", "two"))
+    run(pipeline, "--seeds", "0-6", "--batch", 2, "--out", one)
+    ranks = [
+        launch(rank, port, pipeline, "--seeds", "0-6", "--batch", 2, "--out", two)
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert "7 images in" in outputs[0]
+    assert "images" not in outputs[1]
+    if kind == "png":
+        assert pngs(one) == pngs(two)
+        assert (one / "dataset.json").read_bytes() == (two / "dataset.json").read_bytes()
+    else:
+        assert [path.name for path in two.parent.iterdir()] == ["s.npz"]
+        with np.load(one) as expected, np.load(two) as found:
+            assert np.array_equal(expected["arr_0"], found["arr_0"])
+            assert np.array_equal(expected["arr_1"], found["arr_1"])
+
+
+def test_exit_code_and_message(pipeline: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tessera", "sample", pipeline, "--class", "7", "--out", tmp_path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: there is no class 7. The classes are 0 to 2")
+    assert "Traceback" not in result.stderr
+
+
+def test_every_seed_has_one_process() -> None:
+    seeds = list(range(23))
+    for world in (1, 2, 5, 40):
+        shares = [share(seeds, 4, rank, world) for rank in range(world)]
+        assert sorted(seed for part in shares for seed in part) == seeds
+        assert max(map(len, shares)) - min(map(len, shares)) <= 2

@@ -1,0 +1,145 @@
+"""The quickstart, shrunken, from digits to report."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import tessera
+from tessera.cli import app
+from tessera.data.dataset import open_dataset
+from tessera.errors import TesseraError
+from tessera.metrics.reference import load_reference
+from tessera.quickstart import charts
+from tessera.quickstart.digits import enlarge, write_digits
+from tessera.quickstart.report import render
+from tessera.quickstart.run import Result, run
+
+pytest.importorskip("sklearn")
+
+TINY = [
+    "data.resolution=8", "network.model_channels=8", "network.num_blocks=1",
+    "training.images=192", "training.batch=32", "sampling.steps=3", "run.log_every_images=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    return run(out, overrides=TINY, digits=80, samples=30, classifier_images=1500)
+
+
+def test_measures_everything_that_the_report_shows(result: Result) -> None:
+    assert result.images_seen == 192
+    assert result.samples.shape == (30, 8, 8, 1)
+    assert result.labels.tolist() == list(range(10)) * 3
+    assert result.recognised == result.score.recognised
+    assert result.score.n == 30
+    assert result.score.n_reference == 40
+    assert 0 < result.floor < result.ceiling
+    assert len(result.losses) >= 6
+    assert result.losses[-1][0] == 192
+    assert set(result.seconds) == {"data", "training", "classifier", "sampling", "scoring"}
+
+
+def test_frames_end_with_the_sample(result: Result) -> None:
+    assert len(result.frames) == 3
+    assert [f.sigma for f in result.frames] == sorted(
+        (f.sigma for f in result.frames), reverse=True
+    )
+    last = result.frames[-1].noisy.astype(int)
+    assert np.abs(last - result.samples[:10]).max() <= 1
+
+
+def test_what_it_leaves_can_be_used(result: Result) -> None:
+    images = tessera.load(result.out / "run").sample(range(10), "balanced")
+    assert np.abs(images.astype(int) - result.samples[:10]).max() <= 1
+    assert load_reference(result.out / "digits.ref.npz").statistics.n == 80
+    assert open_dataset(result.out / "digits.safetensors").class_names == tuple("0123456789")
+
+
+class Parts(HTMLParser):
+    """Collects tags and checks that what is opened is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
+    page = render(result)
+    parts = Parts()
+    parts.feed(page)
+    assert parts.open == []
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "http" not in page
+    images = [attributes for tag, attributes in parts.tags if tag == "img"]
+    real = [image for image in images if str(image["alt"]).startswith("real")]
+    made = [image for image in images if str(image["alt"]).startswith("made")]
+    assert len(made) == 30
+    assert {image["alt"] for image in real} == {f"real {digit}" for digit in range(10)}
+    wrong = sum(image.get("class") == "wrong" for image in made)
+    assert wrong == round(30 * (1 - result.recognised))
+    assert len(images) - len(real) - len(made) == 3 * 2 * len(result.frames)
+    assert sum(tag == "svg" for tag, _ in parts.tags) == 2
+    assert f"{result.recognised:.1%}" in page
+    assert f"{result.reference.extractor.facts.accuracy:.1%}" in page
+    for value in (result.score.fd_classifier, result.floor, result.ceiling):
+        assert f"{value:.3g}" in page
+    assert "not FID" in page
+    assert f"tessera sample {result.out}/run" in page
+
+
+def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    outcome = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path)])
+    assert isinstance(outcome.exception, TesseraError)
+    assert "--out" in str(outcome.exception)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:
+    write_digits(tmp_path / "digits.safetensors", 16, 25)
+    dataset = open_dataset(tmp_path / "digits.safetensors")
+    assert (len(dataset), dataset.shape, dataset.num_classes) == (25, (1, 16, 16), 10)
+    assert dataset.labels is not None
+    assert dataset.labels[:10].tolist() == list(range(10))
+    flat = enlarge(np.full((8, 8), 16.0), 16)
+    assert (flat == 255).all()
+    assert (enlarge(np.zeros((8, 8)), 32) == 0).all()
+
+
+@pytest.mark.parametrize("losses", [[], [(100, 0.5)], [(100, 1.0), (200, 0.99), (300, 0.01)]])
+def test_loss_chart_of_any_length(losses: list[tuple[int, float]]) -> None:
+    chart = charts.line(losses)
+    assert chart.count("<circle") == bool(losses)
+    coordinates = re.findall(r'points="([^"]*)"', chart)
+    if losses:
+        points = [tuple(map(float, p.split(","))) for p in coordinates[0].split()]
+        assert len(points) == len(losses)
+        assert all(0 <= x <= 720 and 0 <= y <= 260 for x, y in points)
+        # Smaller losses are drawn lower, where y is larger.
+        assert [y for _, y in points] == sorted(y for _, y in points)
+
+
+def test_scale_draws_longer_bars_for_larger_values() -> None:
+    marks = [charts.Mark("a", 0.01, "floor"), charts.Mark("b", 3.0, "ceiling")]
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="26"', charts.scale(marks))]
+    assert widths[0] < widths[1]

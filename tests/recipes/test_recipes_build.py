@@ -1,0 +1,154 @@
+"""From recipes to objects: published sizes, and every choice of the schema."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tessera.conditioning import Conditioning
+from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.song_unet import SongUNet
+from tessera.randomness import AddressedDraws
+from tessera.recipes import build, schema
+from tessera.recipes.loading import load_recipe, shipped
+
+# Counted from the released code, but for the laptop's.
+PARAMETERS = {
+    "quickstart-digits": None,
+    "cifar10-small": None,
+    "cifar10-small-patch": None,
+    "edm-cifar10-cond-vp": 55_735_299,
+    "edm-cifar10-cond-ve": 56_400_643,
+    "edm-cifar10-uncond-vp": 55_733_891,
+    "edm-cifar10-uncond-ve": 56_397_827,
+    "edm-ffhq64-vp": 61_805_571,
+    "edm-ffhq64-ve": 62_761_091,
+    "edm-afhqv2-64-vp": 61_805_571,
+    "edm-afhqv2-64-ve": 62_761_091,
+    "edm-imagenet64-adm": 295_899_267,
+    "patch-celeba64": 61_806_723,
+    "patch-ffhq64": 61_806_723,
+    "patch-afhqv2-64": 61_806_723,
+}
+TINY = [
+    "data.resolution=8", "network.model_channels=16", "network.channel_mult=1,2",
+    "network.num_blocks=1", "network.attn_resolutions=[]",
+]  # fmt: skip
+
+
+def test_every_shipped_recipe_has_its_size_here() -> None:
+    assert set(PARAMETERS) == set(shipped())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name: str) -> None:
+    with torch.device("meta"):
+        denoiser = build.build_denoiser(load_recipe(name))
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    if PARAMETERS[name] is not None:
+        assert count == PARAMETERS[name]
+    elif name.startswith("cifar10-small"):
+        assert 2_500_000 < count < 3_500_000
+    else:
+        assert count < 3_000_000
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> None:
+    tiny = [*TINY[:1], "network.model_channels=64", *TINY[2:]] if "adm" in name else TINY
+    recipe = load_recipe(name, [*tiny, "sampling.steps=2"])
+    denoiser = build.build_denoiser(recipe)
+    assert denoiser.shape == (recipe.data.channels, 8, 8)
+    x = torch.rand(2, *denoiser.shape) * 2 - 1
+    labels = torch.tensor([0, 1]) if recipe.data.num_classes else None
+    draws = AddressedDraws(0, torch.arange(2))
+    augment = build.build_augment(recipe.augment)
+    x, extra = (x, None) if augment is None else augment(x, draws)
+    assert (0 if extra is None else extra.shape[1]) == recipe.augment_dim
+    cond = Conditioning(labels, extra)
+    loss = build.build_objective(recipe.objective)(denoiser, x, cond, draws)["loss"]
+    loss.sum().backward()
+    assert loss.shape == (2,)
+    assert all(parameter.grad is not None for parameter in denoiser.parameters())
+    plan = build.build_view(recipe).plan(0)
+    assert (plan.first_image, plan.images) == (0, recipe.training.batch)
+
+    from tessera.sampling.seeds import SeedNoise
+
+    sampler = build.build_sampler(recipe.sampling)
+    noise = SeedNoise([0, 1])
+    *_, last = sampler(denoiser, noise.normal(denoiser.shape), Conditioning(labels), noise)
+    assert last.x.shape == (2, *denoiser.shape)
+    assert last.x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("vp", 0.0010005, 152.167), ("ve", 0.02, 100), ("iddpm", 0.0064223371, 20291.17)],
+)
+def test_other_preconditionings_by_override(kind: str, low: float, high: float) -> None:
+    objective = "edm" if kind == "iddpm" else kind
+    recipe = load_recipe(
+        "edm-cifar10-uncond-vp",
+        [*TINY, f"preconditioning.kind={kind}", f"objective.kind={objective}"],
+    )
+    denoiser = build.build_denoiser(recipe)
+    assert denoiser.sigma_min == pytest.approx(low, rel=1e-4)
+    assert denoiser.sigma_max == pytest.approx(high, rel=1e-4)
+    x, draws = torch.zeros(2, 3, 8, 8), AddressedDraws(0, torch.arange(2))
+    loss = build.build_objective(recipe.objective)(denoiser, x, Conditioning(), draws)["loss"]
+    assert loss.isfinite().all()
+    assert type(build.build_objective(recipe.objective)).__name__.lower() == f"{objective}objective"
+
+
+def test_options_reach_the_objects() -> None:
+    recipe = load_recipe(
+        "cifar10-small",
+        ["network.kind=adm_unet", "network.model_channels=64", "network.num_blocks=2",
+         "objective.label_dropout=0.25", "preconditioning.sigma_data=0.7", "augment.p=0.3",
+         "sampling.kind=ablation", "sampling.discretization=vp"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = build.build_network(recipe)
+    assert isinstance(network, AdmUNet)
+    assert build.build_objective(recipe.objective).label_dropout == 0.25
+    preconditioning = build.build_preconditioning(recipe.preconditioning)
+    assert preconditioning == build.preconditioning.Edm(sigma_data=0.7)
+    augment = build.build_augment(recipe.augment)
+    assert augment is not None
+    assert augment.p == 0.3
+    sampler = build.build_sampler(recipe.sampling)
+    assert isinstance(sampler, functools.partial)
+    assert sampler.keywords["discretization"] == "vp"
+    assert build.build_augment(None) is None
+
+
+def test_the_schema_and_the_objects_have_the_same_defaults() -> None:
+    import dataclasses
+    import inspect
+
+    from tessera.sampling.ablation import sample_ablation
+    from tessera.sampling.edm import sample_edm
+
+    pairs = [
+        (schema.SongUNetConfig, SongUNet),
+        (schema.AdmUNetConfig, AdmUNet),
+        (schema.EdmSampler, sample_edm),
+        (schema.AblationSampler, sample_ablation),
+    ]
+    for section, target in pairs:
+        signature = inspect.signature(target)
+        for name, field in section.model_fields.items():
+            if name != "kind":
+                assert signature.parameters[name].default == field.default, (target, name)
+    for section, kind in (
+        (schema.AugmentConfig, build.Augmentation),
+        (schema.EdmObjective, build.objectives.EdmObjective),
+        (schema.VpPreconditioning, build.preconditioning.Vp),
+    ):
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        for name, field in section.model_fields.items():
+            if name != "kind":
+                assert fields[name] == field.default, (kind, name)
