@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.conditioning import Conditioning
+from tessera.data.views import PatchSize, PatchView
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.guidance import Guided
 from tessera.randomness import AddressedDraws
@@ -24,6 +25,7 @@ from tessera.recipes.build import (
     build_objective,
     build_preconditioning,
     build_sampler,
+    build_view,
 )
 from tessera.recipes.schema import Recipe
 from tessera.sampling.seeds import SeedNoise
@@ -38,7 +40,7 @@ class Cost:
     Attributes:
         parameters: trained numbers.
         forward_flops: one evaluation of the denoiser for one image.
-        train_flops: one training image, forward and backward.
+        train_flops: one training image, forward and backward; the mean over the sizes of patches.
         run_flops: the whole training run.
         evaluations: evaluations of the denoiser for one sampled image; guidance counts twice.
         sample_flops: one sampled image.
@@ -112,10 +114,17 @@ def _flops(recipe: Recipe, denoiser: Denoiser) -> tuple[int, int]:
     x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         denoiser(x, x.new_ones(1), cond)
-    with FlopCounterMode(display=False) as train:
-        terms = build_objective(recipe.objective)(denoiser, x, cond, draws)
-        torch.autograd.backward(terms["loss"].sum())
-    return forward.get_total_flops(), train.get_total_flops()
+    view = build_view(recipe)
+    sizes = view.sizes if isinstance(view, PatchView) else [PatchSize(x.shape[-1], 1.0, 1)]
+    flops = images = 0.0
+    for size in sizes:
+        patch = x[:, :, : size.side, : size.side]
+        with FlopCounterMode(display=False) as train:
+            terms = build_objective(recipe.objective)(denoiser, patch, cond, draws)
+            torch.autograd.backward(terms["loss"].sum())
+        flops += size.probability * size.multiplier * train.get_total_flops()
+        images += size.probability * size.multiplier
+    return forward.get_total_flops(), round(flops / images)
 
 
 def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:

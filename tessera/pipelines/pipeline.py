@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -22,11 +22,13 @@ from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import CheckpointError, TesseraError
 from tessera.images import to_pil, to_uint8
 from tessera.pipelines import folder as folders
+from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
+from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.options import Label, choose_labels, choose_sampler
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import Recipe
-from tessera.sampling.core import SamplerState
+from tessera.recipes.schema import Recipe, SamplerConfig
+from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
 Seeds = Iterable[int] | int | str
@@ -256,10 +258,12 @@ class Pipeline:
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
-            options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...).
+            options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...); and
+                for models with coordinates which part of the picture to make: `window`,
+                `resolution`, `window_noise`, `mask_coords`, see `choose_canvas`.
 
         Raises:
-            TesseraError: a class, guidance or sampler option that this model cannot have.
+            TesseraError: a class, guidance, window or sampler option that this model cannot have.
         """
         seeds = list_seeds(seeds)
         if not seeds:
@@ -267,13 +271,15 @@ class Pipeline:
         if batch < 1:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, options))
+        canvas, section = self._sampling(options)
+        sampler = build_sampler(section)
         denoiser = self.guided(guidance, guidance_interval, guide)
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
-            noise = SeedNoise(ours, self.device)
-            latents = noise.normal(self.denoiser.shape)
+            noise = canvas.noise(SeedNoise(ours, self.device))
+            latents = noise.normal((canvas.channels, canvas.height, canvas.width))
             cond = self._conditioning(noise, None if classes is None else classes[rows])
+            cond = replace(cond, coords=canvas.coords(len(ours), self.device))
             with _autocast(self.device, precision):
                 for state in sampler(denoiser, latents, cond, noise):
                     if on_step is not None:
@@ -297,22 +303,29 @@ class Pipeline:
     ) -> None:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
         choose_labels(labels, list_seeds(seeds), self.denoiser.num_classes, self.class_names)
-        choose_sampler(self.recipe.sampling, options)
+        self._sampling(options)
         self.guided(guidance, guidance_interval, guide)
         _autocast(self.device, precision)
 
     def labels(
-        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
     ) -> NDArray[np.int64]:
-        """The classes that `sample_batches` gives the images of `seeds`, without making them."""
+        """The classes that `sample_batches` gives the images of `seeds`, without making them.
+
+        Args:
+            options: those of `sample_batches`; only the choice of a window matters.
+        """
         seeds = list_seeds(seeds)
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None:
             return classes
-        drawn = np.zeros(len(seeds), np.int64)
+        drawn, shape = (
+            np.zeros(len(seeds), np.int64),
+            choose_canvas(self.recipe, **options).noise_shape,
+        )
         for index, seed in enumerate(seeds):
             noise = SeedNoise([seed])
-            noise.normal(self.denoiser.shape)
+            noise.normal(shape)
             drawn[index] = noise.integers(self.denoiser.num_classes).item()
         return drawn
 
@@ -341,7 +354,12 @@ class Pipeline:
             )
         return result
 
-    def _conditioning(self, noise: SeedNoise, classes: NDArray[np.int64] | None) -> Conditioning:
+    def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
+        """What part of the picture is made, and by which sampler."""
+        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
+        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
+
+    def _conditioning(self, noise: NoiseSource, classes: NDArray[np.int64] | None) -> Conditioning:
         if self.denoiser.num_classes == 0:
             return Conditioning()
         drawn = noise.integers(self.denoiser.num_classes)

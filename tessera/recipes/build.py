@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tessera.data.augment import Augmentation
-from tessera.data.views import FullView
+from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
 from tessera.diffusion.objectives import DenoisingObjective
 from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
@@ -38,6 +38,7 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
         2 * channels if learns_variance else channels,
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
+        coord_frequencies=recipe.coord_frequencies,
         **_options(section),
     )
 
@@ -76,11 +77,24 @@ def build_objective(section: schema.ObjectiveConfig) -> DenoisingObjective:
             return objectives.VeObjective(**_options(section))
 
 
-def build_view(recipe: schema.Recipe) -> FullView:
+def build_view(recipe: schema.Recipe) -> View:
     """What of the clean images a step trains on."""
-    match recipe.view:
+    view, training, side = recipe.view, recipe.training, recipe.shape[1]
+    match view:
         case schema.FullView():
-            return FullView(recipe.training.batch)
+            return FullView(training.batch)
+        case schema.PatchView():
+            return PatchView(
+                side,
+                training.batch,
+                patch_sizes(
+                    side, recipe.patch_sizes, view.real_p, view.probabilities, view.multipliers
+                ),
+                seed=training.seed,
+                progressive=view.schedule == "progressive",
+                total_images=training.images,
+                per_pixel=view.per_pixel,
+            )
 
 
 def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
