@@ -136,7 +136,8 @@ class Lego(nn.Module):
         allowed = f"multiples of {step}" + (f" or {', '.join(map(str, small))}" if small else "")
         raise TesseraError(
             f"a canvas of {height}x{width} pixels (height x width) does not fit bricks of "
-            f"{', '.join(str(spec.size) for spec in self.specs)}: height and width must be {allowed}"
+            f"{', '.join(str(spec.size) for spec in self.specs)} pixels; height and width must be "
+            f"{allowed}"
         )
 
     def check_prefix(self, bricks: int | None) -> None:
@@ -233,11 +234,11 @@ class Brick(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Canvas [B, C_in, H, W] and conditioning [B, D] to output [B, C, H, W]."""
-        canvas = Grid(*x.shape[-2:], self.size, self.patch)
+        canvas = Grid(x.shape[2], x.shape[3], self.size, self.patch)
         h = self.x_embedder(canvas.cut(x))
         positions = self._positions(canvas).to(h.dtype)
         # [B, patches, tokens of a patch, D]: one table for all patches.
-        h = (h.unflatten(1, (-1, canvas.span)) + positions).flatten(1, 2)
+        h = (h.reshape(len(h), -1, *positions.shape[1:]) + positions).flatten(1, 2)
         for block in self.blocks:
             h = block(h, c, canvas.span)
         return canvas.join(self.final_layer(h, c))
@@ -245,7 +246,7 @@ class Brick(nn.Module):
     def _positions(self, canvas: Grid) -> Tensor:
         """The part of the table that a patch uses: all of it, but for canvases smaller than it."""
         side = self.size // self.patch
-        table = self.pos_embed.unflatten(1, (side, side))
+        table = self.pos_embed.reshape(1, side, side, -1)
         return table[:, : canvas.rows, : canvas.columns].flatten(1, 2)
 
 

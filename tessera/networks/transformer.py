@@ -64,7 +64,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         h = attend(qkv.reshape(-1, span, 3, self.heads, width // self.heads))
-        return self.proj(h.reshape(batch, tokens, width))
+        output: Tensor = self.proj(h.reshape(batch, tokens, width))
+        return output
 
 
 def attend(qkv: Tensor) -> Tensor:
@@ -79,9 +80,11 @@ def attend(qkv: Tensor) -> Tensor:
         tokens <= _SQUARE and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
     )
     if not explicit:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        h: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return h
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    return torch.matmul(weights, v).transpose(1, 2)
 
 
 def _attend_fused(qkv: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def _attend_fused(qkv: Tensor) -> Tensor:
     q, k, v = qkv.to(torch.float32).unbind(dim=2)
     scores = (q[:, :, None] * k[:, None]).sum(dim=-1) * q.shape[-1] ** -0.5  # [N, n, n, heads]
     weights = scores.softmax(dim=2)
-    return (weights[..., None] * v[:, None]).sum(dim=2).to(qkv.dtype)
+    mixed: Tensor = (weights[..., None] * v[:, None]).sum(dim=2)
+    return mixed.to(qkv.dtype)
 
 
 class Mlp(nn.Module):
@@ -104,7 +108,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        output: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return output
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
+from tessera.cost import Cost, choose_bricks, estimate
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
+from tessera.diffusion.skipping import BrickSchedule, Skipping
 from tessera.errors import CheckpointError, TesseraError
 from tessera.images import to_pil, to_uint8
 from tessera.pipelines import folder as folders
@@ -28,7 +30,7 @@ from tessera.pipelines.options import Label, choose_labels, choose_sampler
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe, SamplerConfig
-from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.core import NoiseSource, Sampler, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
 Seeds = Iterable[int] | int | str
@@ -238,6 +240,8 @@ class Pipeline:
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
         batch: int = 64,
         precision: Precision = "fp32",
         on_step: OnStep | None = None,
@@ -255,12 +259,17 @@ class Pipeline:
             guidance: weight of guidance; 1 for none.
             guidance_interval: (low, high), the noise levels where guidance acts.
             guide: a weaker model to guide by, instead of the model without class.
+            skip: share of the sampler's steps in which the last brick of a stack is left out: the
+                last steps if it is the largest (PG, U), the first ones if the smallest (PR).
+            bricks: instead of `skip`, how many bricks run at which noise levels, like
+                "0-0.5:2,20-inf:1"; all run elsewhere.
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
             options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...); and
                 for models with coordinates which part of the picture to make: `window`,
-                `resolution`, `window_noise`, `mask_coords`, see `choose_canvas`.
+                `resolution`, `window_noise`, `mask_coords`; or a larger picture: `size`,
+                `layout`, `overlap`; see `choose_canvas`.
 
         Raises:
             TesseraError: a class, guidance, window or sampler option that this model cannot have.
@@ -273,7 +282,8 @@ class Pipeline:
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         canvas, section = self._sampling(options)
         sampler = build_sampler(section)
-        denoiser = self.guided(guidance, guidance_interval, guide)
+        model = self.skipping(sampler, skip, bricks)
+        denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
@@ -287,7 +297,7 @@ class Pipeline:
             yield SampledBatch(
                 ours,
                 None if cond.labels is None else cond.labels.cpu().numpy(),
-                self.to_pixels(state.x),
+                self.to_pixels(canvas.picture(state.x)),
             )
 
     def check(
@@ -298,12 +308,15 @@ class Pipeline:
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
         precision: Precision = "fp32",
         **options: Any,
     ) -> None:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
         choose_labels(labels, list_seeds(seeds), self.denoiser.num_classes, self.class_names)
-        self._sampling(options)
+        _, section = self._sampling(options)
+        self.skipping(build_sampler(section), skip, bricks)
         self.guided(guidance, guidance_interval, guide)
         _autocast(self.device, precision)
 
@@ -338,12 +351,14 @@ class Pipeline:
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        model: Denoiser | None = None,
     ) -> Denoiser:
-        """The model's denoiser, with guidance around it if `guidance` is not 1."""
+        """`model` (by default the denoiser), with guidance around it if `guidance` is not 1."""
+        model = model or self.denoiser
         if guidance == 1:
-            return self.denoiser
+            return model
         weak = guide.denoiser if isinstance(guide, Pipeline) else guide
-        result = Guided(self.denoiser, guidance, interval, weak)
+        result = Guided(model, guidance, interval, weak)
         if weak is None and self.recipe.objective.label_dropout == 0 and not self._warned:
             self._warned = True
             warnings.warn(
@@ -353,6 +368,31 @@ class Pipeline:
                 stacklevel=4,
             )
         return result
+
+    def skipping(
+        self, sampler: Sampler, skip: float = 0.0, bricks: str | BrickSchedule | None = None
+    ) -> Denoiser:
+        """The model's denoiser, leaving out bricks as in `sample_batches` if that is asked for."""
+        schedule = choose_bricks(self.recipe, self.denoiser, sampler, skip, bricks)
+        return self.denoiser if schedule is None else Skipping(self.denoiser, schedule)
+
+    def cost(
+        self,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
+        **options: Any,
+    ) -> Cost:
+        """What the model costs; `sample_flops` with these options of `sample_batches`.
+
+        Raises:
+            TesseraError: an option that this model cannot have.
+        """
+        section = choose_sampler(self.recipe.sampling, options)
+        recipe = self.recipe.model_copy(update={"sampling": section})
+        return estimate(recipe, guidance, guidance_interval, skip, bricks)
 
     def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
         """What part of the picture is made, and by which sampler."""

@@ -13,6 +13,7 @@ from tessera.diffusion import objectives, preconditioning
 from tessera.diffusion.objectives import DenoisingObjective
 from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
 from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.lego import Lego
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
 from tessera.sampling.ablation import sample_ablation
@@ -23,13 +24,18 @@ from tessera.sampling.edm import sample_edm
 def build_network(recipe: schema.Recipe) -> nn.Module:
     """The network with fresh weights, on the default device."""
     section = recipe.network
+    channels, resolution, _ = recipe.shape
     network: type[SongUNet | AdmUNet]
     match section:
+        case schema.LegoConfig():
+            options = _options(section) | {
+                "bricks": [(brick.size, brick.patch, brick.depth) for brick in section.bricks]
+            }
+            return Lego(channels, recipe.data.num_classes, recipe.augment_dim, **options)
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
             network = AdmUNet
-    channels, resolution, _ = recipe.shape
     # Improved DDPM's networks also predict a variance, which its preconditioning leaves out.
     learns_variance = isinstance(recipe.preconditioning, schema.IddpmPreconditioning)
     return network(

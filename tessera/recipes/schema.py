@@ -149,7 +149,25 @@ class AugmentConfig(Section):
 # -------------------------------------------------------------------------------------- networks
 
 
-class SongUNetConfig(Section):
+class UNetSection(Section):
+    """What every U-Net has."""
+
+    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+
+    def fits(self, side: int) -> bool:
+        """Whether the network takes images of this height or width."""
+        return side % (1 << (len(self.channel_mult) - 1)) == 0
+
+    @property
+    def sides(self) -> str:
+        """Which heights and widths it takes, and why."""
+        levels = len(self.channel_mult)
+        return (
+            f"a multiple of {2 ** (levels - 1)}, because network.channel_mult has {levels} levels"
+        )
+
+
+class SongUNetConfig(UNetSection):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM."""
 
     kind: Literal["song_unet"] = "song_unet"
@@ -169,7 +187,7 @@ class SongUNetConfig(Section):
     )
 
 
-class AdmUNetConfig(Section):
+class AdmUNetConfig(UNetSection):
     """The ADM U-Net (Dhariwal & Nichol 2021), as in EDM."""
 
     kind: Literal["adm_unet"] = "adm_unet"
@@ -181,7 +199,55 @@ class AdmUNetConfig(Section):
     dropout: Probability = 0.10
 
 
-NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig, Field(discriminator="kind")]
+class BrickConfig(Section):
+    """One brick: side of its patches and of its tokens in pixels, number of blocks."""
+
+    size: PositiveInt
+    patch: PositiveInt = 2
+    depth: PositiveInt
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        if self.size % self.patch:
+            raise ValueError(f"size ({self.size}) must be a multiple of patch ({self.patch})")
+        return self
+
+
+class LegoConfig(Section):
+    """LEGO bricks (Zheng et al. 2024): a stack of transformers on patches of several sizes."""
+
+    kind: Literal["lego"] = "lego"
+    bricks: tuple[BrickConfig, ...] = Field(min_length=1, description="first to last")
+    width: PositiveInt = Field(384, description="of the tokens; a multiple of heads and of 4")
+    heads: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4
+    joint: bool = Field(True, description="train every brick's output, so that bricks can skip")
+    positions: Literal["fixed", "learned"] = Field(
+        "fixed", description="table of token positions; learned in the released models"
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4"
+            )
+        return self
+
+    def fits(self, side: int) -> bool:
+        """Whether the bricks tile a canvas of this height or width; see `networks.lego.Lego`."""
+        return all(side % (b.patch if side < b.size else b.size) == 0 for b in self.bricks)
+
+    @property
+    def sides(self) -> str:
+        """Which heights and widths fit, and why."""
+        step = math.lcm(*(brick.size for brick in self.bricks))
+        small = [str(side) for side in range(1, step) if self.fits(side)]
+        sizes = " or ".join([f"a multiple of {step}", *([", ".join(small)] if small else [])])
+        return f"{sizes}, to be tiled by network.bricks"
+
+
+NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig | LegoConfig, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------- diffusion
@@ -428,13 +494,10 @@ class Recipe(Section):
         return self.data.channels, self.data.resolution, self.data.resolution
 
     @property
-    def side_multiple(self) -> int:
-        """What height and width of the network's input must be multiples of."""
-        return int(2 ** (len(self.network.channel_mult) - 1))
-
-    @property
     def coord_frequencies(self) -> int | None:
         """Of the network's coordinate channels; None if it has none."""
+        if isinstance(self.network, LegoConfig):
+            return 0
         if self.coords is not None:
             return self.coords.frequencies
         return 0 if isinstance(self.view, PatchView) else None
@@ -456,11 +519,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
-        if self.shape[1] % self.side_multiple:
+        if not self.network.fits(self.shape[1]):
             raise ValueError(
-                f"data.resolution ({self.data.resolution}) must be a multiple of "
-                f"{self.side_multiple}, because network.channel_mult has "
-                f"{len(self.network.channel_mult)} levels"
+                f"data.resolution ({self.data.resolution}) must be {self.network.sides}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bricks_know_coordinates(self) -> Self:
+        if not isinstance(self.network, LegoConfig):
+            return self
+        if self.coords is not None and self.coords.frequencies:
+            raise ValueError(
+                "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
+                "leave out coords"
+            )
+        if isinstance(self.preconditioning, IddpmPreconditioning):
+            raise ValueError(
+                "preconditioning.kind: iddpm needs a network that learns variances, which bricks "
+                "do not; choose edm, vp or ve"
             )
         return self
 
@@ -482,12 +559,10 @@ class Recipe(Section):
                 f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
             )
         for size in sizes:
-            if size % self.side_multiple:
+            if not self.network.fits(size):
                 raise ValueError(
-                    f"patches of {size} pixels do not fit the network: their side must be a "
-                    f"multiple of {self.side_multiple}, because network.channel_mult has "
-                    f"{len(self.network.channel_mult)} levels. Set view.sizes to larger patches, "
-                    "or take away a level"
+                    f"patches of {size} pixels do not fit the network: their side must be "
+                    f"{self.network.sides}. Set view.sizes, or change the network"
                 )
         for name in ("probabilities", "multipliers"):
             values = getattr(view, name)
