@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 _SAMPLER = "Sampler (default: the recipe's)"
 _ABLATION = "Sampler of EDM's ablations (any of these selects it)"
 _GUIDANCE = "Guidance"
+_WINDOW = "Part of the picture (models that know coordinates)"
 
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
+WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
@@ -64,6 +66,25 @@ def sample(
         metavar="PIPELINE",
         rich_help_panel=_GUIDANCE,
         help="Guide by this weaker model instead of by the model without class.",
+    ),
+    x_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First column."),
+    y_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First row."),
+    image_size: str | None = typer.Option(
+        None,
+        metavar="SIZE",
+        rich_help_panel=_WINDOW,
+        help="Side, or WIDTHxHEIGHT. (default: the whole picture)",
+    ),
+    resolution: int | None = typer.Option(
+        None, rich_help_panel=_WINDOW, help="Side of the whole picture. (default: as trained)"
+    ),
+    window_noise: WindowNoise = typer.Option(
+        WindowNoise.crop,
+        rich_help_panel=_WINDOW,
+        help="Noise cut from the whole picture's, or the window's own.",
+    ),
+    mask_coords: bool = typer.Option(
+        False, "--mask-coords", rich_help_panel=_WINDOW, help="Set all coordinates to 0."
     ),
     steps: int | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Number of steps."),
     sigma_min: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Last noise."),
@@ -120,6 +141,14 @@ def sample(
     }
     if guidance_interval is not None:
         options["guidance_interval"] = parse_interval(guidance_interval)
+    if image_size is not None or x_start or y_start:
+        options["window"] = (x_start, y_start, *_size(image_size))
+    if resolution is not None:
+        options["resolution"] = resolution
+    if "window" in options or resolution is not None:
+        options["window_noise"] = window_noise.value
+    if mask_coords:
+        options["mask_coords"] = True
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
@@ -207,6 +236,19 @@ def parse_interval(text: str) -> tuple[float, float]:
             f"--guidance-interval {text!r}: give two noise levels like 0.3,5"
         ) from None
     return low, high
+
+
+def _size(text: str | None) -> tuple[int, int]:
+    if text is None:
+        raise TesseraError("--x-start and --y-start need --image-size, the side of the window")
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        width, height = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise TesseraError(
+            f"--image-size {text!r}: give a side like 32, or WIDTHxHEIGHT like 48x32"
+        ) from None
+    return width, height
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import nn
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.images import save_png
+from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
+from tessera.pipelines.canvas import choose_canvas
 from tessera.pipelines.options import choose_sampler, class_index
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
 from tessera.progress import progress
@@ -74,10 +76,11 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
         pipe, guide = self.pipe, self.options.get("guide")
-        own = {"guidance", "guidance_interval", "guide", "precision"}
+        own = {"guidance", "guidance_interval", "guide", "precision", *CANVAS_OPTIONS}
         sampler = choose_sampler(
             pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
         )
+        canvas = choose_canvas(pipe.recipe, **self.options)
         label = self.label
         if label is not None and label != "balanced":
             label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
@@ -90,6 +93,7 @@ class Job:
             "guidance_interval": self.options.get("guidance_interval"),
             "guide": guide.checksum if guide is not None else None,
             "precision": self.options.get("precision", "fp32"),
+            "canvas": None if canvas.whole and not canvas.masked else asdict(canvas),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
 
@@ -135,7 +139,7 @@ def generate_folder(
             future.result()
     distributed.barrier()
     if distributed.is_main() and job.pipe.denoiser.num_classes:
-        labels = job.pipe.labels(job.seeds, job.label)
+        labels = job.pipe.labels(job.seeds, job.label, **job.options)
         names = [path.relative_to(folder).as_posix() for path in paths.values()]
         pairs = zip(names, labels.tolist(), strict=True)
         write_labels(folder, {name: label for name, label in pairs if label != NO_CLASS})
@@ -151,8 +155,8 @@ def generate_arrays(
     folder `scratch`.
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
-    channels, height, width = job.pipe.denoiser.shape
-    shape = (len(job.seeds), height, width, channels)
+    canvas = choose_canvas(job.pipe.recipe, **job.options)
+    shape = (len(job.seeds), canvas.height, canvas.width, canvas.channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
 
@@ -172,7 +176,11 @@ def generate_arrays(
         for index in range(1, world):
             images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
             files[index].unlink()
-    classes = job.pipe.labels(job.seeds, job.label) if job.pipe.denoiser.num_classes else None
+    classes = (
+        job.pipe.labels(job.seeds, job.label, **job.options)
+        if job.pipe.denoiser.num_classes
+        else None
+    )
     return images, classes, summary
 
 

@@ -63,21 +63,26 @@ class Feed:
             images_seen += plan.images
 
     def micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        """The rounds of a step: at most `training.micro_batch` images each."""
+        """The rounds of a step: of `training.micro_batch` images, or as many more as a step of
+        small patches has more images than others, so that it takes no more rounds."""
         training = self._recipe.training
         count = len(batch.numbers)
-        size = training.micro_batch or count
+        size = (training.micro_batch or count) * batch.plan.images // training.batch
         first = batch.plan.first_image + distributed.rank() * count
         for start in range(0, count, size):
             rows = slice(start, start + size)
             draws = AddressedDraws(training.seed, batch.numbers[rows])
-            x, coords = self.view.apply(from_uint8(batch.images[rows]), draws, batch.plan)
-            augment: Tensor | None = None
+            images, augment = batch.images[rows], None
             if self._augment is not None:
-                x, augment = self._augment(x, draws)
+                # Whole images are augmented: what the network is told about it then holds for them.
+                images, augment = self._augment(from_uint8(images), draws)
+            x, coords = self.view.apply(images, draws, batch.plan)
+            if x.dtype == torch.uint8:
+                x = from_uint8(x)
             labels = None if batch.labels is None else batch.labels[rows]
             seed = derive_seed(training.seed, "dropout", first + start)
-            yield MicroBatch(x, Conditioning(labels, augment, coords), draws, seed)
+            weight = self.view.loss_weight(batch.plan)
+            yield MicroBatch(x, Conditioning(labels, augment, coords), draws, seed, weight)
 
 
 def _open(recipe: Recipe) -> ImageDataset:

@@ -18,6 +18,7 @@ from tessera.recipes.loading import load_recipe, shipped
 PARAMETERS = {
     "quickstart-digits": None,
     "cifar10-small": None,
+    "cifar10-small-patch": None,
     "edm-cifar10-cond-vp": 55_735_299,
     "edm-cifar10-cond-ve": 56_400_643,
     "edm-cifar10-uncond-vp": 55_733_891,
@@ -27,6 +28,9 @@ PARAMETERS = {
     "edm-afhqv2-64-vp": 61_805_571,
     "edm-afhqv2-64-ve": 62_761_091,
     "edm-imagenet64-adm": 295_899_267,
+    "patch-celeba64": 61_806_723,
+    "patch-ffhq64": 61_806_723,
+    "patch-afhqv2-64": 61_806_723,
 }
 TINY = [
     "data.resolution=8", "network.model_channels=16", "network.channel_mult=1,2",
@@ -45,7 +49,7 @@ def test_parameters(name: str) -> None:
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     if PARAMETERS[name] is not None:
         assert count == PARAMETERS[name]
-    elif name == "cifar10-small":
+    elif name.startswith("cifar10-small"):
         assert 2_500_000 < count < 3_500_000
     else:
         assert count < 3_000_000
