@@ -21,11 +21,14 @@ class Conditioning:
         coords: float32 [B, 2, H, W], position of each pixel in the full image, whose corners are
             -1 and 1 (channel 0 along columns, channel 1 along rows; see `coordinates`). None: the
             image is complete.
+        image: float32 [B, C, h, w] in model space, a low-resolution version of the image that is to
+            be made (super-resolution). None: there is none.
     """
 
     labels: Tensor | None = None
     augment: Tensor | None = None
     coords: Tensor | None = None
+    image: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor that is present."""

@@ -60,6 +60,21 @@ class Denoiser(nn.Module):
         """
         return self
 
+    @property
+    def levels(self) -> Tensor | None:
+        """Of denoisers that know some noise levels only: all, float64 [N] on the CPU, rising.
+
+        None for denoisers of a continuous range.
+        """
+        return None
+
+    def for_levels(self, levels: Tensor) -> Denoiser:
+        """The denoiser of a reverse process that visits these noise levels only, rising.
+
+        Its `log_variance` is that of the steps between them; itself where none is learned.
+        """
+        return self
+
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape. The identity by default."""
         return sigma

@@ -69,6 +69,14 @@ class Guided(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self.denoiser.round_sigma(sigma)
 
+    @property
+    def levels(self) -> Tensor | None:
+        return self.denoiser.levels
+
+    def for_levels(self, levels: Tensor) -> Denoiser:
+        denoiser = self.denoiser.for_levels(levels)
+        return Guided(denoiser, self.scale, self.interval, self.weak, self.channels)
+
     def for_step(self, sigma: float) -> Denoiser:
         weak = None if self.weak is None else self.weak.for_step(sigma)
         denoiser = self.denoiser.for_step(sigma)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
@@ -146,6 +147,11 @@ class Iddpm:
     def sigma_max(self) -> float:
         return float(self.table(torch.device("cpu"))[0])
 
+    @property
+    def levels(self) -> Tensor:
+        """The supported noise levels that are not 0, float64 [M] on the CPU, rising."""
+        return self.table(torch.device("cpu"))[:-1].flip(0).to(torch.float64)
+
     def table(self, device: torch.device) -> Tensor:
         """The supported noise levels, float32 [M + 1], falling to 0."""
         return _table_on(self, device)
@@ -177,10 +183,11 @@ def _table_on(preconditioning: Iddpm, device: torch.device) -> Tensor:
 class Preconditioned(Denoiser):
     """A network and its preconditioning: the denoiser of Gaussian corruption.
 
-    Everything but the network runs in float32, outside of autocast. Of a network with more output
-    channels than the images have (learned variances), the first ones are used. Of a network that
-    returns several outputs (a stack of bricks while it is trained), the last one gives the mean,
-    the others the stages.
+    Everything but the network runs in float32, outside of autocast. A low-resolution image of the
+    conditioning is enlarged and follows the scaled input as further channels. Of a network with
+    more output channels than the images have (learned variances), the first ones are used. Of a
+    network that returns several outputs (a stack of bricks while it is trained), the last one gives
+    the mean, the others the stages.
 
     Args:
         network: (input [B, C, H, W], noise [B], `Conditioning`) to raw output [B, >= C, H, W], or
@@ -219,6 +226,11 @@ class Preconditioned(Denoiser):
             c = self.preconditioning.coefficients(sigma)
             c_skip, c_out, c_in = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
             scaled = c_in * z
+            if cond.image is not None:
+                image = cond.image.to(z.device, torch.float32)
+                size = (z.shape[-2], z.shape[-1])
+                image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+                scaled = torch.cat([scaled, image], dim=1)
         prefix = {} if bricks is None else {"bricks": bricks}
         raw = self.network(scaled, c.noise.expand(len(z)), cond, **prefix)
         with full_precision(z.device):
@@ -227,7 +239,17 @@ class Preconditioned(Denoiser):
                 torch.addcmul(skip, c_out, f[:, : z.shape[1]].to(torch.float32))
                 for f in (raw if isinstance(raw, tuple) else (raw,))
             )
-            return Posterior(mean, stages=tuple(stages))
+            last = raw[-1] if isinstance(raw, tuple) else raw
+            return Posterior(mean, self._log_variance(last, sigma), tuple(stages))
+
+    def _log_variance(self, raw: Tensor, sigma: Tensor) -> Tensor | None:
+        """Log variance of the reverse step, of networks that learn it, from their raw output."""
+        return None
+
+    @property
+    def levels(self) -> Tensor | None:
+        c = self.preconditioning
+        return c.levels if isinstance(c, Iddpm) else None
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape."""

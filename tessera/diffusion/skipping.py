@@ -140,6 +140,10 @@ class Skipping(Denoiser):
         self.sigma_min = denoiser.sigma_min
         self.sigma_max = denoiser.sigma_max
 
+    @property
+    def levels(self) -> Tensor | None:
+        return self.denoiser.levels
+
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self.denoiser.round_sigma(sigma)
 

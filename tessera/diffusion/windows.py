@@ -58,6 +58,10 @@ class Windows(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self.denoiser.round_sigma(sigma)
 
+    @property
+    def levels(self) -> Tensor | None:
+        return self.denoiser.levels
+
     def for_step(self, sigma: float) -> Denoiser:
         return Windows(self.denoiser.for_step(sigma), self.shape[1:], self.overlap, self.batch)
 

@@ -83,7 +83,7 @@ def step_sigmas(sampler: Sampler, denoiser: Denoiser) -> list[float]:
     probe = _Probe(denoiser)
     for _ in sampler(probe, torch.zeros(1, 1, 1, 1), Conditioning(), _NoNoise()):
         pass
-    return probe.levels
+    return probe.begins
 
 
 class _Probe(Denoiser):
@@ -93,10 +93,15 @@ class _Probe(Denoiser):
         super().__init__()
         self.sigma_min, self.sigma_max = model.sigma_min, model.sigma_max
         self.round_sigma = model.round_sigma  # type: ignore[method-assign]
-        self.levels: list[float] = []
+        self.begins: list[float] = []
+        self._levels = model.levels
+
+    @property
+    def levels(self) -> Tensor | None:
+        return self._levels
 
     def for_step(self, sigma: float) -> Denoiser:
-        self.levels.append(sigma)
+        self.begins.append(sigma)
         return self
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:

@@ -1,0 +1,90 @@
+"""DDPM and DDIM: recorded trajectories, with guidance, thresholds and experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import case, load, weights
+from test_pdm_discrete import preconditioning
+from test_pdm_network import recorded_unet
+from torch import Tensor
+
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.discrete import DiscreteDenoiser
+from tessera.diffusion.experts import Experts
+from tessera.diffusion.guidance import Guided
+from tessera.sampling.ddpm import encode_ddim, sample_ddim, sample_ddpm
+
+RUNS = [
+    (name, run)
+    for name in ("loops_cond_p2", "loops_uncond_p1_fixed")
+    for run in case("pdm", name)["config"]["runs"]
+    if run["sampler"] != "bpd"
+]
+
+
+class RecordedNoise:
+    """A `NoiseSource` that hands out recorded numbers, step by step."""
+
+    def __init__(self, steps: Tensor) -> None:
+        self.steps = iter(steps)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return next(self.steps).to(dtype)
+
+    def integers(self, high: int) -> Tensor:
+        raise AssertionError
+
+
+def recorded_denoiser(name: str, run: dict[str, Any]) -> Denoiser:
+    """The denoiser of a recorded run: experts where it has splits, guided where it has a scale."""
+    golden, config = load("pdm", name), case("pdm", name)["config"]
+    options = run["diffusion"]
+    thresholds = [float(part) for part in options.get("snr_splits", "").split(",") if part]
+    # Samplers take the spacing; a process of its own is what the network was recorded with.
+    own = preconditioning({**options, "timestep_respacing": ""})
+    denoisers: list[Denoiser] = []
+    for index in range(len(thresholds) + 1):
+        network = recorded_unet(config["unet"])
+        state = weights(golden, f"w.m{index}.")
+        network.load_state_dict({k: v.float() for k, v in state.items()})
+        classes = config["unet"]["num_classes"] or 0
+        denoisers.append(DiscreteDenoiser(network.eval(), own, (3, 8, 8), classes))
+    denoiser = Experts(denoisers, thresholds) if thresholds else denoisers[0]
+    scale = run.get("guidance_scale")
+    return denoiser if scale is None else Guided(denoiser, scale)
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS, ids=lambda value: str(value)[:20])
+def test_recorded_loops(name: str, run: dict[str, Any]) -> None:
+    golden, denoiser = load("pdm", name), recorded_denoiser(name, run)
+    cond = Conditioning(golden.get("in.y"))
+    clip: Any = "auto" if run.get("clip", True) else "none"
+    if run.get("dynamic_threshold") is False:
+        clip = "static"
+    options = {"steps": run["diffusion"].get("timestep_respacing", ""), "clip": clip}
+    if run["sampler"] == "ddim_reverse":
+        # The recording encodes the same numbers that the other runs begin with.
+        states = list(encode_ddim(denoiser, golden["in.x_T"], cond, **options))
+    else:
+        sampler: Any = sample_ddpm
+        if run["sampler"] == "ddim":
+            sampler, options["eta"] = sample_ddim, run["eta"]
+        noise = RecordedNoise(golden[f"in.noises.{run['noises']}"][:])
+        states = list(sampler(denoiser, golden["in.x_T"], cond, noise, **options))
+    samples = torch.stack(
+        [s.x if math.isinf(s.sigma) else s.x / math.sqrt(1 + s.sigma**2) for s in states]
+    )
+    denoised = torch.stack([state.denoised for state in states])
+    for key, value in (("samples", samples), ("pred_xstart", denoised)):
+        expected = golden[f"out.{run['name']}.{key}"]
+        atol = 1e-3 * float(expected.abs().max())
+        torch.testing.assert_close(value.float(), expected, rtol=0, atol=atol, msg=key)
+    pixels = ((samples[-1] + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    difference = (pixels.int() - golden[f"out.{run['name']}.uint8"].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.005
