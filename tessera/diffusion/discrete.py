@@ -8,8 +8,9 @@ guidance and objectives apply. Tables are float64 on the CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,17 +98,37 @@ def spaced_steps(timesteps: int, spacing: str) -> list[int]:
     return kept
 
 
-@dataclass(frozen=True, eq=False)
 class Process:
     """The N steps of a diffusion process, from clean to noisy; float64 [N] on the CPU.
+
+    Everything is computed at once: processes are kept, and tensors made later might belong to a
+    mode without data.
 
     Attributes:
         alpha_bar: ᾱ, the share of the image's variance that is left.
         betas: β, the variance of the noise that a step adds.
+        sigmas: noise level of z.
+        snr: signal-to-noise ratio ᾱ / (1 - ᾱ) = 1 / σ².
+        posterior_variance: β̃, the variance of q(x_{t-1} | x_t, x); 0 at the first step.
+        posterior_log_variance: log β̃, with the second entry in place of the first, -∞.
+        large_log_variance: log β, but log β̃ of the second step at the first.
+        mean_coefficients: (c_1, c_2) with E q(x_{t-1} | x_t, x) = c_1 x + c_2 x_t.
     """
 
-    alpha_bar: Tensor
-    betas: Tensor
+    def __init__(self, alpha_bar: Tensor, betas: Tensor) -> None:
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        rest = 1 - alpha_bar
+        self.alpha_bar, self.betas = alpha_bar, betas
+        self.sigmas = (rest / alpha_bar).sqrt()
+        self.snr = alpha_bar / rest
+        self.posterior_variance = betas * (1 - before) / rest
+        first = self.posterior_variance[1:2] if len(betas) > 1 else betas
+        self.posterior_log_variance = torch.cat([first, self.posterior_variance[1:]]).log()
+        self.large_log_variance = torch.cat([first, betas[1:]]).log()
+        self.mean_coefficients = (
+            betas * before.sqrt() / rest,
+            (1 - before) * (1 - betas).sqrt() / rest,
+        )
 
     @classmethod
     def named(cls, schedule: str, timesteps: int = 1000, spacing: str = "") -> Process:
@@ -122,7 +143,7 @@ class Process:
         before = torch.cat([variance.new_zeros(1), variance[:-1]])
         return cls(1 / (1 + variance), (variance - before) / (1 + variance))
 
-    def at(self, steps: list[int] | tuple[int, ...]) -> Process:
+    def at(self, steps: Sequence[int]) -> Process:
         """The process that visits these steps only."""
         alpha_bar = self.alpha_bar[list(steps)]
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
@@ -131,49 +152,6 @@ class Process:
 
     def __len__(self) -> int:
         return len(self.alpha_bar)
-
-    @cached_property
-    def sigmas(self) -> Tensor:
-        """Noise levels of z."""
-        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
-
-    @cached_property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ / (1 - ᾱ) = 1 / σ²."""
-        return self.alpha_bar / (1 - self.alpha_bar)
-
-    @cached_property
-    def alpha_bar_before(self) -> Tensor:
-        """ᾱ of the next cleaner level; 1 before the first."""
-        return torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
-
-    @cached_property
-    def posterior_variance(self) -> Tensor:
-        """β̃, the variance of q(x_{t-1} | x_t, x); 0 at the first step."""
-        return self.betas * (1 - self.alpha_bar_before) / (1 - self.alpha_bar)
-
-    @cached_property
-    def posterior_log_variance(self) -> Tensor:
-        """log β̃, with the second entry in place of the first, which would be -∞."""
-        return torch.cat([self._second(self.posterior_variance), self.posterior_variance[1:]]).log()
-
-    @cached_property
-    def large_log_variance(self) -> Tensor:
-        """log β, but log β̃ of the second step at the first."""
-        return torch.cat([self._second(self.posterior_variance), self.betas[1:]]).log()
-
-    def _second(self, values: Tensor) -> Tensor:
-        return values[1:2] if len(self) > 1 else self.betas
-
-    @cached_property
-    def mean_coefficients(self) -> tuple[Tensor, Tensor]:
-        """(c_1, c_2) with E q(x_{t-1} | x_t, x) = c_1 x + c_2 x_t."""
-        before = self.alpha_bar_before
-        rest = 1 - self.alpha_bar
-        return (
-            self.betas * before.sqrt() / rest,
-            (1 - before) * (1 - self.betas).sqrt() / rest,
-        )
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -11,8 +12,26 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.diffusion.corruption import GaussianCorruption
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.schedules import vp_sigma
+from tessera.diffusion.schedules import vp_sigma, vp_time
+from tessera.errors import TesseraError
 from tessera.randomness import Draws
+
+EVERYWHERE = (0.0, math.inf)
+
+
+def within(range_: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """The common part of two ranges of noise levels.
+
+    Raises:
+        TesseraError: there is none.
+    """
+    common = max(range_[0], low), min(range_[1], high)
+    if not common[0] < common[1]:
+        raise TesseraError(
+            f"the expert owns noise levels {range_[0]:g} to {range_[1]:g}, of which the objective "
+            f"draws none ({low:g} to {high:g}). Choose other snr_splits"
+        )
+    return common
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +43,11 @@ class DenoisingObjective(ABC):
 
     Args:
         label_dropout: share of images trained without their class, for guidance.
+        sigma_range: draw noise levels low <= σ < high only, as one of several experts.
     """
 
     label_dropout: float = 0.0
+    sigma_range: tuple[float, float] = EVERYWHERE
 
     @abstractmethod
     def sigma(self, draws: Draws) -> Tensor:
@@ -74,7 +95,17 @@ class EdmObjective(DenoisingObjective):
     sigma_data: float = 0.5
 
     def sigma(self, draws: Draws) -> Tensor:
-        return torch.exp(draws.normal("sigma") * self.p_std + self.p_mean)
+        if self.sigma_range == EVERYWHERE:
+            return torch.exp(draws.normal("sigma") * self.p_std + self.p_mean)
+        ends = [self._share_below(sigma) for sigma in self.sigma_range]
+        share = ends[0] + (ends[1] - ends[0]) * draws.uniform("sigma").to(torch.float64)
+        log_sigma: Tensor = torch.special.ndtri(share) * self.p_std + self.p_mean
+        return log_sigma.exp().clamp(*self.sigma_range).to(torch.float32)
+
+    def _share_below(self, sigma: float) -> float:
+        if sigma in EVERYWHERE:
+            return float(sigma > 0)
+        return 0.5 * math.erfc((self.p_mean - math.log(sigma)) / self.p_std / math.sqrt(2))
 
     def weight(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
@@ -94,7 +125,15 @@ class VpObjective(DenoisingObjective):
     epsilon_t: float = 1e-5
 
     def sigma(self, draws: Draws) -> Tensor:
-        t = 1 + draws.uniform("sigma") * (self.epsilon_t - 1)
+        first, last = self.epsilon_t, 1.0
+        if self.sigma_range != EVERYWHERE:
+            ends = torch.tensor([first, last], dtype=torch.float64, device="cpu")
+            low, high = within(
+                self.sigma_range, *vp_sigma(ends, self.beta_d, self.beta_min).tolist()
+            )
+            levels = torch.tensor([low, high], dtype=torch.float64, device="cpu")
+            first, last = vp_time(levels, self.beta_d, self.beta_min).tolist()
+        t = last + draws.uniform("sigma") * (first - last)
         return vp_sigma(t, self.beta_d, self.beta_min)
 
     def weight(self, sigma: Tensor) -> Tensor:
@@ -113,7 +152,8 @@ class VeObjective(DenoisingObjective):
     sigma_max: float = 100.0
 
     def sigma(self, draws: Draws) -> Tensor:
-        sigma: Tensor = self.sigma_min * (self.sigma_max / self.sigma_min) ** draws.uniform("sigma")
+        low, high = within(self.sigma_range, self.sigma_min, self.sigma_max)
+        sigma: Tensor = low * (high / low) ** draws.uniform("sigma")
         return sigma
 
     def weight(self, sigma: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""Bits per dimension: the variational bound on the likelihood that a model gives real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.variational import Bound, prior_terms
+from tessera.sampling.ddpm import visited
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The bound of B images over the N steps of a process, from the cleanest to the noisiest.
+
+    Attributes:
+        vb: terms of the bound in bits per dimension, [B, N].
+        mse: mean squared error of the estimate of the image, [B, N].
+        noise_mse: that of the noise, [B, N].
+        prior: the last term, about noise alone, [B].
+    """
+
+    vb: Tensor
+    mse: Tensor
+    noise_mse: Tensor
+    prior: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Bits per dimension, [B]."""
+        return self.vb.sum(dim=1) + self.prior
+
+
+@torch.no_grad()
+def bits_per_dimension(
+    denoiser: Denoiser,
+    x: Tensor,
+    cond: Conditioning,
+    noise: Callable[[int], Tensor],
+    *,
+    steps: str = "",
+    schedule: str | None = None,
+    clip: bool = True,
+) -> Bits:
+    """The bound for images x [B, C, H, W] in model space; one evaluation a step.
+
+    Experts are asked each at the levels that they own.
+
+    Args:
+        noise: step to standard normal noise like x; asked from the noisiest step down.
+        steps, schedule: see `sample_ddpm`.
+        clip: cut the estimates to [-1, 1].
+    """
+    process, denoiser = visited(denoiser, steps, schedule)
+    bound = Bound(process, x.device)
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    for step in reversed(range(len(process))):
+        sigma = float(process.sigmas[step])
+        n = noise(step).to(x.device)
+        z = x.to(torch.float64) + sigma * n
+        posterior = denoiser(z, torch.full((len(x),), sigma, dtype=torch.float64), cond)
+        estimate = posterior.mean.clamp(-1, 1) if clip else posterior.mean
+        index = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
+        columns.append(
+            (
+                bound.terms(index, x, estimate, posterior.log_variance),
+                (estimate - x).square().mean(dim=(1, 2, 3)),
+                ((z - estimate) / sigma - n).square().mean(dim=(1, 2, 3)),
+            )
+        )
+    vb, mse, noise_mse = (torch.stack(parts[::-1], dim=1) for parts in zip(*columns, strict=True))
+    return Bits(vb, mse, noise_mse, prior_terms(process, x))
