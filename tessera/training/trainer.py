@@ -15,6 +15,7 @@ from tessera import distributed
 from tessera.data.dataset import ImageDataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
+from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
 from tessera.recipes.build import build_denoiser, build_objective
@@ -84,8 +85,11 @@ class Trainer:
         self.device = distributed.device()
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+        denoiser = build_denoiser(recipe)
+        if recipe.training.initial_weights is not None and resume is None:
+            start_from(recipe.training.initial_weights, denoiser.network)
         self.learner = Learner(
-            TrainStep(build_denoiser(recipe), build_objective(recipe.objective)),
+            TrainStep(denoiser, build_objective(recipe.objective)),
             recipe.optimizer,
             recipe.ema,
             recipe.training,
@@ -149,7 +153,7 @@ class Trainer:
                     metrics = self._metrics(update, clock)
                     for tracker in trackers:
                         tracker.log(metrics)
-                    bar.update(self.images_seen, note=_note(metrics))
+                    bar.update(self.images_seen, note=tracking.describe(metrics))
                 if run.preview is not None and due(run.preview.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)
@@ -310,9 +314,3 @@ class Clock:
         begin = time.monotonic()
         yield
         self._start += time.monotonic() - begin
-
-
-def _note(metrics: tracking.Metrics) -> str:
-    loss = metrics["loss_per_pixel"]
-    shown = "not finite" if loss is None else f"{loss:.4g}"
-    return f"loss {shown}  memory {metrics['memory_gb']:.1f} GB"

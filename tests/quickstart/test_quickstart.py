@@ -115,6 +115,27 @@ def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_command_writes_the_report(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def recorded(out: Path, **options: object) -> Result:
+        asked.update(options, out=out)
+        return result
+
+    monkeypatch.setattr("tessera.quickstart.run.run", recorded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    outcome = CliRunner().invoke(app, ["quickstart", "--seed", "3", "--images", "64", "a.b=1"])
+    assert outcome.exit_code == 0, outcome.output
+    assert asked["out"] == Path("quickstart-2")
+    assert asked["seed"] == 3
+    assert asked["overrides"] == ["a.b=1", "training.images=64"]
+    assert (tmp_path / "quickstart-2" / "report.html").read_text("utf-8") == render(result)
+    assert f"{result.recognised:.1%} of 30 samples" in outcome.output
+
+
 def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:
     write_digits(tmp_path / "digits.safetensors", 16, 25)
     dataset = open_dataset(tmp_path / "digits.safetensors")
@@ -134,12 +155,12 @@ def test_loss_chart_of_any_length(losses: list[tuple[int, float]]) -> None:
     if losses:
         points = [tuple(map(float, p.split(","))) for p in coordinates[0].split()]
         assert len(points) == len(losses)
-        assert all(0 <= x <= 720 and 0 <= y <= 260 for x, y in points)
+        assert all(0 <= x <= 720 and 0 <= y <= 280 for x, y in points)
         # Smaller losses are drawn lower, where y is larger.
         assert [y for _, y in points] == sorted(y for _, y in points)
 
 
 def test_scale_draws_longer_bars_for_larger_values() -> None:
     marks = [charts.Mark("a", 0.01, "floor"), charts.Mark("b", 3.0, "ceiling")]
-    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="26"', charts.scale(marks))]
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="16"', charts.scale(marks))]
     assert widths[0] < widths[1]
