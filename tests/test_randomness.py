@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -121,6 +121,7 @@ def test_sums_over_images_are_normal() -> None:
         assert stats.kstest(means, "norm").pvalue > 1e-3
 
 
+@settings(deadline=None)
 @given(
     order=st.permutations(range(8)),
     cuts=st.lists(st.integers(1, 7), unique=True).map(sorted),

@@ -13,20 +13,22 @@ from rich.table import Table
 def cost(
     recipe: str = typer.Argument(help="A shipped recipe, or a .yaml or .json file."),
     overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]", help="Changes, such as training.batch=64."
+        None, metavar="KEY=VALUE", help="Changes, such as training.batch=64."
     ),
     guidance: float = typer.Option(1.0, help="Guidance weight while sampling; 1 is none."),
-    guidance_interval: tuple[float, float] = typer.Option(
-        (0.0, float("inf")), metavar="LOW HIGH", help="Noise levels where guidance acts."
+    guidance_interval: str | None = typer.Option(
+        None, metavar="LOW,HIGH", help="Noise levels where guidance acts."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
 ) -> None:
     """Count parameters, FLOPs and memory of a recipe, without training anything."""
+    from tessera.cli.sample import parse_interval
     from tessera.cost import estimate
     from tessera.recipes.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    result = estimate(loaded, guidance, guidance_interval)
+    interval = parse_interval(guidance_interval) if guidance_interval is not None else None
+    result = estimate(loaded, guidance, interval)
     if as_json:
         print(json.dumps(dataclasses.asdict(result) | {"train_bytes": result.train_bytes}))
         return

@@ -8,13 +8,18 @@ import typer
 
 
 def quickstart(
-    overrides: list[str] = typer.Argument(None, help="Changes of the recipe: key.path=value ..."),
-    out: Path = typer.Option(
+    overrides: list[str] | None = typer.Argument(
+        None, help="Changes of the recipe: key.path=value ..."
+    ),
+    out: Path | None = typer.Option(
         None, help="New folder for all that is made; by default quickstart, or quickstart-2, ..."
     ),
     seed: int = typer.Option(0, min=0, help="Seed of everything."),
-    digits: int = typer.Option(None, min=10, help="Use the first so many digits only."),
-    samples: int = typer.Option(
+    images: int | None = typer.Option(
+        None, min=1, help="Images to train on, counting repetitions; by default the recipe's."
+    ),
+    digits: int | None = typer.Option(None, min=10, help="Use the first so many digits only."),
+    samples: int | None = typer.Option(
         None, min=10, help="Images to make and score; by default half as many as digits."
     ),
 ) -> None:
@@ -24,10 +29,11 @@ def quickstart(
     from tessera.quickstart.run import run
 
     out = out or _free_folder("quickstart")
-    result = run(out, seed=seed, overrides=overrides or [], digits=digits, samples=samples)
+    changes = [*(overrides or []), *([f"training.images={images}"] if images else [])]
+    result = run(out, seed=seed, overrides=changes, digits=digits, samples=samples)
     report = out / "report.html"
-    with atomic_file(report, "w") as file:
-        file.write(render(result))
+    with atomic_file(report) as file:
+        file.write(render(result).encode())
     facts = result.reference.extractor.facts
     print(
         f"{result.recognised:.1%} of {result.score.n:,} samples are recognised as their digit, by "

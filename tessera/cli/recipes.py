@@ -38,7 +38,7 @@ def list_recipes(context: typer.Context) -> None:
 def show(
     recipe: str = typer.Argument(help="A shipped recipe, or a .yaml or .json file."),
     overrides: list[str] = typer.Argument(
-        None, metavar="[KEY=VALUE]", help="Changes, such as training.batch=64."
+        None, metavar="KEY=VALUE", help="Changes, such as training.batch=64."
     ),
 ) -> None:
     """Print a recipe with all its keys as YAML; the output is a recipe file itself."""
@@ -51,4 +51,4 @@ def show(
         return
     from rich.syntax import Syntax
 
-    Console().print(Syntax(text, "yaml", background_color="default"))
+    Console().print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))

@@ -140,7 +140,7 @@ def sample(
         if value is not None
     }
     if guidance_interval is not None:
-        options["guidance_interval"] = _interval(guidance_interval)
+        options["guidance_interval"] = parse_interval(guidance_interval)
     if image_size is not None or x_start or y_start:
         options["window"] = (x_start, y_start, *_size(image_size))
     if resolution is not None:
@@ -227,7 +227,8 @@ def _on_device(pipe: Any, device: Any) -> Any:
         ) from error
 
 
-def _interval(text: str) -> tuple[float, float]:
+def parse_interval(text: str) -> tuple[float, float]:
+    """`LOW,HIGH` as two noise levels."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:

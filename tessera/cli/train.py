@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def train(
     recipe: str | None = typer.Argument(
-        None, metavar="[RECIPE]", help="Name of a shipped recipe, or a YAML or JSON file."
+        None, metavar="RECIPE", help="Name of a shipped recipe, or a YAML or JSON file."
     ),
     overrides: list[str] | None = typer.Argument(
-        None, metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe, e.g. data.path=x.zip."
+        None, metavar="KEY.PATH=VALUE...", help="Changes to the recipe, e.g. data.path=x.zip."
     ),
     resume: str | None = typer.Option(
         None, "--resume", metavar="RUN", help="Go on with the run in this folder."
@@ -30,7 +30,7 @@ def train(
 
     tessera train --resume runs/a training.images=800000
 
-    torchrun --nproc_per_node 8 -m tessera train edm-cifar10-cond-vp data.path=cifar10.zip
+    torchrun --nproc_per_node 8 -m tessera train edm-cifar10-cond-vp data.path=c.zip
     """
     from tessera import distributed
     from tessera.errors import RecipeError

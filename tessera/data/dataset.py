@@ -108,7 +108,8 @@ def open_dataset(
         max_images: keep a random subset of this size, in the order of the whole set.
         seed: chooses the subset.
         xflip: double the set; its second half is the first half mirrored left-right.
-        cache: keep decoded images in memory, N*C*H*W bytes once all have been read.
+        cache: keep decoded images in memory, N*C*H*W bytes once all have been read; a packed set
+            needs none.
         skip_bad: decode every image now and leave out those that cannot be read or have another
             shape than the first; otherwise reading such an image is an error.
 

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from tessera.errors import DataError
 
 
@@ -75,29 +77,37 @@ class ZipMembers:
             raise DataError(f"{path}: not a whole ZIP archive ({error})") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        self._entries = {entry.filename.replace("\\", "/"): entry for entry in entries}
+        self._row = {entry.filename.replace("\\", "/"): i for i, entry in enumerate(entries)}
+        # An array, because a million of zipfile's own entries would take a gigabyte.
+        self._table = np.array(
+            [
+                (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type, e.flag_bits)
+                for e in entries
+            ],
+            np.int64,
+        )
         self._lock = threading.Lock()
-        self.names = sorted(self._entries)
+        self.names = sorted(self._row)
 
     def read(self, name: str) -> bytes:
         """The bytes of a member, checked against its CRC."""
-        entry = self._entries[name]
-        if entry.flag_bits & 1:
+        offset, stored_size, size, checksum, method, flags = self._table[self._row[name]].tolist()
+        if flags & 1:
             raise DataError(f"{self.where(name)} is encrypted; unpack the archive first")
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            return self._read_other(entry, name)
-        header = self._pread(30, entry.header_offset)
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return self._read_other(name)
+        header = self._pread(30, offset)
         if len(header) < 30 or header[:4] != b"PK\3\4":
             raise DataError(f"{self.where(name)} is damaged (no header where it should begin)")
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
-        start = entry.header_offset + 30 + name_length + extra_length
-        data = self._pread(entry.compress_size, start)
+        start = offset + 30 + name_length + extra_length
+        data = self._pread(stored_size, start)
         try:
-            if entry.compress_type == zipfile.ZIP_DEFLATED:
+            if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompress(data, -zlib.MAX_WBITS)
         except zlib.error as error:
             raise DataError(f"{self.where(name)} is damaged ({error})") from error
-        if len(data) != entry.file_size or zlib.crc32(data) != entry.CRC:
+        if len(data) != size or zlib.crc32(data) != checksum:
             raise DataError(f"{self.where(name)} is damaged (its checksum does not fit)")
         return data
 
@@ -105,10 +115,11 @@ class ZipMembers:
         """How messages call a file."""
         return f"{self.path}: {name}"
 
-    def _read_other(self, entry: zipfile.ZipInfo, name: str) -> bytes:
+    def _read_other(self, name: str) -> bytes:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return archive.read(entry)
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+                return archive.read(entries[self._row[name]])
         except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
             raise DataError(f"{self.where(name)} cannot be read ({error})") from error
 

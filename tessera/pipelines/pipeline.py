@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tessera.conditioning import Conditioning
+from tessera.conditioning import NO_CLASS, Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
@@ -149,6 +149,8 @@ class Pipeline:
         with torch.random.fork_rng(devices=[]):
             denoiser = build_denoiser(recipe)
         folders.load_weights(folder, entry, denoiser.network)
+        if recipe.training.channels_last:
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         pipe = cls(
             recipe,
             denoiser,
@@ -270,7 +272,7 @@ class Pipeline:
             return
         if batch < 1:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
-        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        classes = self._classes(labels, seeds)
         canvas, section = self._sampling(options)
         sampler = build_sampler(section)
         denoiser = self.guided(guidance, guidance_interval, guide)
@@ -302,7 +304,7 @@ class Pipeline:
         **options: Any,
     ) -> None:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
-        choose_labels(labels, list_seeds(seeds), self.denoiser.num_classes, self.class_names)
+        self._classes(labels, list_seeds(seeds))
         self._sampling(options)
         self.guided(guidance, guidance_interval, guide)
         _autocast(self.device, precision)
@@ -344,20 +346,33 @@ class Pipeline:
             return self.denoiser
         weak = guide.denoiser if isinstance(guide, Pipeline) else guide
         result = Guided(self.denoiser, guidance, interval, weak)
-        if weak is None and self.recipe.objective.label_dropout == 0 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "this model was trained without label dropout, so it has not learned to do "
-                "without a class, which guidance relies on; expect poor images. Train with "
-                "objective.label_dropout=0.1, or guide by a weaker model",
-                stacklevel=4,
-            )
+        if weak is None:
+            self._warn_if_classes_are_needed()
         return result
 
     def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
         """What part of the picture is made, and by which sampler."""
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
+
+    def _classes(
+        self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
+    ) -> NDArray[np.int64] | None:
+        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        if classes is not None and NO_CLASS in classes:
+            self._warn_if_classes_are_needed()
+        return classes
+
+    def _warn_if_classes_are_needed(self) -> None:
+        if self.recipe.objective.label_dropout > 0 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this model was trained without label dropout, so it has not learned to do without a "
+            "class, which guidance relies on; expect poor images. Train with "
+            "objective.label_dropout=0.1, or guide by a weaker model",
+            stacklevel=4,
+        )
 
     def _conditioning(self, noise: NoiseSource, classes: NDArray[np.int64] | None) -> Conditioning:
         if self.denoiser.num_classes == 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tessera.recipes.schema import (
     DataConfig,
+    EdmObjective,
     EdmSampler,
     EmaConfig,
     OptimizerConfig,
@@ -19,26 +20,29 @@ from tessera.recipes.schema import (
 
 
 def quickstart_digits() -> Recipe:
-    """Handwritten digits, 16x16 grey, ten classes: about three minutes on two cores."""
+    """Handwritten digits, 16x16 grey, ten classes: about two minutes on two cores."""
     return Recipe(
         name="quickstart-digits",
-        description="handwritten digits, 3 minutes",
+        description="handwritten digits in two minutes",
         data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
+        # Enlarged 8x8 images have no fine detail: the width is where it is cheap and useful.
         network=SongUNetConfig(
-            model_channels=32,
-            channel_mult=(1, 2),
+            model_channels=16,
+            channel_mult=(1, 4),
             num_blocks=1,
             attn_resolutions=(),
             dropout=0,
         ),
-        optimizer=OptimizerConfig(lr=2e-3, rampup_images=10_000, decay="cosine"),
-        ema=(EmaConfig(halflife_images=15_000),),
-        training=TrainingConfig(images=200_000, batch=128),
-        sampling=EdmSampler(steps=12),
+        # Which digit it becomes is decided at higher noise than the detail of photographs.
+        objective=EdmObjective(p_mean=-0.5),
+        optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=2_000, decay="cosine"),
+        ema=(EmaConfig(halflife_images=1_000),),
+        training=TrainingConfig(images=40_000, batch=16),
+        sampling=EdmSampler(steps=10, sigma_max=40),
         run=RunConfig(
-            log_every_images=5_000,
-            checkpoint_every_images=100_000,
-            preview=PreviewConfig(every_images=50_000, rows=4, columns=10),
+            log_every_images=500,
+            checkpoint_every_images=20_000,
+            preview=PreviewConfig(every_images=20_000, rows=4, columns=10),
         ),
     )
 
@@ -56,9 +60,9 @@ def cifar10_small() -> Recipe:
             attn_resolutions=(8,),
             dropout=0,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, rampup_images=10_000, decay="cosine"),
+        optimizer=OptimizerConfig(lr=1e-3, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=10_000),),
-        training=TrainingConfig(images=200_000, batch=64, precision="bf16", compile=True),
+        training=TrainingConfig(images=120_000, batch=32, precision="bf16"),
         sampling=EdmSampler(steps=18),
         run=RunConfig(
             log_every_images=2_000,

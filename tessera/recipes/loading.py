@@ -50,8 +50,8 @@ def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
         return Recipe.model_validate(complete)
     except ValidationError as error:
         lines = describe(error, complete).splitlines()
-        text = lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
-        raise RecipeError(f"{source}: {text}") from None
+        text = f" {lines[0]}" if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+        raise RecipeError(f"{source}:{text}") from None
 
 
 def dump_recipe(recipe: Recipe) -> Data:

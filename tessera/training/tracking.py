@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import resource
 import secrets
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tessera.errors import require_extra
 from tessera.files import atomic_file
+from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import Update
@@ -99,6 +101,36 @@ class JsonLines:
         self._file.close()
 
 
+class StatusLines:
+    """A line on stderr for each log interval, where no terminal shows a progress bar."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def log(self, metrics: Metrics) -> None:
+        images, speed = metrics["images"] or 0, metrics["images_per_second"] or 0
+        left = datetime.timedelta(seconds=round((self._total - images) / speed)) if speed else "?"
+        text = (
+            f"{images:,} of {self._total:,} images  {describe(metrics)}  "
+            f"{quantity(speed)} images/s  {left} left"
+        )
+        print(text, file=sys.stderr, flush=True)
+
+    def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def describe(metrics: Metrics) -> str:
+    """Loss per pixel, memory, and skipped steps if there are any, in a few words."""
+    loss, skipped = metrics["loss_per_pixel"], metrics["skipped"]
+    text = f"loss {'not finite' if loss is None else format(loss, '.4g')}"
+    text += f"  memory {metrics['memory_gb']:.1f} GB"
+    return text + (f"  {skipped} steps skipped" if skipped else "")
+
+
 def cut_lines(path: Path, images: int) -> None:
     """Keep only the lines up to `images`, so that a resumed run continues the file."""
     if not path.exists():
@@ -178,6 +210,8 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
             )
     if recipe.run.wandb is not None:
         trackers.append(WeightsAndBiases(run_dir, recipe.run.wandb, recipe))
+    if not sys.stderr.isatty():
+        trackers.append(StatusLines(recipe.training.images))
     return trackers
 
 

@@ -149,7 +149,7 @@ class Trainer:
                     metrics = self._metrics(update, clock)
                     for tracker in trackers:
                         tracker.log(metrics)
-                    bar.update(self.images_seen, note=_note(metrics))
+                    bar.update(self.images_seen, note=tracking.describe(metrics))
                 if run.preview is not None and due(run.preview.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)
@@ -310,9 +310,3 @@ class Clock:
         begin = time.monotonic()
         yield
         self._start += time.monotonic() - begin
-
-
-def _note(metrics: tracking.Metrics) -> str:
-    loss = metrics["loss_per_pixel"]
-    shown = "not finite" if loss is None else f"{loss:.4g}"
-    return f"loss {shown}  memory {metrics['memory_gb']:.1f} GB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import golden_cases
 import numpy as np
@@ -251,3 +252,31 @@ def test_image_without_label_is_named(tmp_path):
     write_folder(tmp_path, {"0.png": image, "1.png": image, "dataset.json": labels})
     with pytest.raises(DataError, match=r"1\.png has no label"):
         open_dataset(tmp_path)
+
+
+def test_encrypted_and_misplaced_members_are_named(tmp_path):
+    path = write_archive(tmp_path / "a.zip", random_images(2))
+    content = path.read_bytes()
+    first = content.index(b"PK\1\2")
+    second = content.index(b"PK\1\2", first + 4)
+    encrypted = bytearray(content)
+    encrypted[second + 8] |= 1
+    path.write_bytes(encrypted)
+    with pytest.raises(DataError, match=r"img00000001\.png is encrypted"):
+        open_dataset(path).read(np.array([1]))
+    misplaced = bytearray(content)
+    misplaced[second + 42] ^= 1
+    path.write_bytes(misplaced)
+    with pytest.raises(DataError, match=r"img00000001\.png is damaged \(no header"):
+        open_dataset(path).read(np.array([1]))
+
+
+def test_threads_read_a_zip_at_once(tmp_path):
+    images = random_images(200, size=16)
+    path = tmp_path / "a.zip"
+    write_zip(path, {f"{i:03}.png": last(x) for i, x in enumerate(images)}, zipfile.ZIP_DEFLATED)
+    dataset = open_dataset(path, cache=True)
+    orders = [np.random.default_rng(i).permutation(200) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for order, result in zip(orders, pool.map(dataset.read, orders), strict=True):
+            np.testing.assert_array_equal(result, images[order])

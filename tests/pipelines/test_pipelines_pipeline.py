@@ -260,6 +260,9 @@ def test_guidance_without_label_dropout_warns_once() -> None:
         pipe.sample([0], guidance=2.0, steps=1)
         pipe.sample([0], guidance=2.0, steps=1, guide=PIPE)
         PIPE.sample([0], guidance=2.0, steps=1)
+        PIPE.sample([0], -1, steps=1)
+    with pytest.warns(UserWarning, match="without label dropout"):
+        tiny_pipeline(label_dropout=0.0).sample([0], -1, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,27 @@ def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_the_command_writes_the_report(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def recorded(out: Path, **options: object) -> Result:
+        asked.update(options, out=out)
+        return result
+
+    monkeypatch.setattr("tessera.quickstart.run.run", recorded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    outcome = CliRunner().invoke(app, ["quickstart", "--seed", "3", "--images", "64", "a.b=1"])
+    assert outcome.exit_code == 0, outcome.output
+    assert asked["out"] == Path("quickstart-2")
+    assert asked["seed"] == 3
+    assert asked["overrides"] == ["a.b=1", "training.images=64"]
+    assert (tmp_path / "quickstart-2" / "report.html").read_text("utf-8") == render(result)
+    assert f"{result.recognised:.1%} of 30 samples" in outcome.output
+
+
 def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:
     write_digits(tmp_path / "digits.safetensors", 16, 25)
     dataset = open_dataset(tmp_path / "digits.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
+from tessera.errors import TrainingError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
-from tessera.training import optimizers
+from tessera.training import optimizers, parallel
 from tessera.training.ema import decay
 from tessera.training.learner import Learner, MicroBatch, TrainStep, Update
 
@@ -301,3 +303,51 @@ def test_a_step_never_synchronises_cuda() -> None:
             target.update([micro], 8, 8 * step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+class Stack(Scale):
+    """`Scale` with a block that repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return super().forward(x)
+
+
+def test_repeated_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    step = TrainStep(Stack(), squared)
+    names = [name for name, _ in step.named_parameters()]
+    parallel.compile_blocks(step, CPU)
+    assert compiled == list(step.denoiser.layers)
+    assert names == [name for name, _ in step.named_parameters()]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(TrainingError, match=r"training\.compile=false"):
+        parallel.compile_blocks(step, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_training_equals_eager() -> None:
+    def stack(compiled: bool) -> Learner:
+        torch.manual_seed(0)
+        training = TrainingConfig(images=1000, batch=8, compile=compiled)
+        step = TrainStep(Stack(), squared)
+        return Learner(step, OptimizerConfig(rampup_images=0), (EmaConfig(),), training, CPU)
+
+    eager, compiled = stack(False), stack(True)
+    for one, other in zip(steps(eager, 2), steps(compiled, 2), strict=True):
+        torch.testing.assert_close(one.terms, other.terms)
+    torch.testing.assert_close(weights(eager), weights(compiled))

@@ -1,0 +1,77 @@
+"""The documentation of recipes says what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.recipes.build import build_denoiser
+from tessera.recipes.loading import load_recipe, shipped
+from tessera.recipes.messages import sections
+from tessera.recipes.schema import Recipe, Section
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ["recipes.md", "migrating/edm.md"]
+
+
+def keys(section: type[Section], prefix: str = "") -> set[str]:
+    """Every dotted key of every kind; elements of lists by `0` and `1`."""
+    found = set()
+    for name, field in section.model_fields.items():
+        found.add(prefix + name)
+        inner = [f"{prefix}{name}."]
+        if str(field.annotation).startswith("tuple"):
+            inner = [f"{prefix}{name}.{index}." for index in (0, 1)]
+        for choice in sections(field.annotation):
+            for start in inner:
+                found |= keys(choice, start)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_exist(page: str) -> None:
+    text = (DOCS / page).read_text().replace("training.batc=", "")
+    used = set(re.findall(r"\b([a-z]+(?:\.[a-z0-9_]+)+)=", text)) - {"key.path"}
+    assert len(used) > 5
+    assert used <= keys(Recipe)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_recipes_exist(page: str) -> None:
+    text = (DOCS / page).read_text()
+    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9-]+)\b(?!\.)", text)
+    assert set(used) <= set(shipped())
+
+
+def test_parameters_of_the_table() -> None:
+    rows = re.findall(r"^\| `(\S+)` \|.*\| ([\d.]+) M \|$", (DOCS / "recipes.md").read_text(), re.M)
+    listed = set()
+    for names, millions in rows:
+        pattern = re.sub(r"{([^}]*)}", lambda m: f"({m[1].replace(',', '|')})", names)
+        for name in filter(re.compile(pattern).fullmatch, shipped()):
+            with torch.device("meta"):
+                count = sum(p.numel() for p in build_denoiser(shipped()[name]()).parameters())
+            assert abs(count / 1e6 - float(millions)) < (1 if "." not in millions else 0.06), name
+            listed.add(name)
+    assert listed == set(shipped())
+
+
+def test_the_example_of_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    text = (DOCS / "recipes.md").read_text()
+    start = text.index("    # flowers.yaml")
+    example = text[start : text.index("    tessera train flowers.yaml", start)]
+    path = tmp_path / "flowers.yaml"
+    path.write_text("\n".join(line[4:] for line in example.splitlines()))
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.data.num_classes) == ("flowers", 102)
+    assert recipe.training.images == 20_000_000
+
+
+def test_the_example_of_overrides() -> None:
+    text = (DOCS / "recipes.md").read_text()
+    table = text[text.index("| you write") : text.index("A wrong key")]
+    for override in re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M):
+        load_recipe("edm-cifar10-cond-vp", [override])
