@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -92,13 +93,13 @@ class Usage:
         """What was saved; None if all calls ran all bricks."""
         if all(bricks is None for _, bricks in self._calls):
             return None
-        recipe = self._pipe.recipe
+        flops = functools.cache(functools.partial(forward_flops, self._pipe.recipe))
         spent = full = seconds = full_seconds = 0.0
         comparable = True
         for (size, bricks), calls in self._calls.items():
             images = sum(n for n, _ in calls)
-            spent += images * forward_flops(recipe, size, bricks)
-            full += images * forward_flops(recipe, size)
+            spent += images * flops(size, bricks)
+            full += images * flops(size, None)
             whole = self._calls.get((size, None))
             comparable &= whole is not None
             if whole is not None:
