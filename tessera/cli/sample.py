@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 _SAMPLER = "Sampler (default: the recipe's)"
 _ABLATION = "Sampler of EDM's ablations (any of these selects it)"
 _GUIDANCE = "Guidance"
+_BRICKS = "Bricks (LEGO models)"
+_LARGER = "Larger pictures"
 _WINDOW = "Part of the picture (models that know coordinates)"
 
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
 WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
+Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
@@ -66,6 +69,37 @@ def sample(
         metavar="PIPELINE",
         rich_help_panel=_GUIDANCE,
         help="Guide by this weaker model instead of by the model without class.",
+    ),
+    skip: float = typer.Option(
+        0.0,
+        min=0,
+        max=1,
+        rich_help_panel=_BRICKS,
+        help="Share of the steps without the last brick: the last ones if it is the largest, "
+        "the first ones if the smallest.",
+    ),
+    bricks: str | None = typer.Option(
+        None,
+        metavar="LOW-HIGH:N",
+        rich_help_panel=_BRICKS,
+        help="Instead: run N bricks at these noise levels, like 0-0.5:2,20-inf:1.",
+    ),
+    show_bricks: bool = typer.Option(
+        False,
+        "--show-bricks",
+        rich_help_panel=_BRICKS,
+        help="Also a picture of each brick's output for the first seed.",
+    ),
+    height: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
+    width: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
+    layout: Layout = typer.Option(
+        Layout.tiles,
+        rich_help_panel=_LARGER,
+        help="By the network as it is; the same, padded to a size that fits; or by overlapping "
+        "windows of the trained size, for any size.",
+    ),
+    overlap: float = typer.Option(
+        0.5, rich_help_panel=_LARGER, help="Share of a window that the next one sees, too."
     ),
     x_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First column."),
     y_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First row."),
@@ -149,6 +183,12 @@ def sample(
         options["window_noise"] = window_noise.value
     if mask_coords:
         options["mask_coords"] = True
+    if height is not None or width is not None:
+        options |= {"size": (height, width), "layout": layout.value, "overlap": overlap}
+    if skip:
+        options["skip"] = skip
+    if bricks is not None:
+        options["bricks"] = bricks
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
@@ -164,11 +204,16 @@ def sample(
         target = device or fastest
         pipe = _on_device(Pipeline.load(pipeline, ema=ema), target)
         options |= {"guidance": guidance, "precision": precision.value}
+        if "size" in options:
+            _, *trained = pipe.denoiser.shape
+            options["size"] = (height or trained[0], width or trained[1])
         if guide is not None:
             options["guide"] = _on_device(Pipeline.load(guide), target)
         job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
         summary, where = _write(job, kind, out, subdirs, grid, film)
+        if show_bricks and distributed.is_main():
+            where.append(_show_bricks(job, out))
         if distributed.is_main():
             _report(summary, where, trajectory)
 
@@ -202,6 +247,18 @@ def _write(
     return summary, [file]
 
 
+def _show_bricks(job: Job, out: Path) -> Path:
+    """Write the picture of each brick's output beside the images."""
+    from tessera.images import save_png
+    from tessera.pipelines.bricks import brick_picture
+
+    without = ("skip", "bricks")
+    options = {name: value for name, value in job.options.items() if name not in without}
+    picture = out.with_name(f"{out.stem}-bricks.png")
+    save_png(picture, brick_picture(job.pipe, job.seeds[0], job.label, **options))
+    return picture
+
+
 def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
@@ -209,6 +266,14 @@ def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> Non
             f"{summary.made} images in {summary.seconds:.1f} s, "
             f"{summary.made / summary.seconds:.3g} images/s, "
             f"{summary.evaluations:.4g} network evaluations per image"
+        )
+    if summary.savings is not None:
+        seconds = summary.savings.seconds
+        time = "no step ran all bricks to compare the time with"
+        if seconds is not None:
+            time = f"{seconds:.1%} of its time (median calls of this run)"
+        console.print(
+            f"skipped bricks saved {summary.savings.flops:.1%} of the network's FLOPs, {time}"
         )
     if summary.skipped:
         console.print(f"{summary.skipped} images were there already")

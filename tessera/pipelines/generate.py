@@ -20,12 +20,15 @@ from torch import nn
 
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
+from tessera.cost import choose_bricks
 from tessera.images import save_png
+from tessera.pipelines.bricks import Savings, Usage
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import choose_canvas
 from tessera.pipelines.options import choose_sampler, class_index
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
 from tessera.progress import progress
+from tessera.recipes.build import build_sampler
 from tessera.sampling.core import SamplerState
 from tessera.sampling.output import (
     Trajectory,
@@ -44,12 +47,14 @@ class Summary:
         skipped: images that were there already.
         seconds: time from the first to the last image.
         evaluations: network evaluations per image made (NFE); guidance counts its two.
+        savings: what skipped bricks saved, on the main process; None if none were skipped.
     """
 
     made: int
     skipped: int
     seconds: float
     evaluations: float
+    savings: Savings | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,17 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
         pipe, guide = self.pipe, self.options.get("guide")
-        own = {"guidance", "guidance_interval", "guide", "precision", *CANVAS_OPTIONS}
+        own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks"}
+        own |= CANVAS_OPTIONS
         sampler = choose_sampler(
             pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
+        )
+        schedule = choose_bricks(
+            pipe.recipe,
+            pipe.denoiser,
+            build_sampler(sampler),
+            self.options.get("skip", 0.0),
+            self.options.get("bricks"),
         )
         canvas = choose_canvas(pipe.recipe, **self.options)
         label = self.label
@@ -93,9 +106,14 @@ class Job:
             "guidance_interval": self.options.get("guidance_interval"),
             "guide": guide.checksum if guide is not None else None,
             "precision": self.options.get("precision", "fp32"),
-            "canvas": None if canvas.whole and not canvas.masked else asdict(canvas),
+            "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
+            "bricks": None if schedule is None else str(schedule),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
@@ -156,7 +174,7 @@ def generate_arrays(
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
     canvas = choose_canvas(job.pipe.recipe, **job.options)
-    shape = (len(job.seeds), canvas.height, canvas.width, canvas.channels)
+    shape = (len(job.seeds), *canvas.shown, canvas.channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
 
@@ -209,7 +227,12 @@ def _run(
 
     start = time.perf_counter()
     total = len(filmed) + len(ours)
-    with progress("sampling", total, unit="images") as bar, counted(job) as evaluated:
+    usage = Usage(job.pipe)
+    with (
+        progress("sampling", total, unit="images") as bar,
+        counted(job) as evaluated,
+        usage.watch(),
+    ):
 
         def on_step(seeds: Sequence[int], state: SamplerState) -> None:
             bar.advance(len(seeds) / state.steps)
@@ -235,6 +258,7 @@ def _run(
         skipped=len(job.seeds) - made,
         seconds=max(report[2] for report in reports),
         evaluations=sum(report[1] for report in reports) / max(made, 1),
+        savings=usage.savings(),
     )
 
 

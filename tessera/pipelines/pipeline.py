@@ -365,25 +365,6 @@ class Pipeline:
             self._warn_if_classes_are_needed()
         return result
 
-    def _classes(
-        self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
-    ) -> NDArray[np.int64] | None:
-        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
-        if classes is not None and NO_CLASS in classes:
-            self._warn_if_classes_are_needed()
-        return classes
-
-    def _warn_if_classes_are_needed(self) -> None:
-        if self.recipe.objective.label_dropout > 0 or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            "this model was trained without label dropout, so it has not learned to do without a "
-            "class, which guidance relies on; expect poor images. Train with "
-            "objective.label_dropout=0.1, or guide by a weaker model",
-            stacklevel=4,
-        )
-
     def skipping(
         self, sampler: Sampler, skip: float = 0.0, bricks: str | BrickSchedule | None = None
     ) -> Denoiser:
@@ -413,6 +394,25 @@ class Pipeline:
         """What part of the picture is made, and by which sampler."""
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
+
+    def _classes(
+        self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
+    ) -> NDArray[np.int64] | None:
+        classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
+        if classes is not None and NO_CLASS in classes:
+            self._warn_if_classes_are_needed()
+        return classes
+
+    def _warn_if_classes_are_needed(self) -> None:
+        if self.recipe.objective.label_dropout > 0 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this model was trained without label dropout, so it has not learned to do without a "
+            "class, which guidance relies on; expect poor images. Train with "
+            "objective.label_dropout=0.1, or guide by a weaker model",
+            stacklevel=4,
+        )
 
     def _conditioning(self, noise: NoiseSource, classes: NDArray[np.int64] | None) -> Conditioning:
         if self.denoiser.num_classes == 0:

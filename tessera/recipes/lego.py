@@ -89,7 +89,7 @@ def celeba64(order: str) -> Recipe:
         f"lego-s-{order.lower()}-celeba64",
         f"LEGO-S, {order}, CelebA",
         f"lego_S_{order}_64",
-        DataConfig(resolution=64, order="windowed"),
+        DataConfig(resolution=64),
         steps=40,
     )
 
@@ -100,7 +100,7 @@ def ffhq64(order: str) -> Recipe:
         f"lego-s-{order.lower()}-ffhq64",
         f"LEGO-S, {order}, FFHQ",
         f"lego_S_{order}_64",
-        DataConfig(resolution=64, order="windowed", xflip=True),
+        DataConfig(resolution=64, xflip=True),
         steps=40,
     )
 
@@ -111,17 +111,17 @@ def imagenet64(model: str, order: str) -> Recipe:
         f"lego-{model.lower()}-{order.lower()}-imagenet64",
         f"LEGO-{model}, {order}, ImageNet",
         f"lego_{model}_{order}_64",
-        DataConfig(resolution=64, num_classes=1000, order="windowed"),
+        DataConfig(resolution=64, num_classes=1000),
         steps=256,
     )
 
 
 def cifar10_small_lego() -> Recipe:
-    """CIFAR-10, 32x32, ten classes, PG, about 4 M parameters: half an hour on two cores."""
+    """CIFAR-10, 32x32, ten classes, PG, about 5 M parameters: half an hour on two cores."""
     bricks = ((4, 2, 2), (16, 4, 2), (32, 2, 3))
     return Recipe(
         name="cifar10-small-lego",
-        description="CIFAR-10, LEGO bricks, half an hour",
+        description="CIFAR-10, LEGO, half an hour",
         data=DataConfig(resolution=32, num_classes=10, xflip=True),
         network=LegoConfig(
             bricks=tuple(BrickConfig(size=r, patch=p, depth=d) for r, p, d in bricks),
@@ -146,7 +146,7 @@ def quickstart_digits_lego() -> Recipe:
     bricks = ((4, 2, 1), (16, 2, 2))
     return Recipe(
         name="quickstart-digits-lego",
-        description="handwritten digits, LEGO bricks, minutes",
+        description="digits, LEGO bricks, minutes",
         data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
         network=LegoConfig(
             bricks=tuple(BrickConfig(size=r, patch=p, depth=d) for r, p, d in bricks),
