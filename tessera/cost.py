@@ -31,10 +31,10 @@ from tessera.errors import TesseraError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
     build_denoiser,
-    build_objective,
     build_preconditioning,
     build_sampler,
     build_view,
+    recipe_objective,
 )
 from tessera.recipes.schema import LegoConfig, Recipe
 from tessera.sampling.core import Sampler, step_sigmas
@@ -133,7 +133,7 @@ def _train_flops(recipe: Recipe, denoiser: Denoiser) -> int:
     for size in sizes:
         patch = x[:, :, : size.side, : size.side]
         with FlopCounterMode(display=False) as train:
-            terms = build_objective(recipe.objective)(denoiser, patch, cond, draws)
+            terms = recipe_objective(recipe)(denoiser, patch, cond, draws)
             torch.autograd.backward(terms["loss"].sum())
         flops += size.probability * size.multiplier * train.get_total_flops()
         images += size.probability * size.multiplier
@@ -159,7 +159,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
         dtype = _AUTOCAST.get(recipe.training.precision)
         autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
         with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = build_objective(recipe.objective)(denoiser, x, cond, draws)["loss"]
+            loss = recipe_objective(recipe)(denoiser, x, cond, draws)["loss"]
         for parameter in denoiser.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)
         del loss
@@ -171,7 +171,9 @@ def _inputs(
 ) -> tuple[Tensor, Conditioning, AddressedDraws]:
     """Images, conditioning and draws of a training step."""
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    small = recipe.low_resolution
     cond = Conditioning(
+        image=torch.zeros(batch, recipe.shape[0], small, small, device=device) if small else None,
         labels=labels if recipe.data.num_classes else None,
         augment=torch.zeros(batch, recipe.augment_dim, device=device)
         if recipe.augment_dim

@@ -11,6 +11,7 @@ from tessera._version import __version__
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
 from tessera.cli.eval import eval_app
+from tessera.cli.experts import experts
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.sample import sample
@@ -49,6 +50,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
 app.command()(train)
 app.command()(sample)
+app.command()(experts)
 app.add_typer(eval_app, name="eval")
 
 

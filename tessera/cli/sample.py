@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tessera.sampling.output import Trajectory
 
 _SAMPLER = "Sampler (default: the recipe's)"
+_DISCRETE = "Samplers ddpm and ddim"
 _ABLATION = "Sampler of EDM's ablations (any of these selects it)"
 _GUIDANCE = "Guidance"
 _BRICKS = "Bricks (LEGO models)"
@@ -30,6 +31,8 @@ Format = StrEnum("Format", ["png", "npz", "grid"])
 WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
 Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
+Sampler = StrEnum("Sampler", ["edm", "ablation", "ddpm", "ddim"])
+Clip = StrEnum("Clip", ["auto", "none", "static", "dynamic"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
 Schedule = StrEnum("Schedule", ["linear", "vp", "ve"])
@@ -120,7 +123,17 @@ def sample(
     mask_coords: bool = typer.Option(
         False, "--mask-coords", rich_help_panel=_WINDOW, help="Set all coordinates to 0."
     ),
-    steps: int | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Number of steps."),
+    low_res: Path | None = typer.Option(
+        None, help="Small images to enlarge (folder, archive or NPZ); seed s takes number s mod N."
+    ),
+    sampler: Sampler | None = typer.Option(
+        None, rich_help_panel=_SAMPLER, help="Another sampler, with its own defaults."
+    ),
+    steps: str | None = typer.Option(
+        None,
+        rich_help_panel=_SAMPLER,
+        help="Number of steps; of ddpm and ddim also 90,60,60,20,20 or ddim50.",
+    ),
     sigma_min: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Last noise."),
     sigma_max: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="First noise."),
     rho: float | None = typer.Option(
@@ -138,6 +151,15 @@ def sample(
     ),
     s_noise: float | None = typer.Option(
         None, rich_help_panel=_SAMPLER, help="Scale of the noise added."
+    ),
+    eta: float | None = typer.Option(
+        None, rich_help_panel=_DISCRETE, help="Noise of ddim; 0 is deterministic."
+    ),
+    clip: Clip | None = typer.Option(
+        None, rich_help_panel=_DISCRETE, help="Estimates of the image; auto: dynamic if guided."
+    ),
+    noise_schedule: str | None = typer.Option(
+        None, rich_help_panel=_DISCRETE, help="For models of continuous noise: linear, cosine, ..."
     ),
     discretization: Discretization | None = typer.Option(
         None,
@@ -166,7 +188,8 @@ def sample(
         "steps": steps, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho,
         "solver": solver, "s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise,
         "discretization": discretization, "schedule": schedule, "scaling": scaling,
-        "alpha": alpha, "epsilon_s": epsilon_s,
+        "alpha": alpha, "epsilon_s": epsilon_s, "sampler": sampler, "eta": eta, "clip": clip,
+        "noise_schedule": noise_schedule,
     }  # fmt: skip
     options = {
         name: value.value if isinstance(value, StrEnum) else value
@@ -207,6 +230,8 @@ def sample(
         if "size" in options:
             _, *trained = pipe.denoiser.shape
             options["size"] = (height or trained[0], width or trained[1])
+        if low_res is not None:
+            options["low_res"] = _read_images(low_res)
         if guide is not None:
             options["guide"] = _on_device(Pipeline.load(guide), target)
         job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
@@ -280,6 +305,16 @@ def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> Non
     for path in [*where, *([trajectory] if trajectory is not None else [])]:
         console.print("written to", style="dim", end=" ")
         console.print(str(path), markup=False)
+
+
+def _read_images(path: Path) -> Any:
+    """All images of a folder, archive or NPZ, uint8 [N, h, w, C]."""
+    import numpy as np
+
+    from tessera.metrics.images import open_images
+
+    data = open_images(path)
+    return np.ascontiguousarray(data.read(np.arange(len(data))).transpose(0, 2, 3, 1))
 
 
 def _on_device(pipe: Any, device: Any) -> Any:

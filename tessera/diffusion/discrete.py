@@ -191,6 +191,11 @@ class Discrete:
         return _process(self)
 
     @property
+    def levels(self) -> Tensor:
+        """The supported noise levels, rising."""
+        return self.process.sigmas
+
+    @property
     def sigma_min(self) -> float:
         return float(_tables(self, torch.device("cpu")).sigmas[0])
 
@@ -277,7 +282,7 @@ class DiscreteDenoiser(Preconditioned):
 
     @property
     def levels(self) -> Tensor:
-        return self.preconditioning.process.sigmas
+        return self.preconditioning.levels
 
     def for_levels(self, levels: Tensor) -> DiscreteDenoiser:
         preconditioning = self.preconditioning.visit(levels)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.variational import Bound, prior_terms
+from tessera.errors import TesseraError
+from tessera.images import from_uint8
+from tessera.metrics.classifier import LabelledImages
+from tessera.metrics.images import batches
+from tessera.randomness import AddressedDraws
 from tessera.sampling.ddpm import visited
 
 
@@ -44,7 +51,7 @@ def bits_per_dimension(
     noise: Callable[[int], Tensor],
     *,
     steps: str = "",
-    schedule: str | None = None,
+    noise_schedule: str | None = None,
     clip: bool = True,
 ) -> Bits:
     """The bound for images x [B, C, H, W] in model space; one evaluation a step.
@@ -53,10 +60,10 @@ def bits_per_dimension(
 
     Args:
         noise: step to standard normal noise like x; asked from the noisiest step down.
-        steps, schedule: see `sample_ddpm`.
+        steps, noise_schedule: see `sample_ddpm`.
         clip: cut the estimates to [-1, 1].
     """
-    process, denoiser = visited(denoiser, steps, schedule)
+    process, denoiser = visited(denoiser, steps, noise_schedule)
     bound = Bound(process, x.device)
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in reversed(range(len(process))):
@@ -75,3 +82,49 @@ def bits_per_dimension(
         )
     vb, mse, noise_mse = (torch.stack(parts[::-1], dim=1) for parts in zip(*columns, strict=True))
     return Bits(vb, mse, noise_mse, prior_terms(process, x))
+
+
+def evaluate(
+    denoiser: Denoiser,
+    data: LabelledImages,
+    count: int,
+    *,
+    batch: int = 16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    steps: str = "",
+    noise_schedule: str | None = None,
+    clip: bool = True,
+    advance: Callable[[float], object] = lambda _: None,
+) -> Bits:
+    """The bound for the first images of a set; their noise does not depend on the batch size.
+
+    Args:
+        advance: called with the number of images that are done.
+        batch, seed, device: how, with which noise, and where.
+        steps, noise_schedule, clip: see `bits_per_dimension`.
+
+    Raises:
+        TesseraError: the images are not those of the model.
+    """
+    if tuple(data.shape) != tuple(denoiser.shape):
+        raise TesseraError(
+            f"the images have shape {tuple(data.shape)} (channels, height, width), the model's "
+            f"{tuple(denoiser.shape)}. Convert them with: tessera data convert"
+        )
+    labels = None if data.labels is None or not denoiser.num_classes else data.labels
+    parts: list[Bits] = []
+    for indices, images in batches(data, np.arange(count), batch):
+        draws = AddressedDraws(seed, torch.from_numpy(indices))
+        cond = Conditioning(None if labels is None else torch.from_numpy(labels[indices]))
+
+        def noise(step: int, draws: AddressedDraws = draws) -> Tensor:
+            return draws.normal(f"nll.{step}", *denoiser.shape)
+
+        bits = bits_per_dimension(
+            denoiser, from_uint8(images).to(device), cond.to(device), noise,
+            steps=steps, noise_schedule=noise_schedule, clip=clip,
+        )  # fmt: skip
+        parts.append(Bits(*(t.cpu() for t in (bits.vb, bits.mse, bits.noise_mse, bits.prior))))
+        advance(len(images))
+    return Bits(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Bits)))

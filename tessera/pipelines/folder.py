@@ -5,15 +5,15 @@
     model.safetensors      the network's averaged weights, float32
     model-<name>.safetensors   further averages of the same run, if there are any
 
-Other kinds of pipeline put more networks beside the first (experts), or whole pipeline folders
-inside theirs (the stages of a relay); `kind` tells a reader what to expect.
+A pipeline of kind "experts" has no weights of its own but a folder `expert-<k>` for each expert,
+which is a pipeline itself, and the thresholds between them. `kind` tells a reader what to expect.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class FolderConfig:
         images_seen: images that the model was trained on.
         class_names: one for each class, or None.
         weights: the averages in the folder, the default first.
+        experts: sub-folders with a pipeline for each expert, from the cleanest; kind "experts".
+        thresholds: of the signal-to-noise ratio, between the experts.
     """
 
     kind: str
@@ -55,6 +57,8 @@ class FolderConfig:
     images_seen: int
     class_names: tuple[str, ...] | None
     weights: tuple[WeightsFile, ...]
+    experts: tuple[str, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
 
 def write_folder(
@@ -86,6 +90,39 @@ def write_folder(
             "images_seen": images_seen,
             "class_names": None if class_names is None else list(class_names),
             "weights": [asdict(file) for file in files],
+            "recipe": recipe,
+        }
+        write_json(part / "config.json", config)
+
+
+def write_experts(
+    folder: Path,
+    recipe: dict[str, Any],
+    save: Sequence[Callable[[Path], None]],
+    thresholds: Sequence[float],
+    *,
+    images_seen: int,
+    class_names: Sequence[str] | None,
+) -> None:
+    """Write a pipeline folder of kind "experts", whole or not at all.
+
+    Args:
+        save: for each expert a function that writes its pipeline folder.
+    """
+    with atomic_folder(folder) as part:
+        names = [f"expert-{index}" for index in range(len(save))]
+        for name, write in zip(names, save, strict=True):
+            write(part / name)
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": "experts",
+            "written_by": f"tessera {__version__}",
+            "images_seen": images_seen,
+            "class_names": None if class_names is None else list(class_names),
+            "weights": [],
+            "experts": names,
+            "thresholds": list(thresholds),
             "recipe": recipe,
         }
         write_json(part / "config.json", config)
@@ -147,6 +184,8 @@ def read_config(folder: Path) -> FolderConfig:
             images_seen=int(config["images_seen"]),
             class_names=None if names is None else tuple(map(str, names)),
             weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
+            experts=tuple(map(str, config.get("experts", ()))),
+            thresholds=tuple(map(float, config.get("thresholds", ()))),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from torch import nn
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.cost import choose_bricks
+from tessera.diffusion.preconditioning import Preconditioned
 from tessera.images import save_png
 from tessera.pipelines.bricks import Savings, Usage
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
@@ -81,7 +82,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
         pipe, guide = self.pipe, self.options.get("guide")
-        own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks"}
+        own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks", "low_res"}
         own |= CANVAS_OPTIONS
         sampler = choose_sampler(
             pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
@@ -97,6 +98,7 @@ class Job:
         label = self.label
         if label is not None and label != "balanced":
             label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
+        small = self.options.get("low_res")
         return {
             "recipe": pipe.recipe.name,
             "images_seen": pipe.images_seen,
@@ -108,6 +110,7 @@ class Job:
             "precision": self.options.get("precision", "fp32"),
             "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
             "bricks": None if schedule is None else str(schedule),
+            "low_res": None if small is None else hashlib.sha256(small.tobytes()).hexdigest(),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
 
@@ -271,7 +274,12 @@ def counted(job: Job) -> Iterator[list[int]]:
         count[0] += len(inputs[0])
 
     pipes = {id(pipe): pipe for pipe in (job.pipe, job.options.get("guide")) if pipe is not None}
-    handles = [pipe.denoiser.network.register_forward_pre_hook(add) for pipe in pipes.values()]
+    handles = [
+        model.network.register_forward_pre_hook(add)
+        for pipe in pipes.values()
+        for model in pipe.denoiser.modules()
+        if isinstance(model, Preconditioned)
+    ]
     try:
         yield count
     finally:

@@ -13,25 +13,47 @@ from pydantic import ValidationError
 
 from tessera.conditioning import NO_CLASS
 from tessera.errors import TesseraError
-from tessera.recipes.schema import AblationSampler, EdmSampler, SamplerConfig
+from tessera.recipes.schema import (
+    AblationSampler,
+    DdimSampler,
+    DdpmSampler,
+    EdmSampler,
+    SamplerConfig,
+)
 
 Label = SupportsIndex | str
 
 ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
 """Options whose presence selects the ablation sampler."""
 
+Kind = type[EdmSampler] | type[AblationSampler] | type[DdpmSampler] | type[DdimSampler]
+KINDS: dict[str, Kind] = {
+    "edm": EdmSampler,
+    "ablation": AblationSampler,
+    "ddpm": DdpmSampler,
+    "ddim": DdimSampler,
+}
+
 
 def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> SamplerConfig:
     """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
 
+    The option `sampler` chooses another one by its kind, with its own defaults.
+
     Raises:
         TesseraError: an option is unknown or has a value that it cannot have.
     """
+    options = dict(options)
+    wanted = options.pop("sampler", section.kind)
+    if wanted not in KINDS:
+        raise TesseraError(f"there is no sampler {wanted!r}. Choose {', '.join(KINDS)}")
+    if wanted != section.kind:
+        section = KINDS[wanted]()
     values = section.model_dump()
     if isinstance(section, EdmSampler) and ONLY_ABLATION & options.keys():
         # There the range of σ follows from the discretisation unless the caller gives it.
         del values["kind"], values["sigma_min"], values["sigma_max"]
-        kind: type[EdmSampler | AblationSampler] = AblationSampler
+        kind: Kind = AblationSampler
     else:
         kind = type(section)
     for name in options:
@@ -49,7 +71,7 @@ def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> Sample
         ) from error
 
 
-def _names(kind: type[EdmSampler | AblationSampler]) -> list[str]:
+def _names(kind: Kind) -> list[str]:
     return [name for name in kind.model_fields if name != "kind"]
 
 

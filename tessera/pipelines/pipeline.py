@@ -18,11 +18,12 @@ from torch import Tensor
 from tessera.conditioning import NO_CLASS, Conditioning
 from tessera.cost import Cost, choose_bricks, estimate
 from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Skipping
 from tessera.errors import CheckpointError, TesseraError
-from tessera.images import to_pil, to_uint8
+from tessera.images import from_uint8, to_pil, to_uint8
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import Canvas, choose_canvas
@@ -76,7 +77,7 @@ class Pipeline:
     def __init__(
         self,
         recipe: Recipe,
-        denoiser: Preconditioned,
+        denoiser: Preconditioned | Experts,
         *,
         images_seen: int = 0,
         class_names: Sequence[str] | None = None,
@@ -85,7 +86,7 @@ class Pipeline:
         checksum: str | None = None,
     ) -> None:
         self.recipe = recipe
-        self.denoiser = denoiser.eval()
+        self.denoiser: Any = denoiser.eval()
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else ema_names(recipe)[0]
@@ -140,6 +141,10 @@ class Pipeline:
         """
         folder = folders.find_folder(source)
         config = folders.read_config(folder)
+        if config.kind == "experts":
+            from tessera.pipelines.experts import load_experts
+
+            return load_experts(folder, config, ema=ema, device=device)  # type: ignore[return-value]
         if config.kind != "diffusion":
             raise CheckpointError(
                 f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
@@ -187,7 +192,8 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.denoiser.parameters()).device
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
 
     # -------------------------------------------------------------------------------- sampling
 
@@ -244,6 +250,7 @@ class Pipeline:
         guide: Pipeline | Denoiser | None = None,
         skip: float = 0.0,
         bricks: str | BrickSchedule | None = None,
+        low_res: NDArray[np.uint8] | None = None,
         batch: int = 64,
         precision: Precision = "fp32",
         on_step: OnStep | None = None,
@@ -265,6 +272,8 @@ class Pipeline:
                 last steps if it is the largest (PG, U), the first ones if the smallest (PR).
             bricks: instead of `skip`, how many bricks run at which noise levels, like
                 "0-0.5:2,20-inf:1"; all run elsewhere.
+            low_res: uint8 [N, h, w, C], the small images that a super-resolution model enlarges;
+                seed s enlarges number s modulo N.
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
@@ -283,6 +292,7 @@ class Pipeline:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = self._classes(labels, seeds)
         canvas, section = self._sampling(options)
+        self._check_low_res(low_res)
         sampler = build_sampler(section)
         model = self.skipping(sampler, skip, bricks)
         denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
@@ -292,6 +302,10 @@ class Pipeline:
             latents = noise.normal((canvas.channels, canvas.height, canvas.width))
             cond = self._conditioning(noise, None if classes is None else classes[rows])
             cond = replace(cond, coords=canvas.coords(len(ours), self.device))
+            if low_res is not None:
+                small = torch.from_numpy(low_res[[seed % len(low_res) for seed in ours]])
+                small = small.to(self.device).permute(0, 3, 1, 2)
+                cond = replace(cond, image=from_uint8(small))
             with _autocast(self.device, precision):
                 for state in sampler(denoiser, latents, cond, noise):
                     if on_step is not None:
@@ -312,12 +326,14 @@ class Pipeline:
         guide: Pipeline | Denoiser | None = None,
         skip: float = 0.0,
         bricks: str | BrickSchedule | None = None,
+        low_res: NDArray[np.uint8] | None = None,
         precision: Precision = "fp32",
         **options: Any,
     ) -> None:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
         self._classes(labels, list_seeds(seeds))
         _, section = self._sampling(options)
+        self._check_low_res(low_res)
         self.skipping(build_sampler(section), skip, bricks)
         self.guided(guidance, guidance_interval, guide)
         _autocast(self.device, precision)
@@ -389,6 +405,21 @@ class Pipeline:
         section = choose_sampler(self.recipe.sampling, options)
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
+
+    def _check_low_res(self, low_res: NDArray[np.uint8] | None) -> None:
+        """Raise unless small images are given exactly where the model enlarges them."""
+        side, channels = self.recipe.low_resolution, self.recipe.shape[0]
+        if side is None and low_res is not None:
+            raise TesseraError(
+                "small images were given, but this model does not enlarge images. Leave them out, "
+                "or train with low_resolution"
+            )
+        if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
+            given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
+            raise TesseraError(
+                f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
+                "Give them as low_res (--low-res)"
+            )
 
     def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
         """What part of the picture is made, and by which sampler."""

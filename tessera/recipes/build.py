@@ -10,14 +10,19 @@ from torch import nn
 from tessera.data.augment import Augmentation
 from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
-from tessera.diffusion.objectives import DenoisingObjective
-from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
+from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
+from tessera.diffusion.discrete_objective import DiscreteObjective
+from tessera.diffusion.experts import sigma_range
+from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective
+from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.lego import Lego
+from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
 from tessera.sampling.ablation import sample_ablation
 from tessera.sampling.core import Sampler
+from tessera.sampling.ddpm import sample_ddim, sample_ddpm
 from tessera.sampling.edm import sample_edm
 
 
@@ -32,6 +37,16 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
                 "bricks": [(brick.size, brick.patch, brick.depth) for brick in section.bricks]
             }
             return Lego(channels, recipe.data.num_classes, recipe.augment_dim, **options)
+        case schema.PatchedUNetConfig():
+            return PatchedUNet(
+                resolution,
+                _input_channels(recipe),
+                channels,
+                recipe.data.num_classes,
+                recipe.augment_dim,
+                coord_frequencies=recipe.coord_frequencies,
+                **_options(section),
+            )
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
@@ -40,13 +55,18 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
     learns_variance = isinstance(recipe.preconditioning, schema.IddpmPreconditioning)
     return network(
         resolution,
-        channels,
+        _input_channels(recipe),
         2 * channels if learns_variance else channels,
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
         coord_frequencies=recipe.coord_frequencies,
         **_options(section),
     )
+
+
+def _input_channels(recipe: schema.Recipe) -> int:
+    """Of the noisy image, and of the enlarged small one."""
+    return recipe.shape[0] * (1 if recipe.low_resolution is None else 2)
 
 
 def build_preconditioning(section: schema.PreconditioningConfig) -> Preconditioning:
@@ -60,27 +80,51 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
             return preconditioning.Ve(**_options(section))
         case schema.IddpmPreconditioning():
             return preconditioning.Iddpm(**_options(section))
+        case schema.DiscretePreconditioning():
+            return Discrete(**_options(section))
 
 
 def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
     """The network and its preconditioning, with fresh weights, on the default device."""
-    return Preconditioned(
-        build_network(recipe),
-        build_preconditioning(recipe.preconditioning),
-        recipe.shape,
-        recipe.data.num_classes,
-    )
+    network, scaling = build_network(recipe), build_preconditioning(recipe.preconditioning)
+    if isinstance(scaling, Discrete):
+        return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
+    return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
 
 
-def build_objective(section: schema.ObjectiveConfig) -> DenoisingObjective:
-    """What training minimises."""
+Objective = DenoisingObjective | DiscreteObjective
+
+
+def build_objective(
+    section: schema.ObjectiveConfig,
+    noise_levels: tuple[float, float] = EVERYWHERE,
+    steps: int = 0,
+) -> Objective:
+    """What training minimises.
+
+    Args:
+        noise_levels: low <= σ < high, of an expert.
+        steps: number of the denoiser's noise levels, for the objective of discrete processes.
+    """
     match section:
         case schema.EdmObjective():
-            return objectives.EdmObjective(**_options(section))
+            return objectives.EdmObjective(sigma_range=noise_levels, **_options(section))
         case schema.VpObjective():
-            return objectives.VpObjective(**_options(section))
+            return objectives.VpObjective(sigma_range=noise_levels, **_options(section))
         case schema.VeObjective():
-            return objectives.VeObjective(**_options(section))
+            return objectives.VeObjective(sigma_range=noise_levels, **_options(section))
+        case schema.DiscreteObjective():
+            return DiscreteObjective(steps, sigma_range=noise_levels, **_options(section))
+
+
+def recipe_objective(recipe: schema.Recipe) -> Objective:
+    """What training a recipe minimises, at the noise levels of its expert if it is one."""
+    noise_levels = EVERYWHERE
+    if recipe.expert is not None:
+        noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
+    scaling = build_preconditioning(recipe.preconditioning)
+    steps = len(scaling.levels) if isinstance(scaling, Iddpm | Discrete) else 0
+    return build_objective(recipe.objective, noise_levels, steps)
 
 
 def build_view(recipe: schema.Recipe) -> View:
@@ -117,6 +161,10 @@ def build_sampler(section: schema.SamplerConfig) -> Sampler:
             return partial(sample_edm, **_options(section))
         case schema.AblationSampler():
             return partial(sample_ablation, **_options(section))
+        case schema.DdpmSampler():
+            return partial(sample_ddpm, **_options(section))
+        case schema.DdimSampler():
+            return partial(sample_ddim, **_options(section))
 
 
 def _options(section: schema.Section) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from tessera.recipes.schema import (
     DataConfig,
+    DiscreteObjective,
+    DiscretePreconditioning,
     EdmObjective,
     EdmSampler,
     EmaConfig,
     OptimizerConfig,
+    PatchedUNetConfig,
     PatchView,
     PreviewConfig,
     Recipe,
@@ -84,8 +87,31 @@ def cifar10_small_patch() -> Recipe:
     )
 
 
+def cifar10_small_pdm() -> Recipe:
+    """`cifar10-small` with the patched U-Net: 2x2 pixels at a time, discrete noise levels."""
+    whole = cifar10_small()
+    return whole.model_copy(
+        update={
+            "name": "cifar10-small-pdm",
+            "description": "CIFAR-10, small, patched U-Net",
+            "network": PatchedUNetConfig(
+                patch_size=2,
+                model_channels=64,
+                channel_mult=(1, 1.5, 2),
+                num_blocks=1,
+                attn_resolutions=(8,),
+                head_channels=32,
+                learn_variance=True,
+            ),
+            "preconditioning": DiscretePreconditioning(schedule="cosine"),
+            "objective": DiscreteObjective(),
+        }
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart-digits": quickstart_digits,
     "cifar10-small": cifar10_small,
     "cifar10-small-patch": cifar10_small_patch,
+    "cifar10-small-pdm": cifar10_small_pdm,
 }

@@ -247,7 +247,50 @@ class LegoConfig(Section):
         return f"{sizes}, to be tiled by network.bricks"
 
 
-NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig | LegoConfig, Field(discriminator="kind")]
+class PatchedUNetConfig(Section):
+    """The patched U-Net (Luhman & Luhman 2022): a U-Net on P x P patches as pixels."""
+
+    kind: Literal["patched_unet"] = "patched_unet"
+    patch_size: PositiveInt = Field(4, description="side P of a patch, pixels; 1 for none")
+    model_channels: PositiveInt = 128
+    channel_mult: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
+        (), description="widths as multiples, fractions allowed; empty: by the patched grid"
+    )
+    num_blocks: PositiveInt = 2
+    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = Field(
+        (16, 8), description="sides of the patched grid with self-attention"
+    )
+    heads: PositiveInt = 4
+    decoder_heads: PositiveInt | None = Field(None, description="null: as many as heads")
+    head_channels: PositiveInt | None = Field(None, description="width of a head, not a number")
+    attention_order: Literal["split", "legacy"] = Field(
+        "split", description="rows of the qkv weight; legacy: head by head"
+    )
+    resblock_updown: bool = Field(False, description="resample inside of residual blocks")
+    dropout: Probability = 0.0
+    null_class: bool = Field(True, description="learn an embedding of no class, for guidance")
+    learn_variance: bool = Field(False, description="a head for the variance of reverse steps")
+    eps: PositiveFloat = Field(1e-5, description="of the affine group norms")
+    recompute: bool = Field(False, description="recompute blocks going back, for less memory")
+
+    def fits(self, side: int) -> bool:
+        """Whether the network takes images of this height or width."""
+        levels = len(self.channel_mult)
+        return side % (self.patch_size << max(levels - 1, 0)) == 0
+
+    @property
+    def sides(self) -> str:
+        """Which heights and widths it takes, and why."""
+        levels = len(self.channel_mult)
+        return (
+            f"a multiple of {self.patch_size << max(levels - 1, 0)}, because network.patch_size is "
+            f"{self.patch_size} and network.channel_mult has {levels} levels"
+        )
+
+
+NetworkConfig = Annotated[
+    SongUNetConfig | AdmUNetConfig | LegoConfig | PatchedUNetConfig, Field(discriminator="kind")
+]
 
 
 # ------------------------------------------------------------------------------------- diffusion
@@ -290,8 +333,23 @@ class IddpmPreconditioning(Section):
     timesteps: PositiveInt = 1000
 
 
+class DiscretePreconditioning(Section):
+    """The T steps of a variance-preserving process (DDPM, improved DDPM, PDM)."""
+
+    kind: Literal["discrete"] = "discrete"
+    schedule: str = Field("linear", description="linear, linear0.025 (its end), ..., or cosine")
+    timesteps: PositiveInt = 1000
+    spacing: str = Field("", description="train on these steps only, like 250 or ddim50")
+    prediction: Literal["x0", "eps", "v"] = Field("x0", description="what the network predicts")
+    rescale_timesteps: bool = Field(False, description="tell the network 1000 t / timesteps")
+
+
 PreconditioningConfig = Annotated[
-    EdmPreconditioning | VpPreconditioning | VePreconditioning | IddpmPreconditioning,
+    EdmPreconditioning
+    | VpPreconditioning
+    | VePreconditioning
+    | IddpmPreconditioning
+    | DiscretePreconditioning,
     Field(discriminator="kind"),
 ]
 
@@ -330,7 +388,29 @@ class VeObjective(ObjectiveSection):
     sigma_max: PositiveFloat = 100
 
 
-ObjectiveConfig = Annotated[EdmObjective | VpObjective | VeObjective, Field(discriminator="kind")]
+class DiscreteObjective(ObjectiveSection):
+    """The steps of a discrete process: weighted error, and a bound for learned variances."""
+
+    kind: Literal["discrete"] = "discrete"
+    label_dropout: Probability = Field(
+        0.1, description="share of images trained without their class, for guidance"
+    )
+    weight: Literal["sqrt_snr", "p2", "snr", "snr+1", "truncated_snr"] = Field(
+        "sqrt_snr", description="of the squared error of x at a signal-to-noise ratio"
+    )
+    loss: Literal["mse", "kl", "rescaled_kl"] = Field(
+        "mse", description="mse adds the bound for learned variances only; kl is the bound alone"
+    )
+    rescale_variance: bool = Field(False, description="multiply the bound by steps / 1000")
+    timesteps: Literal["uniform", "loss_second_moment"] = Field(
+        "uniform", description="how steps are drawn; by their past losses"
+    )
+    small_variance: bool = Field(False, description="of kl losses without a learned variance")
+
+
+ObjectiveConfig = Annotated[
+    EdmObjective | VpObjective | VeObjective | DiscreteObjective, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -374,7 +454,38 @@ class AblationSampler(Section):
     s_noise: NonNegative = 1
 
 
-SamplerConfig = Annotated[EdmSampler | AblationSampler, Field(discriminator="kind")]
+class ProcessSampler(Section):
+    """What samplers of discrete processes share."""
+
+    steps: str = Field(
+        "", description="number, list (90,60,60,20,20) or ddimN; empty for all of the process"
+    )
+    clip: Literal["auto", "none", "static", "dynamic"] = Field(
+        "auto", description="estimates of the image; auto: dynamic with guidance, static without"
+    )
+    quantile: Probability = Field(0.995, description="of dynamic clipping")
+    noise_schedule: str | None = Field(
+        None, description="noise levels for models of a continuous range, like linear or cosine"
+    )
+
+
+class DdpmSampler(ProcessSampler):
+    """Ancestral sampling (Ho et al. 2020), with learned variances where there are any."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    variance: Literal["learned", "large", "small"] = "learned"
+
+
+class DdimSampler(ProcessSampler):
+    """DDIM (Song et al. 2021)."""
+
+    kind: Literal["ddim"] = "ddim"
+    eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
+
+
+SamplerConfig = Annotated[
+    EdmSampler | AblationSampler | DdpmSampler | DdimSampler, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------- training
@@ -482,9 +593,18 @@ class Recipe(Section):
         None, description="coordinates as input; null: x and y if the view is of patches"
     )
     augment: AugmentConfig | None = None
+    low_resolution: PositiveInt | None = Field(
+        None, description="side of the small image that the network enlarges (super-resolution)"
+    )
     network: NetworkConfig
     preconditioning: PreconditioningConfig = EdmPreconditioning()
     objective: ObjectiveConfig = EdmObjective()
+    snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
+        (), description="thresholds of the signal-to-noise ratio between experts, falling"
+    )
+    expert: int | None = Field(
+        None, ge=0, description="train this expert's noise levels only; 0 is the cleanest"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1)
     training: TrainingConfig = TrainingConfig()
@@ -526,6 +646,57 @@ class Recipe(Section):
             raise ValueError(
                 f"data.resolution ({self.data.resolution}) must be {self.network.sides}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        splits = self.snr_splits
+        if list(splits) != sorted(set(splits), reverse=True):
+            raise ValueError(f"snr_splits {splits} must fall from expert to expert, like 4,0.25")
+        if self.expert is not None and not 0 < len(splits) >= self.expert:
+            raise ValueError(
+                f"expert {self.expert} does not exist: snr_splits has {len(splits)} thresholds"
+                + (
+                    f", which make experts 0 to {len(splits)}"
+                    if splits
+                    else "; set some, like 0.25"
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        preconditioning = self.preconditioning
+        tabled = isinstance(preconditioning, DiscretePreconditioning | IddpmPreconditioning)
+        if isinstance(self.objective, DiscreteObjective) and not tabled:
+            raise ValueError(
+                "objective.kind=discrete needs a model that knows discrete noise levels; set "
+                "preconditioning.kind=discrete (or iddpm), or choose another objective"
+            )
+        learns = isinstance(self.network, PatchedUNetConfig) and self.network.learn_variance
+        if learns and not isinstance(preconditioning, DiscretePreconditioning):
+            raise ValueError(
+                "network.learn_variance needs the steps that the variance is of: set "
+                "preconditioning.kind=discrete, or leave it out"
+            )
+        if learns and not isinstance(self.objective, DiscreteObjective):
+            raise ValueError(
+                "network.learn_variance is trained by objective.kind=discrete only; choose that, "
+                "or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _small_images_fit(self) -> Self:
+        if self.low_resolution is None:
+            return self
+        if self.data.resolution % self.low_resolution or self.low_resolution == self.shape[1]:
+            raise ValueError(
+                f"low_resolution ({self.low_resolution}) must be a part of data.resolution "
+                f"({self.data.resolution}) that it is a multiple of"
+            )
+        if isinstance(self.network, LegoConfig) or isinstance(self.view, PatchView):
+            raise ValueError("low_resolution works with U-Nets and whole images only")
         return self
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ def sample_ddpm(
     variance: Literal["learned", "large", "small"] = "learned",
     clip: Clip = "auto",
     quantile: float = 0.995,
-    schedule: str | None = None,
+    noise_schedule: str | None = None,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
     """Ancestral sampling; one call of the denoiser and one draw of noise a step, but for the last.
@@ -52,15 +52,15 @@ def sample_ddpm(
             `spaced_steps`.
         variance: of the steps: as the network says (large where it does not), β, or β̃.
         clip, quantile: see `Clip`.
-        schedule: the process of denoisers that know a continuous range of noise levels, 1000 steps
-            of "linear", "cosine", ...; None for the denoiser's own.
+        noise_schedule: the process of denoisers that know a continuous range of noise levels, 1000
+            steps of "linear", "cosine", ...; None for the denoiser's own.
         refine: improves x after each step.
 
     Raises:
         TesseraError: a spacing that the process does not have, or a continuous denoiser without
-            `schedule`.
+            `noise_schedule`.
     """
-    process, denoiser = visited(denoiser, steps, schedule)
+    process, denoiser = visited(denoiser, steps, noise_schedule)
     fixed = process.posterior_log_variance if variance == "small" else process.large_log_variance
     levels = process.sigmas.tolist()
     z = _start(latents, levels)
@@ -91,16 +91,16 @@ def sample_ddim(
     eta: float = 0.0,
     clip: Clip = "auto",
     quantile: float = 0.995,
-    schedule: str | None = None,
+    noise_schedule: str | None = None,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
     """DDIM; one call of the denoiser a step. Noise is drawn if `eta` is above 0.
 
     Args:
         eta: amount of noise: 0 is deterministic, 1 as much as β̃ (with the same variance as DDPM).
-        steps, clip, quantile, schedule, refine: see `sample_ddpm`.
+        steps, clip, quantile, noise_schedule, refine: see `sample_ddpm`.
     """
-    process, denoiser = visited(denoiser, steps, schedule)
+    process, denoiser = visited(denoiser, steps, noise_schedule)
     levels = process.sigmas.tolist()
     z = _start(latents, levels)
     for index in reversed(range(len(levels))):
@@ -124,14 +124,14 @@ def encode_ddim(
     steps: str = "",
     clip: Clip = "auto",
     quantile: float = 0.995,
-    schedule: str | None = None,
+    noise_schedule: str | None = None,
 ) -> Iterator[SamplerState]:
     """DDIM backwards, from images [B, C, H, W] in model space to the latents that give them.
 
     The last state's x are the latents of `sample_ddim` with eta 0 (its σ is infinite); the others
     are z at their noise level. `denoised` is the estimate that the step was made with.
     """
-    process, denoiser = visited(denoiser, steps, schedule)
+    process, denoiser = visited(denoiser, steps, noise_schedule)
     levels = process.sigmas.tolist()
     z = images.to(state_dtype(images.device)) * math.sqrt(1 + levels[0] ** 2)
     for index, sigma in enumerate(levels):
@@ -145,7 +145,7 @@ def encode_ddim(
 
 
 def visited(
-    denoiser: Denoiser, steps: str = "", schedule: str | None = None
+    denoiser: Denoiser, steps: str = "", noise_schedule: str | None = None
 ) -> tuple[Process, Denoiser]:
     """The process that a sampler walks down, and the denoiser for it.
 
@@ -154,13 +154,13 @@ def visited(
     """
     levels = denoiser.levels
     if levels is None:
-        if schedule is None:
+        if noise_schedule is None:
             raise TesseraError(
                 "this model knows a continuous range of noise levels, and samplers of discrete "
-                "processes need to be told which ones to visit: give schedule=linear or another, "
-                "or use the sampler edm"
+                "processes need to be told which ones to visit: give noise_schedule=linear or "
+                "another, or use the sampler edm"
             )
-        levels = Process.named(schedule).sigmas
+        levels = Process.named(noise_schedule).sigmas
         levels = levels[(levels >= denoiser.sigma_min) & (levels <= denoiser.sigma_max)]
     kept = levels[spaced_steps(len(levels), steps)]
     return Process.of_sigmas(kept), denoiser.for_levels(kept)

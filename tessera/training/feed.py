@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera import distributed
@@ -13,7 +16,7 @@ from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
-from tessera.images import from_uint8
+from tessera.images import from_uint8, to_uint8
 from tessera.randomness import AddressedDraws, Draws, derive_seed
 from tessera.recipes.build import build_augment, build_view
 from tessera.recipes.schema import Recipe
@@ -82,7 +85,20 @@ class Feed:
             labels = None if batch.labels is None else batch.labels[rows]
             seed = derive_seed(training.seed, "dropout", first + start)
             weight = self.view.loss_weight(batch.plan)
-            yield MicroBatch(x, Conditioning(labels, augment, coords), draws, seed, weight)
+            yield MicroBatch(
+                x, Conditioning(labels, augment, coords, self._reduced(x)), draws, seed, weight
+            )
+
+    def small_images(self, count: int) -> NDArray[np.uint8] | None:
+        """The first images as a network that enlarges images gets them, uint8 [N, h, w, C]."""
+        first = torch.from_numpy(self.dataset.read(np.arange(min(count, len(self.dataset)))))
+        small = self._reduced(from_uint8(first))
+        return None if small is None else to_uint8(small).permute(0, 2, 3, 1).numpy()
+
+    def _reduced(self, x: Tensor) -> Tensor | None:
+        """What a network that enlarges images is told: x [B, C, H, W] with averaged pixels."""
+        side = self._recipe.low_resolution
+        return None if side is None else F.adaptive_avg_pool2d(x, side)
 
 
 def _open(recipe: Recipe) -> ImageDataset:

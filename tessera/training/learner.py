@@ -149,7 +149,7 @@ class Learner:
         loss = terms["loss"].float().sum() * weight
         torch.autograd.backward(loss * self.loss_scale.scale if self.loss_scale.active else loss)
         sums = {name: value.detach().float().sum() for name, value in terms.items()}
-        return {**sums, "loss_per_pixel": sums["loss"] / x[0].numel()}
+        return {"loss_per_pixel": sums["loss"] / x[0].numel(), **sums}
 
     def _apply(self, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> Tensor:
         """Unscale, clip, and step unless `bad`; 1 if the step was skipped, else 0."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tessera import distributed
 from tessera.images import grid, save_png
 from tessera.pipelines.pipeline import Pipeline
@@ -19,7 +22,8 @@ _NETWORK = "network."
 class Preview:
     """Grids of samples from the first average, always of the same seeds: previews/<images>.png.
 
-    Conditional models show class after class, one in each column as far as there are columns.
+    Conditional models show class after class, one in each column as far as there are columns;
+    models that enlarge images enlarge the small images `low_res`.
     """
 
     def __init__(
@@ -28,9 +32,11 @@ class Preview:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
+        low_res: NDArray[np.uint8] | None = None,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
         self._folder, self._trackers = run_dir / "previews", trackers
+        self._low_res = low_res
 
     def make(self, learner: Learner, images_seen: int) -> None:
         """Sample and write a grid; all processes take part, the main one samples."""
@@ -40,7 +46,7 @@ class Preview:
             return
         count, classes = config.rows * config.columns, self._recipe.data.num_classes
         labels = [i % config.columns % classes for i in range(count)] if classes else None
-        images = pipeline.to(learner.device).sample(range(count), labels)
+        images = pipeline.to(learner.device).sample(range(count), labels, low_res=self._low_res)
         picture = grid(images, columns=config.columns)
         save_png(self._folder / f"{images_seen:012d}.png", picture)
         for tracker in self._trackers:

@@ -18,7 +18,7 @@ from tessera.errors import TrainingError
 from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
-from tessera.recipes.build import build_denoiser, build_objective
+from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training import run_folder, tracking
@@ -89,7 +89,7 @@ class Trainer:
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, denoiser.network)
         self.learner = Learner(
-            TrainStep(denoiser, build_objective(recipe.objective)),
+            TrainStep(denoiser, recipe_objective(recipe)),
             recipe.optimizer,
             recipe.ema,
             recipe.training,
@@ -137,7 +137,12 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
-            preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers)
+            small = (
+                None
+                if run.preview is None
+                else self._feed.small_images(run.preview.rows * run.preview.columns)
+            )
+            preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
             bar = stack.enter_context(
                 progress("training", total, unit="images", completed=self.images_seen)
             )

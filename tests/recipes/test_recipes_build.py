@@ -19,6 +19,7 @@ PARAMETERS = {
     "quickstart-digits": None,
     "cifar10-small": None,
     "cifar10-small-patch": None,
+    "cifar10-small-pdm": 3_886_968,
     "edm-cifar10-cond-vp": 55_735_299,
     "edm-cifar10-cond-ve": 56_400_643,
     "edm-cifar10-uncond-vp": 55_733_891,
@@ -28,6 +29,13 @@ PARAMETERS = {
     "edm-afhqv2-64-vp": 61_805_571,
     "edm-afhqv2-64-ve": 62_761_091,
     "edm-imagenet64-adm": 295_899_267,
+    "pdm-ffhq1024": 162_645_344,
+    "pdm-imagenet256-expert0": 202_148_704,
+    "pdm-imagenet256-expert1": 202_148_704,
+    "pdm-lsun256-p2": 122_916_120,
+    "pdm-lsun256-p4": 121_416_544,
+    "pdm-lsun256-p8": 121_011_584,
+    "pdm-example256": 30_463_456,
     "patch-celeba64": 61_806_723,
     "patch-ffhq64": 61_806_723,
     "patch-afhqv2-64": 61_806_723,
@@ -55,6 +63,11 @@ TINY_LEGO = [
     "network.bricks=[{size: 4, patch: 2, depth: 1}, {size: 8, patch: 2, depth: 1}]",
 ]  # fmt: skip
 
+TINY_PDM = [
+    *TINY[:1], "network.model_channels=32", *TINY[2:], "network.patch_size=2",
+    "network.head_channels=32",
+]  # fmt: skip
+
 
 def test_every_shipped_recipe_has_its_size_here() -> None:
     assert set(PARAMETERS) == set(shipped())
@@ -78,7 +91,7 @@ def test_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> None:
     tiny = [*TINY[:1], "network.model_channels=64", *TINY[2:]] if "adm" in name else TINY
-    tiny = TINY_LEGO if "lego" in name else tiny
+    tiny = TINY_LEGO if "lego" in name else TINY_PDM if "pdm" in name else tiny
     recipe = load_recipe(name, [*tiny, "sampling.steps=2"])
     denoiser = build.build_denoiser(recipe)
     assert denoiser.shape == (recipe.data.channels, 8, 8)
@@ -89,7 +102,7 @@ def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> N
     x, extra = (x, None) if augment is None else augment(x, draws)
     assert (0 if extra is None else extra.shape[1]) == recipe.augment_dim
     cond = Conditioning(labels, extra)
-    loss = build.build_objective(recipe.objective)(denoiser, x, cond, draws)["loss"]
+    loss = build.recipe_objective(recipe)(denoiser, x, cond, draws)["loss"]
     loss.sum().backward()
     assert loss.shape == (2,)
     assert all(parameter.grad is not None for parameter in denoiser.parameters())
@@ -150,12 +163,21 @@ def test_the_schema_and_the_objects_have_the_same_defaults() -> None:
     import dataclasses
     import inspect
 
+    from tessera.diffusion.discrete import Discrete
+    from tessera.diffusion.discrete_objective import DiscreteObjective
+    from tessera.networks.patched_unet import PatchedUNet
     from tessera.sampling.ablation import sample_ablation
+    from tessera.sampling.ddpm import sample_ddim, sample_ddpm
     from tessera.sampling.edm import sample_edm
 
     pairs = [
         (schema.SongUNetConfig, SongUNet),
         (schema.AdmUNetConfig, AdmUNet),
+        (schema.PatchedUNetConfig, PatchedUNet),
+        (schema.DdpmSampler, sample_ddpm),
+        (schema.DdimSampler, sample_ddim),
+        (schema.DiscreteObjective, DiscreteObjective),
+        (schema.DiscretePreconditioning, Discrete),
         (schema.EdmSampler, sample_edm),
         (schema.AblationSampler, sample_ablation),
     ]

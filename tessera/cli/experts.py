@@ -1,0 +1,33 @@
+"""`tessera experts`: one pipeline from several that were trained for parts of the noise levels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from tessera.errors import TesseraError
+
+
+def experts(
+    out: Path = typer.Argument(help="Pipeline folder to write."),
+    pipelines: list[str] = typer.Argument(
+        help="Pipelines or runs, from the cleanest noise levels to the noisiest."
+    ),
+    thresholds: str | None = typer.Option(
+        None,
+        metavar="SNR,...",
+        help="Signal-to-noise ratios between them, falling. (default: as trained)",
+    ),
+) -> None:
+    """Put experts together into one pipeline, which samples like any other."""
+    from tessera.pipelines.experts import assemble
+    from tessera.pipelines.pipeline import Pipeline
+
+    try:
+        values = [float(part) for part in (thresholds or "").split(",") if part.strip()]
+    except ValueError:
+        raise TesseraError(f"--thresholds {thresholds!r}: give numbers like 4,0.25") from None
+    made = assemble([Pipeline.load(source) for source in pipelines], values)
+    made.save(out)
+    print(f"{len(pipelines)} experts, SNR thresholds {made.recipe.snr_splits}, written to {out}")

@@ -1,0 +1,99 @@
+"""Pipelines of several experts, put together from pipelines that were trained one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tessera.diffusion.experts import Experts
+from tessera.errors import CheckpointError, TesseraError
+from tessera.pipelines.folder import FolderConfig, write_experts
+from tessera.pipelines.pipeline import Pipeline
+from tessera.recipes.loading import dump_recipe
+
+
+class ExpertsPipeline(Pipeline):
+    """Several models as one; each makes the noise levels that it owns.
+
+    It samples by the first expert's recipe.
+
+    Args:
+        pipes: from the cleanest noise levels to the noisiest.
+        thresholds: of the signal-to-noise ratio between them, falling.
+
+    Raises:
+        TesseraError: see `Experts`.
+    """
+
+    def __init__(self, pipes: Sequence[Pipeline], thresholds: Sequence[float]) -> None:
+        first = pipes[0]
+        checksums = "".join(pipe.checksum or "" for pipe in pipes)
+        update = {"expert": None, "snr_splits": tuple(thresholds)}
+        super().__init__(
+            first.recipe.model_copy(update=update),
+            Experts([pipe.denoiser for pipe in pipes], thresholds),
+            images_seen=sum(pipe.images_seen for pipe in pipes),
+            class_names=first.class_names,
+            ema=first.ema,
+            emas=first.emas,
+            checksum=hashlib.sha256(checksums.encode()).hexdigest() if checksums else None,
+        )
+        self.pipes = tuple(pipes)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pipeline folder, whole or not at all; an existing one is replaced."""
+        write_experts(
+            Path(folder),
+            dump_recipe(self.recipe),
+            [pipe.save for pipe in self.pipes],
+            self.recipe.snr_splits,
+            images_seen=self.images_seen,
+            class_names=self.class_names,
+        )
+
+
+def assemble(pipes: Sequence[Pipeline], thresholds: Sequence[float] = ()) -> ExpertsPipeline:
+    """Experts from pipelines, from the cleanest to the noisiest.
+
+    Args:
+        thresholds: of the signal-to-noise ratio; by default those that the experts were trained
+            with.
+
+    Raises:
+        TesseraError: the pipelines are not the experts of these thresholds, in this order.
+    """
+    trained = {pipe.recipe.snr_splits for pipe in pipes if pipe.recipe.snr_splits}
+    if not thresholds:
+        if len(trained) != 1:
+            raise TesseraError(
+                "the experts were trained with different SNR thresholds, or none; say which to use"
+            )
+        thresholds = trained.pop()
+    for place, pipe in enumerate(pipes):
+        if pipe.recipe.expert is not None and pipe.recipe.expert != place:
+            raise TesseraError(
+                f"pipeline number {place} ({pipe.recipe.name}) was trained as expert "
+                f"{pipe.recipe.expert}. Name the experts from the cleanest, 0, to the noisiest"
+            )
+    return ExpertsPipeline(pipes, thresholds)
+
+
+def load_experts(
+    folder: Path, config: FolderConfig, *, ema: str | int | None, device: torch.device | str
+) -> ExpertsPipeline:
+    """Open the experts of a folder whose configuration was read.
+
+    Raises:
+        CheckpointError: a part of it is missing or damaged.
+    """
+    for name in config.experts:
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise CheckpointError(
+                f"{folder / name} is missing. Save or download the pipeline again, with all its "
+                "folders"
+            )
+    pipes = [Pipeline.load(folder / name, ema=ema) for name in config.experts]
+    return ExpertsPipeline(pipes, config.thresholds).to(device)

@@ -1,0 +1,257 @@
+"""Experts, super-resolution and likelihoods from recipe to images, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_files import random_images, write_packed
+from test_pdm_network import numbers
+from torch import Tensor
+from training_case import BASE
+from typer.testing import CliRunner
+
+import tessera
+from tessera.cli import app
+from tessera.conditioning import Conditioning
+from tessera.cost import estimate
+from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.experts import Experts
+from tessera.errors import CheckpointError, RecipeError, TesseraError
+from tessera.pipelines.experts import assemble
+from tessera.pipelines.pipeline import Pipeline
+from tessera.recipes.build import build_denoiser
+from tessera.recipes.loading import parse_recipe
+from tessera.recipes.overrides import merge
+from tessera.recipes.schema import Recipe
+from tessera.training.trainer import Trainer
+
+PDM: dict[str, Any] = {
+    "network": {
+        "kind": "patched_unet", "patch_size": 2, "model_channels": 32, "channel_mult": [1, 1],
+        "num_blocks": 1, "attn_resolutions": [4], "heads": 2, "learn_variance": True,
+    },
+    "preconditioning": {"kind": "discrete", "timesteps": 60},
+    "objective": {"kind": "discrete"},
+    "sampling": {"kind": "ddpm", "steps": "5"},
+}  # fmt: skip
+
+
+def recipe(folder: Path | None = None, pdm: bool = True, **changes: Any) -> Recipe:
+    base = {k: v for k, v in BASE.items() if not pdm or k not in PDM}
+    document = merge(merge(base, PDM if pdm else {}), changes)
+    if folder is not None:
+        path = folder / "tiny.safetensors"
+        if not path.exists():
+            write_packed(path, random_images(30), labels=[i % 2 for i in range(30)])
+        document = merge(document, {"data": {"path": str(path)}})
+    return parse_recipe(document)
+
+
+def pipeline(seed: int, **changes: Any) -> Pipeline:
+    made = recipe(**changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = build_denoiser(made)
+        for parameter in denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    return Pipeline.from_denoiser(made, denoiser, images_seen=10 * seed)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if isinstance(result.exception, TesseraError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+class Marked(Denoiser):
+    """Answers with its own number."""
+
+    def __init__(self, number: float, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        super().__init__()
+        self.number, self.shape = number, (1, 2, 2)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma * 0 + self.number
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        assert len(sigma) == len(z) == len(cond.labels)  # type: ignore[arg-type]
+        return Posterior(torch.full_like(z, self.number) + cond.labels[:, None, None, None])  # type: ignore[index]
+
+
+def test_each_image_goes_to_the_owner_of_its_noise_level() -> None:
+    experts = Experts([Marked(10), Marked(20), Marked(30)], [4, 0.25])
+    assert (experts.sigma_min, experts.sigma_max) == (0.01, 50)
+    # An SNR that is a threshold belongs to the noisier expert.
+    sigma = torch.tensor([0.1, 3.0, 0.5, 1.999, 2.0, 40.0, 0.4999])
+    cond = Conditioning(torch.arange(7))
+    mean = experts(torch.zeros(7, 1, 2, 2), sigma, cond).mean[:, 0, 0, 0]
+    assert mean.tolist() == [10, 31, 22, 23, 34, 35, 16]
+    assert experts.round_sigma(sigma).tolist() == [10, 30, 20, 20, 30, 30, 10]
+    assert experts.levels is None
+    with pytest.raises(TesseraError, match="need 2 experts"):
+        Experts([Marked(1)], [0.5])
+    with pytest.raises(TesseraError, match="fall"):
+        Experts([Marked(1)] * 3, [0.25, 4])
+
+
+def test_experts_are_saved_loaded_and_sampled_by_every_sampler(tmp_path: Path) -> None:
+    parts = [pipeline(k, snr_splits=[0.25], expert=k) for k in range(2)]
+    for index, part in enumerate(parts):
+        part.save(tmp_path / str(index))
+    output = run("experts", tmp_path / "e", tmp_path / "0", tmp_path / "1")
+    assert "2 experts" in output
+    pipe = tessera.load(tmp_path / "e")
+    assert pipe.recipe.snr_splits == (0.25,)
+    assert pipe.recipe.expert is None
+    assert pipe.images_seen == 10
+    made = pipe.sample("0-2", guidance=1.5)
+    assert np.array_equal(made, assemble(parts).sample("0-2", guidance=1.5))
+    pipe.save(tmp_path / "again")
+    assert np.array_equal(tessera.load(tmp_path / "again").sample("0-2", guidance=1.5), made)
+    alone = [part.sample("0-2") for part in parts]
+    both = pipe.sample("0-2")
+    assert not np.array_equal(both, alone[0])
+    assert not np.array_equal(both, alone[1])
+    for sampler, options in {"edm": {"steps": 3}, "ddim": {"steps": "ddim4", "eta": 0.5}}.items():
+        assert pipe.sample("0-2", sampler=sampler, **options).shape == (3, 8, 8, 3)
+    with pytest.raises(TesseraError, match="trained as expert"):
+        assemble(parts[::-1])
+    with pytest.raises(TesseraError, match="say which"):
+        assemble([pipeline(0), pipeline(1)])
+    with pytest.raises(TesseraError, match="no sampler"):
+        pipe.sample("0", sampler="euler")
+    (tmp_path / "e" / "expert-1").rename(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="expert-1"):
+        tessera.load(tmp_path / "e")
+
+
+def test_experts_of_another_network_by_the_command(tmp_path: Path) -> None:
+    for index in range(2):
+        pipeline(index, pdm=False).save(tmp_path / str(index))
+    run("experts", tmp_path / "e", tmp_path / "0", tmp_path / "1", "--thresholds", "4")
+    out = run("sample", tmp_path / "e", "--seeds", "0-3", "--out", tmp_path / "s.npz",
+              "--device", "cpu", "--steps", "3")  # fmt: skip
+    assert "5 network evaluations per image" in out
+    run("sample", tmp_path / "e", "--seeds", "0-3", "--out", tmp_path / "d.npz", "--device", "cpu",
+        "--sampler", "ddim", "--steps", "6", "--eta", "0.3", "--noise-schedule", "cosine",
+        "--clip", "dynamic")  # fmt: skip
+    with pytest.raises(TesseraError, match="noise_schedule"):
+        tessera.load(tmp_path / "e").sample("0", sampler="ddpm")
+    with pytest.raises(TesseraError, match="numbers like"):
+        run("experts", tmp_path / "f", tmp_path / "0", tmp_path / "1", "--thresholds", "a")
+
+
+@pytest.mark.parametrize("kind", ["edm", "discrete"])
+def test_an_expert_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"snr_splits": [0.25], "expert": 1, "training": {"images": 64}}
+    if kind == "discrete":
+        changes["objective"] = {"timesteps": "loss_second_moment"}
+    made = recipe(tmp_path, pdm=kind == "discrete", **changes)
+    whole = Trainer(made, tmp_path / "whole")
+    whole.run()
+    half = Trainer(made, tmp_path / "half")
+    for report in half.steps():
+        if report.images_seen == 40:
+            break
+    again = Trainer(resume=tmp_path / "half")
+    assert again.images_seen == 32
+    again.run()
+    expected = whole.learner.tensors()
+    if kind == "discrete":
+        # Each step is a level of the noisy expert's.
+        assert expected["model/objective.history.counts"].sum() == 64
+    for name, tensor in again.learner.tensors().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_super_resolution_trains_previews_and_samples(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path, low_resolution=4, training={"images": 16},
+        run={"preview": {"every_images": 16, "rows": 1, "columns": 2}},
+    )  # fmt: skip
+    trainer = Trainer(made, tmp_path / "run")
+    trainer.run()
+    pipe = tessera.load(tmp_path / "run")
+    low = random_images(3, size=4)
+    low = np.ascontiguousarray(low.transpose(0, 2, 3, 1)) if low.shape[1] == 3 else low
+    images = pipe.sample("0-4", low_res=low)
+    assert images.shape == (5, 8, 8, 3)
+    with torch.no_grad():
+        for parameter in pipe.denoiser.parameters():
+            parameter.add_(0.05)
+    one, other = pipe.sample("0", low_res=low), pipe.sample("0", low_res=255 - low)
+    assert not np.array_equal(one, other)
+    np.savez(tmp_path / "low.npz", arr_0=low)
+    run("sample", tmp_path / "run", "--seeds", "0-1", "--out", tmp_path / "s", "--device", "cpu",
+        "--low-res", tmp_path / "low.npz", "--steps", "2")  # fmt: skip
+    assert json.loads((tmp_path / "s" / "sampling.json").read_text())["low_res"]
+    with pytest.raises(TesseraError, match="none were given"):
+        pipe.sample("0")
+    with pytest.raises(TesseraError, match="does not enlarge"):
+        pipeline(0).sample("0", low_res=low)
+
+
+def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
+    write_packed(tmp_path / "d.safetensors", random_images(6), labels=[i % 2 for i in range(6)])
+    for index in range(2):
+        pipeline(index, snr_splits=[0.25], expert=index).save(tmp_path / str(index))
+    run("experts", tmp_path / "e", tmp_path / "0", tmp_path / "1")
+    found = []
+    for batch, out in ((6, "a.npz"), (2, "b.npz")):
+        text = run("eval", "nll", tmp_path / "e", tmp_path / "d.safetensors", "--batch", batch,
+                   "--steps", "10", "--out", tmp_path / out, "--json")  # fmt: skip
+        found.append(json.loads(text[text.index("{") :]))
+    assert found[0]["bits_per_dimension"] == pytest.approx(found[1]["bits_per_dimension"], rel=1e-4)
+    assert (found[0]["images"], found[0]["steps"]) == (6, 10)
+    terms = np.load(tmp_path / "a.npz")
+    assert terms["vb"].shape == (6, 10)
+    total = (terms["vb"].sum(axis=1) + terms["prior"]).mean()
+    assert total == pytest.approx(found[0]["bits_per_dimension"], rel=1e-5)
+    assert "bits per dimension" in run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors",
+                                       "--steps", "3", "--num", "2")  # fmt: skip
+
+
+def test_costs_of_discrete_models() -> None:
+    for changes in ({}, {"low_resolution": 4}, {"training": {"precision": "bf16"}}):
+        cost = estimate(recipe(**changes), guidance=2.0)
+        assert cost.evaluations == 10
+        assert cost.train_flops > 2 * cost.forward_flops
+        assert cost.activation_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert": 1}, "set some"),
+        ({"expert": 2, "snr_splits": [0.25]}, "experts 0 to 1"),
+        ({"snr_splits": [0.25, 4]}, "must fall"),
+        ({"preconditioning": {"kind": "edm"}}, "discrete noise levels"),
+        ({"objective": {"kind": "edm"}}, "objective.kind=discrete"),
+        ({"data": {"resolution": 10}}, "multiple of 4"),
+        ({"low_resolution": 3}, "low_resolution"),
+        ({"sampling": {"clip": "both"}}, "clip"),
+    ],
+)
+def test_recipes_that_do_not_fit_together(changes: dict[str, Any], message: str) -> None:
+    changes = {**changes}
+    if changes.get("preconditioning") == {"kind": "edm"}:
+        base = merge({k: v for k, v in BASE.items() if k not in PDM}, PDM)
+        base["preconditioning"] = {"kind": "edm"}
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe(base)
+        return
+    with pytest.raises(RecipeError, match=message):
+        recipe(**changes)
+
+
+def test_list_options_may_have_blanks() -> None:
+    assert recipe(network={"channel_mult": " 1, 1 "}).network.channel_mult == (1, 1)  # type: ignore[union-attr]
+    assert numbers("1,1.5") == [1, 1.5]
