@@ -34,6 +34,7 @@ from tessera.recipes.build import (
     build_preconditioning,
     build_sampler,
     build_view,
+    preconditioned,
     recipe_objective,
 )
 from tessera.recipes.schema import LegoConfig, Recipe
@@ -208,12 +209,7 @@ def _evaluations(
 ) -> Counter[int | None]:
     """How often the recipe's sampler evaluates the network for one image, by bricks run."""
     counting = _Counting(network)
-    model = Preconditioned(
-        counting,
-        build_preconditioning(recipe.preconditioning),
-        recipe.shape,
-        recipe.data.num_classes,
-    )
+    model = preconditioned(recipe, counting)
     sampler = build_sampler(recipe.sampling)
     schedule = choose_bricks(recipe, model, sampler, skip, bricks)
     denoiser: Denoiser = model if schedule is None else Skipping(model, schedule)

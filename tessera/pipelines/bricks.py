@@ -73,11 +73,10 @@ class Usage:
             kind = ((x.shape[2], x.shape[3]), options.get("bricks"))
             timed.append((kind, len(x), started.pop(), now()))
 
-        network = self._pipe.denoiser.network
-        handles = [
-            network.register_forward_pre_hook(before, with_kwargs=True),
-            network.register_forward_hook(after, with_kwargs=True),
-        ]
+        handles = []
+        for network in self._pipe.networks():
+            handles.append(network.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(network.register_forward_hook(after, with_kwargs=True))
         try:
             yield
         finally:

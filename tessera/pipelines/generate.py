@@ -21,7 +21,6 @@ from torch import nn
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.cost import choose_bricks
-from tessera.diffusion.preconditioning import Preconditioned
 from tessera.images import save_png
 from tessera.pipelines.bricks import Savings, Usage
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
@@ -275,10 +274,9 @@ def counted(job: Job) -> Iterator[list[int]]:
 
     pipes = {id(pipe): pipe for pipe in (job.pipe, job.options.get("guide")) if pipe is not None}
     handles = [
-        model.network.register_forward_pre_hook(add)
+        network.register_forward_pre_hook(add)
         for pipe in pipes.values()
-        for model in pipe.denoiser.modules()
-        if isinstance(model, Preconditioned)
+        for network in pipe.networks()
     ]
     try:
         yield count

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
 from tessera.cost import Cost, choose_bricks, estimate
@@ -188,6 +188,10 @@ class Pipeline:
         """Move the model to `device`."""
         self.denoiser.to(device)
         return self
+
+    def networks(self) -> list[nn.Module]:
+        """The networks of the model: one, or one of each expert."""
+        return [m.network for m in self.denoiser.modules() if isinstance(m, Preconditioned)]
 
     @property
     def device(self) -> torch.device:

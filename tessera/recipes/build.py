@@ -86,7 +86,12 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
 
 def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
     """The network and its preconditioning, with fresh weights, on the default device."""
-    network, scaling = build_network(recipe), build_preconditioning(recipe.preconditioning)
+    return preconditioned(recipe, build_network(recipe))
+
+
+def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
+    """The recipe's preconditioning around a network."""
+    scaling = build_preconditioning(recipe.preconditioning)
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)

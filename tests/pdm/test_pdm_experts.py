@@ -159,7 +159,7 @@ def test_an_expert_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> 
     whole.run()
     half = Trainer(made, tmp_path / "half")
     for report in half.steps():
-        if report.images_seen == 40:
+        if report.images == 40:
             break
     again = Trainer(resume=tmp_path / "half")
     assert again.images_seen == 32

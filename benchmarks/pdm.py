@@ -1,0 +1,171 @@
+"""Patched U-Nets: what P x P patches save, in FLOPs and measured, forward and training step.
+
+LSUN's networks on 256x256 images (P = 1 with P = 4's widths), and ImageNet's network on 256x256
+images at P = 4 beside 64x64 images at P = 1, which the paper says cost the same. All variants of a
+table are timed in turns in one run, because machines differ; the trainer's own step is timed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.harness import device, interleaved, markdown, record, show
+from tessera.conditioning import Conditioning
+from tessera.cost import forward_flops
+from tessera.randomness import AddressedDraws
+from tessera.recipes.build import build_denoiser, recipe_objective
+from tessera.recipes.pdm import LSUN_NETWORKS, imagenet256, lsun256
+from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
+from tessera.training.learner import Learner, MicroBatch, TrainStep
+
+Precision = Literal["fp32", "bf16"]
+UNPATCHED = "256x256, P=1"
+MEMORY_GB = 48
+"""What a training step of the unpatched network needs, for one image and in float32."""
+
+
+def with_network(recipe: Recipe, side: int, patch: int, like: int | None = None) -> Recipe:
+    """The recipe for images of another side and patches of another size."""
+    network = recipe.network if like is None else LSUN_NETWORKS[like]
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"resolution": side}),
+            "network": network.model_copy(update={"patch_size": patch}),
+        }
+    )
+
+
+LSUN = {
+    UNPATCHED: with_network(lsun256(4), 256, 1),
+    **{f"256x256, P={patch}": lsun256(patch) for patch in LSUN_NETWORKS},
+}
+IMAGENET = {
+    "64x64, P=1": with_network(imagenet256(0), 64, 1),
+    "256x256, P=4": imagenet256(0),
+}
+
+
+def learner(recipe: Recipe, precision: Precision, compiled: bool = False) -> Learner:
+    """The trainer's own learner; weights are random, so that no product is with zeros."""
+    torch.manual_seed(0)
+    denoiser = build_denoiser(recipe)
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    step = TrainStep(denoiser, recipe_objective(recipe.model_copy(update={"expert": None})))
+    training = TrainingConfig(precision=precision, compile=compiled)
+    return Learner(step, OptimizerConfig(rampup_images=0), [EmaConfig()], training, device())
+
+
+def inputs(recipe: Recipe, batch: int) -> tuple[torch.Tensor, Conditioning]:
+    x = torch.rand(batch, *recipe.shape, device=device()) * 2 - 1
+    classes = recipe.data.num_classes
+    labels = torch.arange(batch, device=device()) % classes if classes else None
+    return x, Conditioning(labels)
+
+
+def forward(recipe: Recipe, target: Learner, batch: int, precision: Precision) -> Callable[[], Any]:
+    """A function that evaluates the denoiser for `batch` images."""
+    x, cond = inputs(recipe, batch)
+    x = x.contiguous(memory_format=torch.channels_last)
+    sigma = torch.full((batch,), 1.0, device=device())
+    autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
+
+    def evaluate() -> Any:
+        with torch.inference_mode(), autocast:
+            return target.step.denoiser(x, sigma, cond).mean
+
+    return evaluate
+
+
+def training_step(recipe: Recipe, target: Learner, batch: int) -> Callable[[], Any]:
+    """A function that makes one optimiser step over `batch` images."""
+    x, cond = inputs(recipe, batch)
+    steps = count()
+
+    def step() -> Any:
+        number = next(steps)
+        numbers = number * batch + torch.arange(batch, device=device())
+        micro = MicroBatch(x, cond, AddressedDraws(0, numbers), number)
+        return target.update([micro], batch, number * batch)
+
+    return step
+
+
+def _memory_gb() -> float:
+    if device().type == "cuda":
+        return torch.cuda.get_device_properties(device()).total_memory / 1e9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 1e9
+
+
+def compare(
+    title: str, recipes: dict[str, Recipe], base: str, batch: int, rounds: int
+) -> list[str]:
+    """Tables of forward pass and training step, each in float32 and bfloat16; as Markdown."""
+    sections = []
+    flops = {name: forward_flops(recipe) for name, recipe in recipes.items()}
+    for kind in ("forward", "training step"):
+        chosen = dict(recipes)
+        if kind != "forward" and UNPATCHED in chosen and _memory_gb() < MEMORY_GB:
+            del chosen[UNPATCHED]
+        first = base if base in chosen else next(iter(chosen))
+        rows = []
+        for precision in ("fp32", "bf16"):
+            learners = {name: learner(recipe, precision) for name, recipe in chosen.items()}
+            calls = {
+                name: forward(recipe, learners[name], batch, precision)
+                if kind == "forward"
+                else training_step(recipe, learners[name], batch)
+                for name, recipe in chosen.items()
+            }
+            times = interleaved(calls, rounds)
+            for name, seconds in times.items():
+                gain, saved = times[first] / seconds, flops[first] / flops[name]
+                rows.append(
+                    [name, precision, f"{flops[name] / 2e9:.2f}", f"{batch / seconds:.3g}",
+                     f"{saved:.2f}x", f"{gain:.2f}x", f"{gain / saved:.0%}"]
+                )  # fmt: skip
+            del learners, calls
+        columns = ["images", "precision", "GMAC", "images/s", f"FLOPs against {first}",
+                   "time", "of what FLOPs promise"]  # fmt: skip
+        heading = f"{title}: {kind}, batch {batch}"
+        show(heading, columns, rows)
+        sections.append(f"{heading}:\n\n" + markdown(columns, rows))
+    return sections
+
+
+def settings(batch: int, rounds: int) -> str:
+    """The training step of LSUN's P = 4 network in all settings, as Markdown."""
+    recipe, rows = lsun256(4), []
+    variants: list[tuple[Precision, bool]] = [("fp32", False), ("fp32", True), ("bf16", False)]
+    variants.append(("bf16", True))
+    calls = {
+        f"{precision} {'compiled' if compiled else 'eager'}": training_step(
+            recipe, learner(recipe, precision, compiled), batch
+        )
+        for precision, compiled in variants
+    }
+    for name, seconds in interleaved(calls, rounds).items():
+        rate = 3 * forward_flops(recipe) * batch / seconds
+        rows.append([name, f"{batch / seconds:.3g}", f"{rate / 1e9:.0f}"])
+    columns = ["setting", "images/s", "GFLOP/s"]
+    title = f"LSUN, P=4: settings of the training step, batch {batch}"
+    show(title, columns, rows)
+    return f"{title}:\n\n" + markdown(columns, rows)
+
+
+def run(rounds: int, record_figures: bool) -> None:
+    """Time all variants, print the tables, and keep them if asked to."""
+    batch = 16 if device().type == "cuda" else 1
+    sections = [
+        settings(4 * batch, rounds),
+        *compare("LSUN's networks", LSUN, UNPATCHED, batch, rounds),
+        *compare("ImageNet's network", IMAGENET, "64x64, P=1", batch, rounds),
+    ]
+    if record_figures:
+        record("Patched U-Nets", "\n\n".join(sections))
