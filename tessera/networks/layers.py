@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
+from tessera.errors import TesseraError
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -70,11 +71,21 @@ class GroupNorm(nn.Module):
     Args:
         channels: number of channels; there are min(32, channels // 4) groups.
         eps: added to the variance.
+
+    Raises:
+        TesseraError: the groups would not be of equal size.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.groups = min(32, channels // 4)
+        if self.groups == 0 or channels % self.groups:
+            raise TesseraError(
+                f"the network has a layer of {channels} channels, which do not divide into "
+                f"{max(self.groups, 1)} groups for normalisation (a quarter of the channels, at "
+                "most 32). Change network.model_channels or network.channel_mult: powers of two, "
+                "or multiples of 32, always fit"
+            )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -23,7 +23,7 @@ def quickstart_digits() -> Recipe:
     """Handwritten digits, 16x16 grey, ten classes: about two minutes on two cores."""
     return Recipe(
         name="quickstart-digits",
-        description="handwritten digits in two minutes",
+        description="handwritten digits in minutes",
         data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
         # Enlarged 8x8 images have no fine detail: the width is where it is cheap and useful.
         network=SongUNetConfig(

@@ -364,6 +364,9 @@ class TrainingConfig(Section):
     )
     max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
     seed: int = Field(0, ge=0)
+    initial_weights: str | None = Field(
+        None, description="pipeline or run whose averaged weights the training starts from"
+    )
 
     @model_validator(mode="after")
     def _replaceable(self) -> Self:

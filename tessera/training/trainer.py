@@ -15,6 +15,7 @@ from tessera import distributed
 from tessera.data.dataset import ImageDataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
+from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
 from tessera.recipes.build import build_denoiser, build_objective
@@ -84,8 +85,11 @@ class Trainer:
         self.device = distributed.device()
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+        denoiser = build_denoiser(recipe)
+        if recipe.training.initial_weights is not None and resume is None:
+            start_from(recipe.training.initial_weights, denoiser.network)
         self.learner = Learner(
-            TrainStep(build_denoiser(recipe), build_objective(recipe.objective)),
+            TrainStep(denoiser, build_objective(recipe.objective)),
             recipe.optimizer,
             recipe.ema,
             recipe.training,
