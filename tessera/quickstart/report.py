@@ -206,11 +206,9 @@ def _facts(result: Result) -> str:
 
 def _commands(result: Result) -> str:
     out = result.out
+    sample = f"tessera sample {out}/run --guidance {GUIDANCE:g}"
     lines = [
-        (
-            "Make sevens",
-            f"tessera sample {out}/run --class 7 --guidance 1.5 --seeds 0-63 --grid --out sevens",
-        ),
+        ("Make sevens", f"{sample} --class 7 --seeds 0-63 --grid --out sevens"),
         (
             "Watch them appear",
             f"{sample} --seeds 0-15 --out digits.png --trajectory digits.gif",
