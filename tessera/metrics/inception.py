@@ -1,4 +1,4 @@
-"""The Inception network of FID (TensorFlow's graph of 2015-12-05; Szegedy et al. 2016, Heusel 2017).
+"""The Inception network of FID: TensorFlow's graph of 2015-12-05 (Szegedy et al. 2016).
 
 It is written out here, and reads the weights that torch-fidelity and pytorch-fid publish, because
 the scores hang on details that a stock Inception has otherwise: the resize of TensorFlow 1, average
@@ -73,7 +73,6 @@ class _Mixed(nn.Module):
     ) -> None:
         super().__init__()
         self._pool, self._branches = pool, branches
-        self.width = width if pool == "shrink" else pooled
         for branch in branches:
             inner = width
             for stage in branch:
@@ -81,7 +80,6 @@ class _Mixed(nn.Module):
                 for layer in layers:
                     self.add_module(layer[0], _Convolution(inner, layer))
                 inner = sum(layer[1] for layer in layers)
-            self.width += inner
         if pool != "shrink":
             self.branch_pool = _Convolution(width, ("branch_pool", pooled, 1, 1))
 
@@ -213,9 +211,12 @@ class InceptionNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features [B, 2048], and spatial ones [B, 7, 17, 17] of the 7th mixed block."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):
+            x = self.get_submodule(name)(x)
         x = self.pool1(x)
-        x = self.pool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        for name in ("Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+            x = self.get_submodule(name)(x)
+        x = self.pool2(x)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
         # The 1x1 branch of this block comes first, so these are the channels that sFID takes.
