@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,12 @@ def batches(
 
 
 def _open_npz(path: Path) -> ArrayImages:
-    arrays = read_npz(path)
-    if "arr_0" not in arrays:
-        raise DataError(
-            f"{path}: no images in it (no array 'arr_0'); it holds {', '.join(arrays) or 'nothing'}"
-        )
-    images = arrays["arr_0"]
+    images = _map_member(path, "arr_0.npy")
+    arrays = read_npz(path, only=("arr_1",) if images is not None else ("arr_0", "arr_1"))
+    if images is None and "arr_0" not in arrays:
+        names = ", ".join(npz_names(path)) or "nothing"
+        raise DataError(f"{path}: no images in it (no array 'arr_0'); it holds {names}")
+    images = arrays["arr_0"] if images is None else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(
             f"{path}: images are uint8 [N, H, W, 1 or 3], but 'arr_0' is {images.dtype} "
@@ -91,8 +91,44 @@ def _open_npz(path: Path) -> ArrayImages:
     return ArrayImages(path.name, images.transpose(0, 3, 1, 2), labels)
 
 
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an NPZ file, without ever unpickling anything.
+def _map_member(path: Path, name: str) -> NDArray[Any] | None:
+    """An array of an NPZ file mapped into memory, so that sets larger than memory can be read.
+
+    None if the member is absent, compressed, or not plain numbers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            member = archive.getinfo(name)
+            if member.compress_type != zipfile.ZIP_STORED:
+                return None
+            # The local header says how long its own name and extra field are.
+            file.seek(member.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+            file.seek(member.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                return None
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if fortran or dtype.hasobject or 0 in shape:
+                return None
+            return np.memmap(path, dtype, "r", file.tell(), shape)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None  # `read_npz` says what is wrong
+
+
+def npz_names(path: Path) -> tuple[str, ...]:
+    """The arrays in an NPZ file; none if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(file.files)
+    except Exception:  # whatever is wrong with it, who reads it says it in the user's words
+        return ()
+
+
+def read_npz(
+    path: Path, *, only: Sequence[str] | None = None, skip: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Arrays of an NPZ file, all or `only` some, without ever unpickling anything.
 
     Raises:
         DataError: the file is missing, damaged, or holds Python objects.
@@ -101,7 +137,8 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
-            return {name: file[name] for name in file.files}
+            wanted = [name for name in file.files if only is None or name in only]
+            return {name: file[name] for name in wanted if name not in skip}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:

@@ -246,7 +246,7 @@ class Inception:
     """The feature extractor of FID: 2048 pooled features, 2023 spatial ones for sFID, logits.
 
     Attributes:
-        name: "inception", with the checksum of weights that are not the published ones.
+        name: "inception".
         dim: 2048.
         weights: first digits of the checksum of the weights' file.
     """

@@ -15,7 +15,7 @@ from tessera.errors import DataError
 from tessera.files import atomic_file
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
 from tessera.metrics.features import measure
-from tessera.metrics.images import batches, open_images, read_npz
+from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
 
 _FORMAT = 1
@@ -122,16 +122,8 @@ def open_reference(
         DataError: neither can be read.
     """
     path = Path(path)
-    if path.suffix == ".npz" and "arr_0" not in _npz_names(path):
+    if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
     return build_reference(
         open_images(path), seed=seed, training_images=training_images, device=device
     )
-
-
-def _npz_names(path: Path) -> tuple[str, ...]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return tuple(file.files)
-    except Exception:  # whatever is wrong with it, `load_reference` says it in the user's words
-        return ()
