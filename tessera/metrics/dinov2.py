@@ -1,7 +1,7 @@
 """DINOv2 ViT-L/14 (Oquab et al. 2023), whose features many prefer to Inception's for distances.
 
 The network is written out because loading must not execute downloaded code, and reads the weights
-that Meta publishes. Images are shown to it as EDM2 does, so that its FD_DINOv2 can be compared with.
+that Meta publishes. Images are shown to it as EDM2 does, for the sake of its FD_DINOv2.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages
+
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,25 @@ def open_images(path: str | os.PathLike[str]) -> LabelledImages:
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
+    if path.is_dir():
+        _refuse_alpha(path)
     return open_dataset(path)
+
+
+def _refuse_alpha(folder: Path) -> None:
+    """Look at the first images of a folder: what lies under transparent pixels is no sample."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".webp"))
+    for path in itertools.islice(files, _LOOKED_AT):
+        try:
+            with Image.open(path) as image:
+                alpha = "A" in image.getbands() or "transparency" in image.info
+        except OSError:
+            continue  # whoever reads it says what is wrong
+        if alpha:
+            raise DataError(
+                f"{path}: has an alpha channel, and what it would be laid over is not known. "
+                "Make RGB images of the set with: tessera data convert"
+            )
 
 
 def batches(

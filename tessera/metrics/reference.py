@@ -89,6 +89,11 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
         )
     try:
         description = json.loads(str(arrays["tessera"]))
+        if "classifier" not in description:
+            raise DataError(
+                f"{path}: statistics of {description['extractor']} features, not of an in-domain "
+                f"classifier; score with --features {description['extractor']}"
+            )
         if description["format"] != _FORMAT:
             raise DataError(
                 f"{path}: reference format {description['format']}, this version reads {_FORMAT}; "
@@ -107,6 +112,15 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: a damaged reference file ({error})") from error
     return Reference(description["name"], statistics, classifier)
+
+
+def has_classifier(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a reference with its own classifier, as `save_reference` writes it."""
+    path = Path(path)
+    if path.suffix != ".npz" or "tessera" not in npz_names(path):
+        return False
+    description = str(read_npz(path, only=("tessera",))["tessera"])
+    return '"classifier": {' in description
 
 
 def open_reference(
