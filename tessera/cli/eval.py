@@ -67,7 +67,7 @@ def reference(
     ),
     batch: int = typer.Option(64, min=1, help="Images at once."),
 ) -> None:
-    """Write statistics of the features of DATA to OUT; the in-domain classifier is trained first."""
+    """Write statistics of the features of DATA to OUT; a classifier is trained on it first."""
     from tessera.metrics.evaluate import Needs, measure_images
     from tessera.metrics.features import open_extractor
     from tessera.metrics.formats import save_statistics
@@ -273,7 +273,7 @@ def _features(name: str) -> Features:
 
     if name not in KNOWN:
         raise TesseraError(f"--features {name!r}: there are {', '.join(KNOWN)}")
-    return cast("Features", name)
+    return name
 
 
 def _metrics(text: str | None) -> list[Metric] | None:

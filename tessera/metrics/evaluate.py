@@ -22,7 +22,7 @@ from tessera.metrics.inception import SPATIAL_DIM, Inception
 from tessera.metrics.inception_score import SplitScore, consecutive_splits, equal_splits
 from tessera.metrics.kid import SEED, kernel_distance
 from tessera.metrics.manifold import precision_recall
-from tessera.metrics.statistics import FeatureStatistics
+from tessera.metrics.statistics import FeatureStatistics, Moments
 from tessera.progress import progress
 
 Metric = Literal["fid", "sfid", "is", "kid", "pr", "fd"]
@@ -211,14 +211,13 @@ def measure_images(
                 if inception is not None:
                     sum_.update(rows, inception.logits(features, bias=convention == "rdm"))
             bar.advance(len(rows) * distributed.world())
-    moments, moments_spatial = _merged(own), _merged(own_spatial)
     measured = Measured(
         source.name,
         extractor=extractor.name,
         weights=getattr(extractor, "weights", None),
         n=source.total,
-        moments=moments and moments.moments(),
-        spatial_moments=moments_spatial and moments_spatial.moments(),
+        moments=_merged(own),
+        spatial_moments=_merged(own_spatial),
     )
     if wanted.features or wanted.spatial:
         everything = [part for parts in distributed.gather(kept) for part in parts]
@@ -371,7 +370,7 @@ def _splits(convention: Convention, n: int) -> NDArray[np.int64]:
     return equal_splits(n, 10, SEED) if convention == "torch-fidelity" else consecutive_splits(n)
 
 
-def _merged(own: FeatureStatistics | None) -> FeatureStatistics | None:
+def _merged(own: FeatureStatistics | None) -> Moments | None:
     """The statistics of all processes; a process without images has none."""
     found = None
     for other in distributed.gather(
@@ -381,7 +380,7 @@ def _merged(own: FeatureStatistics | None) -> FeatureStatistics | None:
             found = other
         elif other is not None:
             found.merge(other)
-    return found
+    return None if found is None else found.moments()
 
 
 def arrays(images: Iterator[Tensor], total: int, name: str) -> Source:

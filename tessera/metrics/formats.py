@@ -215,7 +215,8 @@ def _moments(path: Path, arrays: Mapping[str, Any], mu_name: str, sigma_name: st
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: {mu_name!r} or {sigma_name!r} holds numbers that are not finite")
-    return Moments(*(torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma)))
+    mean, covariance = (torch.from_numpy(a.astype(np.float64)) for a in (mu, sigma))
+    return Moments(mean, covariance)
 
 
 class _Arrays(pickle.Unpickler):

@@ -106,6 +106,6 @@ def _sum_of_pairs(x: Tensor, kernel: Kernel) -> Tensor:
 def _sum_of_products(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     """Sum of k(x_i, y_j) over all i and j, float64."""
     total = x.new_zeros((), dtype=torch.float64)
-    for rows in x.split(_ROWS):
-        total += kernel(rows, y).sum(dtype=torch.float64)
+    for start in range(0, len(x), _ROWS):
+        total += kernel(x[start : start + _ROWS], y).sum(dtype=torch.float64)
     return total
