@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("unet", "loading")
+NAMES = ("unet", "loading", "metrics")
 
 
 def main() -> None:
