@@ -300,13 +300,16 @@ def compare(
     Raises:
         DataError: the two do not have the same kind of features, or too few images.
     """
-    results = []
+    results: list[Result] = []
     for metric, convention in pairs:
+        earlier = [r for r in results if r.metric == metric]
         if metric == "is":
             mean, std = scores[convention]
             values = {"is": mean, "std": std} if convention == "torch-fidelity" else {"is": mean}
         elif reference is None:
             raise DataError(f"{metric} compares with a reference")
+        elif earlier and metric in ("fid", "sfid", "fd"):
+            values = earlier[0].values  # one number, whatever the tool
         else:
             check_comparable(samples, reference)
             values = _score(metric, convention, samples, reference, device)

@@ -36,6 +36,9 @@ def frechet_from_moments(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: T
     same). L is the Cholesky factor; of a singular Σ_a, which has none, one from its eigenvectors.
     """
     root, failed = torch.linalg.cholesky_ex(sigma_a)
+    if failed:  # the distance is the same both ways round
+        sigma_a, sigma_b = sigma_b, sigma_a
+        root, failed = torch.linalg.cholesky_ex(sigma_a)
     if failed:
         values, vectors = torch.linalg.eigh(sigma_a)
         root = vectors * values.clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""Files of statistics and features that the field exchanges: EDM, ADM, RDM, torch-fidelity, ours."""
+"""Files of statistics and features: EDM's, ADM's, RDM's, torch-fidelity's and ours."""
 
 from __future__ import annotations
 
