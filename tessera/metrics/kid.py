@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,17 +78,66 @@ def kernel_distance(
             f"KID compares subsets of {size:,} images, but there are only {fewest:,}; "
             "give more images"
         )
-    values = []
-    with progress("KID", count, unit="subsets") as bar:
-        for rows, others in subsets(len(samples), len(reference), count, size, seed):
+    drawn = list(subsets(len(samples), len(reference), count, size, seed))
+    # Subsets of small sets share most of their pairs: then each pair is computed once for all.
+    if max(len(samples), len(reference)) ** 2 < count * size**2:
+        within, across = _sums_over_whole_sets(samples, reference, drawn, kernel)
+    else:
+        within, across = _sums_over_subsets(samples, reference, drawn, kernel)
+    values = within / (size * (size - 1)) - 2 * across / size**2
+    return float(values.mean()), float(values.std(correction=0))
+
+
+_Subsets = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+
+def _sums_over_subsets(
+    samples: Tensor, reference: Tensor, drawn: _Subsets, kernel: Kernel
+) -> tuple[Tensor, Tensor]:
+    """Sums of the kernel within both sets and across, float64 [S] each, subset after subset."""
+    within, across = [], []
+    with progress("KID", len(drawn), unit="subsets") as bar:
+        for rows, others in drawn:
             x = samples[torch.from_numpy(rows).to(samples.device)]
             y = reference[torch.from_numpy(others).to(reference.device)]
-            within = _sum_of_pairs(x, kernel) + _sum_of_pairs(y, kernel)
-            across = _sum_of_products(x, y, kernel)
-            values.append(within / (size * (size - 1)) - 2 * across / size**2)
+            within.append(_sum_of_pairs(x, kernel) + _sum_of_pairs(y, kernel))
+            across.append(_sum_of_products(x, y, kernel))
             bar.advance()
-    result = torch.stack(values)
-    return float(result.mean()), float(result.std(correction=0))
+    return torch.stack(within), torch.stack(across)
+
+
+def _sums_over_whole_sets(
+    samples: Tensor, reference: Tensor, drawn: _Subsets, kernel: Kernel
+) -> tuple[Tensor, Tensor]:
+    """The same from the kernel of all rows, of which each subset is a sum by membership."""
+    x_in = samples.new_zeros(len(drawn), len(samples))
+    y_in = reference.new_zeros(len(drawn), len(reference))
+    for index, (rows, others) in enumerate(drawn):
+        x_in[index, torch.from_numpy(rows).to(x_in.device)] = 1
+        y_in[index, torch.from_numpy(others).to(y_in.device)] = 1
+    within = samples.new_zeros(len(drawn), dtype=torch.float64)
+    across = torch.zeros_like(within)
+    with progress("KID", 2 * len(samples) + len(reference), unit="rows") as bar:
+        for features, member in ((samples, x_in), (reference, y_in)):
+            for start in range(0, len(features), _ROWS):
+                rows = slice(start, min(start + _ROWS, len(features)))
+                values = kernel(features[rows], features[start:])
+                # Pairs of this block count once, those to its right stand for both orders.
+                height = rows.stop - start
+                values[:, :height].fill_diagonal_(0)
+                values[:, height:] *= 2
+                within += _by_membership(member[:, rows], values, member[:, start:])
+                bar.advance(height)
+        for start in range(0, len(samples), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(samples)))
+            across += _by_membership(x_in[:, rows], kernel(samples[rows], reference), y_in)
+            bar.advance(rows.stop - start)
+    return within, across
+
+
+def _by_membership(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
+    """Σ_ij left[s, i] values[i, j] right[s, j] for each subset s, float64 [S]."""
+    return ((left @ values) * right).sum(dim=1, dtype=torch.float64)
 
 
 def _sum_of_pairs(x: Tensor, kernel: Kernel) -> Tensor:

@@ -22,7 +22,14 @@ from tessera.metrics.inception_score import (
     equal_splits,
     inception_score,
 )
-from tessera.metrics.kid import gaussian, kernel_distance, subsets
+from tessera.metrics.kid import (
+    _sums_over_subsets,
+    _sums_over_whole_sets,
+    gaussian,
+    kernel_distance,
+    polynomial,
+    subsets,
+)
 from tessera.metrics.manifold import precision_recall, squared_radii
 from tessera.metrics.statistics import FeatureStatistics
 
@@ -127,6 +134,11 @@ def test_kid() -> None:
     assert np.array_equal([b for _, b in drawn], TENSORS["out.tf.kid_index_ref"].numpy())
     found = kernel_distance(SAMPLE, REFERENCE, **how)
     assert found == pytest.approx((numbers["kid_mean"], numbers["kid_std"]), abs=1e-6)
+    # The other way of computing the same sums, which large sets take.
+    sums = (_sums_over_subsets(SAMPLE, REFERENCE, drawn, polynomial),
+            _sums_over_whole_sets(SAMPLE, REFERENCE, drawn, polynomial))  # fmt: skip
+    for one, two in zip(*sums, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
     found = kernel_distance(SAMPLE, REFERENCE, kernel=gaussian(3), **how)
     assert found == pytest.approx((numbers["kid_rbf3_mean"], numbers["kid_rbf3_std"]), abs=1e-6)
     with pytest.raises(DataError, match="subsets of 1,000 images, but there are only 300"):
