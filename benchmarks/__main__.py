@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("unet", "loading", "patch", "lego", "pdm")
+NAMES = ("unet", "loading", "metrics", "patch", "lego", "pdm")
 
 
 def main() -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
+import torch
 from torch import Tensor
 
+from tessera.errors import DataError
+from tessera.metrics import weights
+from tessera.metrics.dinov2 import DinoV2, VisionTransformer
+from tessera.metrics.inception import Inception, InceptionNetwork
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.progress import progress
+
+Features = Literal["classifier", "inception", "dinov2"]
+FEATURES: tuple[Features, ...] = get_args(Features)
 
 
 class FeatureExtractor(Protocol):
@@ -29,6 +38,43 @@ class FeatureExtractor(Protocol):
             DataError: images of a shape that the extractor does not take.
         """
         ...
+
+
+def open_extractor(
+    name: Features,
+    path: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Inception | DinoV2:
+    """An extractor with published weights, from `path`, the cache of torch.hub, or a download.
+
+    Raises:
+        DataError: there are no such weights, or the file holds others.
+    """
+    if name == "classifier":
+        raise DataError(
+            "the in-domain classifier has no published weights: it is trained on the real images. "
+            "Make a reference file with: tessera eval reference DATA REF.npz --features classifier"
+        )
+    wanted = weights.INCEPTION if name == "inception" else weights.DINOV2
+    file = weights.find_weights(wanted, path)
+    state, digest = weights.read_weights(file)
+    try:
+        if name == "dinov2":
+            transformer = VisionTransformer()
+            transformer.load(state)
+            return DinoV2(transformer.to(device), digest)
+        network = InceptionNetwork()
+        network.load(state)
+        return Inception(network, "inception", digest).to(device)
+    except (KeyError, RuntimeError) as error:
+        raise DataError(
+            f"{file}: not {wanted.title}; the file to give is {wanted.file} from\n{wanted.url}"
+        ) from error
+
+
+def accumulator(dim: int, device: torch.device) -> FeatureStatistics:
+    """Empty statistics on the device of the features, or on the CPU if that has no float64."""
+    return FeatureStatistics.empty(dim, "cpu" if device.type == "mps" else device)
 
 
 def measure(

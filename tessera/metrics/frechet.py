@@ -7,17 +7,17 @@ import warnings
 import torch
 from torch import Tensor
 
-from tessera.metrics.statistics import FeatureStatistics
+from tessera.metrics.statistics import Gaussian
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|μ_a - μ_b|² + tr(Σ_a) + tr(Σ_b) - 2 tr((Σ_a Σ_b)^½), with a warning if it is biased.
 
     With no more vectors than features a covariance is singular, and the distance says more about
     the number of images than about their quality.
     """
     for side in (a, b):
-        if side.n <= side.dim:
+        if side.n is not None and side.n <= side.dim:
             warnings.warn(
                 f"a covariance of {side.dim} features from {side.n} images is singular and the "
                 f"distance is biased upwards; use at least {side.dim + 1} images, better "
@@ -30,13 +30,21 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def frechet_from_moments(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> float:
     """Squared 2-Wasserstein distance of N(μ_a, Σ_a) and N(μ_b, Σ_b); μ [D], Σ [D, D], float64.
 
-    The trace of (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is
-    symmetric and positive: real, also for singular covariances, where a root of the product itself
-    has imaginary rounding (Heusel et al. 2017, equation 6, in exact arithmetic the same).
+    The trace of (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of Lᵀ Σ_b L with Σ_a = L Lᵀ,
+    which is symmetric and positive: real, also for singular covariances, where a root of the
+    product itself has imaginary rounding (Heusel et al. 2017, equation 6, in exact arithmetic the
+    same). L is the Cholesky factor; of a singular Σ_a, which has none, one from its eigenvectors.
     """
-    values, vectors = torch.linalg.eigh(sigma_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ sigma_b @ root)
-    trace_of_root = product.clamp(min=0).sqrt().sum()
+    root, failed = torch.linalg.cholesky_ex(sigma_a)
+    if failed:  # the distance is the same both ways round
+        sigma_a, sigma_b = sigma_b, sigma_a
+        root, failed = torch.linalg.cholesky_ex(sigma_a)
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma_a)
+        root = vectors * values.clamp(min=0).sqrt()
+    product = root.T @ sigma_b @ root
+    # Both halves, because rounding makes the product slightly unsymmetric.
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
     mean_term = (mu_a - mu_b).square().sum()
     return float(mean_term + sigma_a.trace() + sigma_b.trace() - 2 * trace_of_root)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages
+
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,25 @@ def open_images(path: str | os.PathLike[str]) -> LabelledImages:
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
+    if path.is_dir():
+        _refuse_alpha(path)
     return open_dataset(path)
+
+
+def _refuse_alpha(folder: Path) -> None:
+    """Look at the first images of a folder: what lies under transparent pixels is no sample."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".webp"))
+    for path in itertools.islice(files, _LOOKED_AT):
+        try:
+            with Image.open(path) as image:
+                alpha = "A" in image.getbands() or "transparency" in image.info
+        except OSError:
+            continue  # whoever reads it says what is wrong
+        if alpha:
+            raise DataError(
+                f"{path}: has an alpha channel, and what it would be laid over is not known. "
+                "Make RGB images of the set with: tessera data convert"
+            )
 
 
 def batches(
@@ -72,12 +94,12 @@ def batches(
 
 
 def _open_npz(path: Path) -> ArrayImages:
-    arrays = read_npz(path)
-    if "arr_0" not in arrays:
-        raise DataError(
-            f"{path}: no images in it (no array 'arr_0'); it holds {', '.join(arrays) or 'nothing'}"
-        )
-    images = arrays["arr_0"]
+    images = _map_member(path, "arr_0.npy")
+    arrays = read_npz(path, only=("arr_1",) if images is not None else ("arr_0", "arr_1"))
+    if images is None and "arr_0" not in arrays:
+        names = ", ".join(npz_names(path)) or "nothing"
+        raise DataError(f"{path}: no images in it (no array 'arr_0'); it holds {names}")
+    images = arrays["arr_0"] if images is None else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(
             f"{path}: images are uint8 [N, H, W, 1 or 3], but 'arr_0' is {images.dtype} "
@@ -91,8 +113,44 @@ def _open_npz(path: Path) -> ArrayImages:
     return ArrayImages(path.name, images.transpose(0, 3, 1, 2), labels)
 
 
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an NPZ file, without ever unpickling anything.
+def _map_member(path: Path, name: str) -> NDArray[Any] | None:
+    """An array of an NPZ file mapped into memory, so that sets larger than memory can be read.
+
+    None if the member is absent, compressed, or not plain numbers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            member = archive.getinfo(name)
+            if member.compress_type != zipfile.ZIP_STORED:
+                return None
+            # The local header says how long its own name and extra field are.
+            file.seek(member.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+            file.seek(member.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                return None
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if fortran or dtype.hasobject or 0 in shape:
+                return None
+            return np.memmap(path, dtype, "r", file.tell(), shape)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None  # `read_npz` says what is wrong
+
+
+def npz_names(path: Path) -> tuple[str, ...]:
+    """The arrays in an NPZ file; none if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(file.files)
+    except Exception:  # whatever is wrong with it, who reads it says it in the user's words
+        return ()
+
+
+def read_npz(
+    path: Path, *, only: Sequence[str] | None = None, skip: Sequence[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Arrays of an NPZ file, all or `only` some, without ever unpickling anything.
 
     Raises:
         DataError: the file is missing, damaged, or holds Python objects.
@@ -101,7 +159,8 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
-            return {name: file[name] for name in file.files}
+            wanted = [name for name in file.files if only is None or name in only]
+            return {name: file[name] for name in wanted if name not in skip}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:

@@ -15,7 +15,7 @@ from tessera.errors import DataError
 from tessera.files import atomic_file
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
 from tessera.metrics.features import measure
-from tessera.metrics.images import batches, open_images, read_npz
+from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
 
 _FORMAT = 1
@@ -89,6 +89,11 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
         )
     try:
         description = json.loads(str(arrays["tessera"]))
+        if "classifier" not in description:
+            raise DataError(
+                f"{path}: statistics of {description['extractor']} features, not of an in-domain "
+                f"classifier; score with --features {description['extractor']}"
+            )
         if description["format"] != _FORMAT:
             raise DataError(
                 f"{path}: reference format {description['format']}, this version reads {_FORMAT}; "
@@ -109,6 +114,15 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
     return Reference(description["name"], statistics, classifier)
 
 
+def has_classifier(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a reference with its own classifier, as `save_reference` writes it."""
+    path = Path(path)
+    if path.suffix != ".npz" or "tessera" not in npz_names(path):
+        return False
+    description = str(read_npz(path, only=("tessera",))["tessera"])
+    return '"classifier": {' in description
+
+
 def open_reference(
     path: str | os.PathLike[str],
     *,
@@ -122,16 +136,8 @@ def open_reference(
         DataError: neither can be read.
     """
     path = Path(path)
-    if path.suffix == ".npz" and "arr_0" not in _npz_names(path):
+    if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
     return build_reference(
         open_images(path), seed=seed, training_images=training_images, device=device
     )
-
-
-def _npz_names(path: Path) -> tuple[str, ...]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return tuple(file.files)
-    except Exception:  # whatever is wrong with it, `load_reference` says it in the user's words
-        return ()

@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Gaussian(Protocol):
+    """Mean and covariance of features: `FeatureStatistics`, or `Moments` read from a file."""
+
+    @property
+    def n(self) -> int | None: ...
+
+    @property
+    def mu(self) -> Tensor: ...
+
+    @property
+    def sigma(self) -> Tensor: ...
+
+    @property
+    def dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features, from which no more can be accumulated.
+
+    Attributes:
+        mu: float64 [D].
+        sigma: float64 [D, D], divisor n - 1.
+        n: vectors behind them; None where a file does not say.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    n: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a feature vector."""
+        return len(self.mu)
+
+    def reordered(self, order: Tensor) -> Moments:
+        """The same with features [D] in another order."""
+        return Moments(self.mu[order], self.sigma[order][:, order], self.n)
 
 
 @dataclass
@@ -65,7 +106,23 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> None:
         """Add features [B, D]; on the device of the statistics if they differ."""
-        self.merge(FeatureStatistics.of(features.to(self.mu.device)))
+        batch = features.to(self.mu.device, torch.float64)
+        if batch.ndim != 2 or batch.shape[1] != self.dim:
+            raise ValueError(f"features are [N, {self.dim}], got shape {tuple(batch.shape)}")
+        if len(batch) == 0:
+            return
+        total, mean = self.n + len(batch), batch.mean(dim=0)
+        delta = mean - self.mu
+        # The step of the mean is one more row, so that a single product adds everything.
+        row = delta * (self.n * len(batch) / total) ** 0.5
+        rows = torch.cat([batch - mean, row[None]])
+        self.scatter.addmm_(rows.T, rows)
+        self.mu = self.mu + delta * (len(batch) / total)
+        self.n = total
+
+    def moments(self) -> Moments:
+        """Mean and covariance as they are now, on the CPU."""
+        return Moments(self.mu.cpu(), self.sigma.cpu(), self.n)
 
     def merge(self, other: FeatureStatistics) -> None:
         """Add the vectors behind `other`."""

@@ -34,6 +34,7 @@ from tessera.sampling.core import SamplerState
 from tessera.training.trainer import Trainer
 
 RECIPE = "quickstart-digits"
+GUIDANCE = 1.5  # of the samples and of the denoising that is shown
 _UNTRAINED = {"steps": 4, "solver": "euler"}  # it makes noise of noise, however slowly
 
 
@@ -134,7 +135,7 @@ def run(
         )
         save_reference(out / "digits.ref.npz", reference)
     with _timed(seconds, "sampling"):
-        made, labels = _sample(pipeline, samples or len(dataset) // 2, "samples")
+        made, labels = _sample(pipeline, samples or len(dataset) // 2, "samples", guidance=GUIDANCE)
         frames = _denoising(pipeline)
     with _timed(seconds, "scoring"):
         scored = _scores(recipe, reference, dataset, made, labels, seed)
@@ -193,7 +194,9 @@ def _denoising(pipeline: Pipeline) -> list[Frame]:
         noisy, denoised = (to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, guess))
         frames.append(Frame(state.sigma, noisy, denoised))
 
-    pipeline.sample(range(pipeline.denoiser.num_classes), "balanced", on_step=keep)
+    pipeline.sample(
+        range(pipeline.denoiser.num_classes), "balanced", on_step=keep, guidance=GUIDANCE
+    )
     return frames
 
 

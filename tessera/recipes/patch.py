@@ -25,7 +25,7 @@ def images64(name: str, title: str, dropout: float) -> Recipe:
     return Recipe(
         name=name,
         description=f"Patch Diffusion, {title}",
-        data=DataConfig(resolution=64, order="windowed"),
+        data=DataConfig(resolution=64),
         view=PatchView(real_p=0.5),
         network=song_unet("vp", (1, 2, 2, 2), dropout),
         optimizer=OptimizerConfig(lr=2e-4),

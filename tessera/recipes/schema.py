@@ -19,7 +19,7 @@ from pydantic import (
 def _listed(value: Any) -> Any:
     """`1,2,2` and a single number for a list, as people type them on a command line."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
+        return [part.strip(" '\"") for part in value.split(",")]
     return [value] if isinstance(value, int) else value
 
 
@@ -569,6 +569,37 @@ class PreviewConfig(Section):
     columns: PositiveInt = 8
 
 
+Metric = Literal["fd", "fid", "sfid", "is", "kid", "pr"]
+
+
+class EvaluateConfig(Section):
+    """Scores of samples from the averaged weights while training; the best model is kept."""
+
+    metrics: Annotated[tuple[Metric, ...], Listed] = Field(
+        ("fd",), min_length=1, description="the first decides which model is best"
+    )
+    every_images: PositiveInt = 5_000_000
+    images: int = Field(5_000, ge=2, description="samples for a score, always of the same seeds")
+    batch: PositiveInt = 64
+    features: Literal["classifier", "inception", "dinov2"] = "classifier"
+    weights: str | None = Field(None, description="file with the weights of the extractor")
+    reference: str | None = Field(
+        None, description="reference file or real images; by default the training images"
+    )
+
+    @model_validator(mode="after")
+    def _of_these_features(self) -> Self:
+        only = [metric for metric in self.metrics if metric in ("fid", "sfid", "is")]
+        if only and self.features != "inception":
+            raise ValueError(
+                f"{', '.join(only)} need evaluate.features=inception; the distance on "
+                "other features is called fd"
+            )
+        if "kid" in self.metrics and self.images < 1000:
+            raise ValueError("kid needs at least 1,000 evaluate.images")
+        return self
+
+
 class RunConfig(Section):
     """The run folder and what is written to it."""
 
@@ -609,6 +640,7 @@ class Recipe(Section):
     ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1)
     training: TrainingConfig = TrainingConfig()
     sampling: SamplerConfig = EdmSampler()
+    evaluate: EvaluateConfig | None = None
     run: RunConfig = RunConfig()
 
     @property
@@ -697,6 +729,11 @@ class Recipe(Section):
             )
         if isinstance(self.network, LegoConfig) or isinstance(self.view, PatchView):
             raise ValueError("low_resolution works with U-Nets and whole images only")
+        if self.evaluate is not None:
+            raise ValueError(
+                "evaluate cannot score models that enlarge images (low_resolution) while they are "
+                "trained; leave it out, and score samples of small images afterwards"
+            )
         return self
 
     @model_validator(mode="after")

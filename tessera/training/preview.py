@@ -54,11 +54,19 @@ class Preview:
 
 
 def ema_pipeline(
-    recipe: Recipe, learner: Learner, images_seen: int, class_names: Sequence[str] | None
+    recipe: Recipe,
+    learner: Learner,
+    images_seen: int,
+    class_names: Sequence[str] | None,
+    *,
+    everywhere: bool = False,
 ) -> Pipeline | None:
-    """The model with averaged weights; None but on the main process, though all must ask."""
+    """The model with averaged weights, which all processes must ask for.
+
+    None but on the main process, unless it is wanted `everywhere`.
+    """
     states = [learner.average(index) for index in range(len(recipe.ema))]
-    if not distributed.is_main():
+    if not (everywhere or distributed.is_main()):
         return None
     denoiser = build_denoiser(recipe)
     denoiser.load_state_dict(states[0])

@@ -22,6 +22,7 @@ _CHANGEABLE = (
     "name",
     "description",
     "run",
+    "evaluate",
     "sampling",
     "training.images",
     "training.micro_batch",

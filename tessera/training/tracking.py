@@ -108,6 +108,14 @@ class StatusLines:
         self._total = total
 
     def log(self, metrics: Metrics) -> None:
+        if "loss_per_pixel" not in metrics:
+            scores = "  ".join(
+                f"{name} {format(value or 0, '.5g')}"
+                for name, value in metrics.items()
+                if name != "images"
+            )
+            print(f"{metrics['images']:,} images  {scores}", file=sys.stderr, flush=True)
+            return
         images, speed = metrics["images"] or 0, metrics["images_per_second"] or 0
         left = datetime.timedelta(seconds=round((self._total - images) / speed)) if speed else "?"
         text = (

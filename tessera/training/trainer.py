@@ -23,6 +23,7 @@ from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training import run_folder, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
+from tessera.training.evaluation import Evaluation
 from tessera.training.feed import Feed
 from tessera.training.learner import Learner, TrainStep, Update
 from tessera.training.preview import Preview, ema_pipeline
@@ -134,6 +135,7 @@ class Trainer:
             TrainingError: too many steps in a row had gradients that are not finite.
         """
         run, total = self.recipe.run, self.recipe.training.images
+        scores = self.recipe.evaluate
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
@@ -143,6 +145,7 @@ class Trainer:
                 else self._feed.small_images(run.preview.rows * run.preview.columns)
             )
             preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
+            evaluation = Evaluation(self.recipe, self.dataset.class_names, self.run_dir, trackers)
             bar = stack.enter_context(
                 progress("training", total, unit="images", completed=self.images_seen)
             )
@@ -162,6 +165,9 @@ class Trainer:
                 if run.preview is not None and due(run.preview.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)
+                if scores is not None and due(scores.every_images) and self._settled(True):
+                    with clock.paused():
+                        evaluation.make(self.learner, self.images_seen)
                 stopping = stop.agreed()
                 save_pending = save_pending or stopping or due(run.checkpoint_every_images)
                 if save_pending and self._settled(due.finished):
@@ -291,7 +297,7 @@ class Due:
 
 
 class Clock:
-    """Training time, without previews and checkpoints.
+    """Training time, without previews, evaluations and checkpoints.
 
     Args:
         seconds: what earlier parts of the run took.

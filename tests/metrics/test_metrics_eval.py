@@ -129,7 +129,7 @@ def test_bad_npz_files(real: Path, reference: Path, tmp_path: Path) -> None:
     assert "no images" in refused("score", reference, reference)
     foreign = tmp_path / "foreign.npz"
     np.savez(foreign, mu=np.zeros(4), sigma=np.eye(4))
-    assert "not a reference file" in refused("score", real, foreign)
+    assert "features of 4 numbers" in refused("score", real, foreign)
     objects = tmp_path / "objects.npz"
     np.savez(objects, arr_0=np.array([{"code": 1}], dtype=object))
     assert "not a readable NPZ" in refused("score", objects, reference)

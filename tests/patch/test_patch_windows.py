@@ -126,7 +126,7 @@ def refusal(pipe: Pipeline, **options: Any) -> str:
 
 def test_refusals(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
-    assert "multiples of 2" in refusal(pipe, window=(0, 0, 3, 4))
+    assert "a multiple of 2" in refusal(pipe, window=(0, 0, 3, 4))
     assert "no picture" in refusal(pipe, window=(0, 0, 0, 4))
     assert "crop or own" in refusal(pipe, window=(0, 0, 4, 4), window_noise="other")
     plain = pipeline(tmp_path, view={"kind": "full"})

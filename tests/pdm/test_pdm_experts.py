@@ -252,6 +252,6 @@ def test_recipes_that_do_not_fit_together(changes: dict[str, Any], message: str)
         recipe(**changes)
 
 
-def test_list_options_may_have_blanks() -> None:
-    assert recipe(network={"channel_mult": " 1, 1 "}).network.channel_mult == (1, 1)  # type: ignore[union-attr]
+def test_list_options_may_have_blanks_and_quotes() -> None:
+    assert recipe(network={"channel_mult": " '1, 1' "}).network.channel_mult == (1, 1)  # type: ignore[union-attr]
     assert numbers("1,1.5") == [1, 1.5]

@@ -1,0 +1,64 @@
+"""`tessera eval nll`: bits per dimension of real images under a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def nll(
+    pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
+    data: Path = typer.Argument(help="Real images: archive, packed set, folder or NPZ."),
+    num: int = typer.Option(1000, min=1, help="Images to evaluate, the first ones."),
+    batch: int = typer.Option(16, min=1, help="Images at once."),
+    steps: str = typer.Option("", help="Steps of the process, like 250. (default: all)"),
+    noise_schedule: str | None = typer.Option(
+        None, help="For models of continuous noise levels: linear, cosine, ..."
+    ),
+    clip: bool = typer.Option(True, help="Cut estimates of the image to [-1, 1]."),
+    seed: int = typer.Option(0, min=0, help="Of the noise."),
+    ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
+    out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Bits per dimension: an upper bound of what a model needs to code real images."""
+    import numpy as np
+
+    from tessera.distributed import device
+    from tessera.metrics.images import open_images
+    from tessera.metrics.likelihood import evaluate
+    from tessera.pipelines.pipeline import load
+    from tessera.progress import progress
+
+    pipe, images = load(pipeline, ema=ema, device=device()), open_images(data)
+    count = min(num, len(images))
+    with progress("bits per dimension", count, unit="images") as bar:
+        bits = evaluate(
+            pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
+            steps=steps, noise_schedule=noise_schedule, clip=clip, advance=bar.advance,
+        )  # fmt: skip
+    if out is not None:
+        names = ("vb", "mse", "noise_mse", "prior")
+        np.savez(out, **{name: getattr(bits, name).numpy() for name in names})
+    total = bits.total.mean().item()
+    values = {
+        "bits_per_dimension": total,
+        "prior": bits.prior.mean().item(),
+        "images": count,
+        "steps": bits.vb.shape[1],
+    }
+    if as_json:
+        print(json.dumps(values, indent=2))
+    else:
+        table = Table(title="Likelihood", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        table.add_row("bits per dimension, at most", f"{total:.4f}")
+        table.add_row("of which about noise alone", f"{values['prior']:.2g}")
+        table.add_row("images", f"{count:,}")
+        table.add_row("steps", str(values["steps"]))
+        Console().print(table)

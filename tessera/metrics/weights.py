@@ -1,0 +1,108 @@
+"""Where published weights are found: a given file, the cache of torch.hub, or the internet."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tessera import distributed
+from tessera.errors import DataError
+from tessera.files import sha256
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A published file of weights.
+
+    Attributes:
+        title: what they are, for messages.
+        file: name of the file.
+        url: where it is published.
+        digest: first digits of its SHA-256; None where none is published.
+        others: names that the same file goes by elsewhere.
+    """
+
+    title: str
+    file: str
+    url: str
+    digest: str | None = None
+    others: tuple[str, ...] = ()
+
+
+INCEPTION = Weights(
+    "the Inception weights of FID",
+    "weights-inception-2015-12-05-6726825d.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth",
+    "6726825d",
+    ("pt_inception-2015-12-05-6726825d.pth",),
+)
+DINOV2 = Weights(
+    "the weights of DINOv2 ViT-L/14",
+    "dinov2_vitl14_pretrain.pth",
+    "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+)
+
+
+def find_weights(wanted: Weights, path: str | os.PathLike[str] | None = None) -> Path:
+    """The file: `path` if given, else from the cache of torch.hub, where a download puts it.
+
+    Raises:
+        DataError: it is not there and cannot be downloaded; the message says what to put where.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: there is no such file; it should be {wanted.title}")
+        return Path(path)
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in (wanted.file, *wanted.others):
+        if (cache / name).is_file():
+            return cache / name
+    target = cache / wanted.file
+    with distributed.main_first():
+        if not target.is_file():
+            _download(wanted, target)
+    return target
+
+
+def _download(wanted: Weights, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(wanted.url, str(target), wanted.digest, progress=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{wanted.title} are not on this machine and cannot be downloaded ({error}).\n"
+            f"Download {wanted.url}\non another machine and put the file at {target}\n"
+            "or anywhere, and name it with --weights. Without it: --features classifier"
+        ) from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict in a `.pth` or `.safetensors` file, and the digits of its checksum.
+
+    Nothing in the file is executed.
+
+    Raises:
+        DataError: the file is damaged, or holds something else than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
+        zipfile.BadZipFile, safetensors.SafetensorError,
+    ) as error:  # fmt: skip
+        reason = str(error).strip().splitlines()[:1]
+        raise DataError(f"{path}: not a readable file of weights ({''.join(reason)})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"{path}: not a state dict of tensors")
+    return state, sha256(path)[:8]

@@ -1,0 +1,145 @@
+"""Scores while training, of the averaged weights, and the best model so far."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tessera import distributed
+from tessera.files import atomic_folder, write_json
+from tessera.metrics import evaluate as scoring
+from tessera.metrics.features import FeatureExtractor, open_extractor
+from tessera.metrics.formats import Measured, is_measured, read_measured, save_statistics
+from tessera.metrics.images import open_images
+from tessera.metrics.reference import (
+    build_reference,
+    has_classifier,
+    load_reference,
+    save_reference,
+)
+from tessera.recipes.schema import EvaluateConfig, Recipe
+from tessera.training.learner import Learner
+from tessera.training.preview import ema_pipeline
+from tessera.training.tracking import Metrics, Tracker
+
+BEST = "best"
+_SCORE = "score.json"
+_REFERENCE = "evaluation.ref.npz"
+_HIGHER_IS_BETTER = ("is", "precision")
+
+
+class Evaluation:
+    """Scores samples from the first average, always of the same seeds, against real images.
+
+    The real images are measured once, at the first evaluation, and their statistics kept in the
+    run folder. The model that did best by the first metric is kept as a pipeline in `best/`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        class_names: Sequence[str] | None,
+        run_dir: Path,
+        trackers: Sequence[Tracker],
+    ) -> None:
+        self._recipe, self._class_names = recipe, class_names
+        self._run_dir, self._trackers = run_dir, trackers
+        self._sides: tuple[FeatureExtractor, Measured] | None = None
+
+    def make(self, learner: Learner, images_seen: int) -> Metrics:
+        """Sample, score and log; all processes take part, with the same result."""
+        config = self._recipe.evaluate
+        assert config is not None
+        pairs = scoring.chosen(config.metrics)
+        wanted = scoring.needs(pairs)
+        if self._sides is None:
+            self._sides = self._open(config, learner.device)
+        extractor, reference = self._sides
+        pipeline = ema_pipeline(
+            self._recipe, learner, images_seen, self._class_names, everywhere=True
+        )
+        assert pipeline is not None
+        pipeline.to(learner.device)
+        seeds = [int(row) for row in scoring.share(config.images)]
+        made = (
+            torch.from_numpy(batch.images).permute(0, 3, 1, 2)
+            for batch in pipeline.sample_batches(seeds, batch=config.batch)
+        )
+        source = scoring.arrays(made, config.images, "samples")
+        measured, scores = scoring.measure_images(source, extractor, wanted)
+        values: Metrics = {}
+        if distributed.is_main():
+            with warnings.catch_warnings():
+                # The curve is the point here, and the number of images is the user's choice.
+                warnings.simplefilter("ignore", UserWarning)
+                for result in scoring.compare(measured, reference, pairs, scores, learner.device):
+                    values |= {f"evaluate/{name}": v for name, v in result.values.items()}
+            for tracker in self._trackers:
+                tracker.log({"images": images_seen, **values})
+            name = next(iter(values))
+            if self._is_best(name, values[name] or 0.0):
+                # The pipeline folder and its score appear together.
+                with atomic_folder(self._run_dir / BEST) as part:
+                    pipeline.save(part / "pipeline")
+                    score = {"images": images_seen, "by": name, **values}
+                    write_json(part / _SCORE, score)
+        return distributed.broadcast(values)
+
+    def _is_best(self, name: str, value: float) -> bool:
+        """Whether no evaluation of this run has done better by this metric."""
+        path = self._run_dir / BEST / _SCORE
+        if not path.is_file():
+            return True
+        before = json.loads(path.read_text())
+        if before["by"] != name:
+            return True
+        sign = -1 if name.removeprefix("evaluate/") in _HIGHER_IS_BETTER else 1
+        return sign * value < sign * float(before[name])
+
+    def _open(
+        self, config: EvaluateConfig, device: torch.device
+    ) -> tuple[FeatureExtractor, Measured]:
+        """The extractor and the measured reference."""
+        wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
+        path = Path(config.reference or str(self._recipe.data.path))
+        stored = self._run_dir / _REFERENCE
+        if config.features == "classifier":
+            return self._open_classifier(path, stored, wanted, device)
+        extractor = open_extractor(config.features, config.weights, device)
+        if is_measured(path) or (stored.is_file() and not wanted.features):
+            file = path if is_measured(path) else stored
+            known = read_measured(file, config.features)
+            scoring.check_comparable(Measured("samples", config.features), known)
+            return extractor, scoring.complete(known, wanted, lambda: extractor)[0]
+        measured, _ = scoring.measure_images(
+            scoring.data_source(open_images(path), batch=config.batch), extractor, wanted
+        )
+        if distributed.is_main():
+            save_statistics(stored, measured)
+        return extractor, measured
+
+    def _open_classifier(
+        self, path: Path, stored: Path, wanted: scoring.Needs, device: torch.device
+    ) -> tuple[FeatureExtractor, Measured]:
+        file = path if has_classifier(path) else stored
+        with distributed.main_first():
+            if not file.is_file():
+                save_reference(file, build_reference(open_images(path), device=device))
+        reference = load_reference(file, device)
+        statistics = reference.statistics
+        extractor = reference.extractor
+        measured = Measured(
+            reference.name, extractor.name, n=statistics.n, moments=statistics.moments()
+        )
+        if wanted.features:
+            images = open_images(path if file == stored else str(self._recipe.data.path))
+            measured, _ = scoring.measure_images(
+                scoring.data_source(images),
+                extractor,
+                scoring.Needs(moments=True, features=True),
+            )
+        return extractor, measured
