@@ -10,14 +10,16 @@ import torch
 from golden_cases import case, load, weights
 from test_pdm_discrete import preconditioning
 from test_pdm_network import recorded_unet
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.discrete import DiscreteDenoiser
+from tessera.diffusion.discrete import Discrete, DiscreteDenoiser, Process
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.sampling.ddpm import encode_ddim, sample_ddim, sample_ddpm
+from tessera.sampling.edm import sample_edm
+from tessera.sampling.seeds import SeedNoise
 
 RUNS = [
     (name, run)
@@ -88,3 +90,59 @@ def test_recorded_loops(name: str, run: dict[str, Any]) -> None:
     difference = (pixels.int() - golden[f"out.{run['name']}.uint8"].int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.005
+
+
+class Gaussian(nn.Module):
+    """The perfect network for pixels of mean 0.2 and deviation 0.5, with the variance of DDPM."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.alpha_bar = process.alpha_bar.float()
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        left = self.alpha_bar[noise.long()][:, None, None, None]
+        z, variance = x / left.sqrt(), (1 - left) / left
+        mean = 0.2 + (z - 0.2) * 0.25 / (0.25 + variance)
+        return torch.cat([mean, torch.zeros_like(mean)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (sample_ddpm, {"steps": "250", "clip": "none"}),
+        (sample_ddpm, {"steps": "250", "clip": "none", "variance": "small"}),
+        (sample_ddim, {"steps": "250", "clip": "none"}),
+        (sample_ddim, {"steps": "250", "clip": "none", "eta": 1.0}),
+        (sample_edm, {"steps": 40}),
+        (sample_edm, {"steps": 40, "s_churn": 20}),
+    ],
+)
+def test_all_samplers_find_the_same_distribution(sampler: Any, options: dict[str, Any]) -> None:
+    own = Discrete("cosine")
+    denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
+    noise = SeedNoise(range(600))
+    *_, last = sampler(denoiser, noise.normal((1, 4, 4)), Conditioning(), noise, **options)
+    assert last.x.mean() == pytest.approx(0.2, abs=0.03)
+    assert last.x.std() == pytest.approx(0.5, abs=0.03)
+    assert last.step == last.steps
+    assert last.sigma == 0
+
+
+def test_ddim_forth_and_back() -> None:
+    own = Discrete("linear")
+    denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
+    images = 0.2 + 0.5 * SeedNoise(range(8)).normal((1, 4, 4))
+    *_, encoded = encode_ddim(denoiser, images, Conditioning(), clip="none")
+    noise = SeedNoise([0])
+    *_, decoded = sample_ddim(denoiser, encoded.x, Conditioning(), noise, clip="none")
+    torch.testing.assert_close(decoded.x.float(), images, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("steps", ["9", "2", "50"])
+def test_ddim_with_all_noise_is_finite(steps: str) -> None:
+    own = Discrete("cosine")
+    denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
+    noise = SeedNoise([1, 2])
+    latents = noise.normal((1, 4, 4))
+    *_, last = sample_ddim(denoiser, latents, Conditioning(), noise, steps=steps, eta=1.0)
+    assert last.x.isfinite().all()
