@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
         TesseraError: a threshold is not positive, or not below the one before it.
     """
     values = [math.inf, *thresholds]
-    if any(not 0 < b < a for a, b in zip(values, values[1:], strict=False)):
+    if any(not 0 < b < a for a, b in itertools.pairwise(values)):
         raise TesseraError(
             f"SNR thresholds {', '.join(f'{t:g}' for t in thresholds)}: they must be positive and "
             "fall from expert to expert, like 4,0.25"

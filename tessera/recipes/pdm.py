@@ -98,7 +98,7 @@ def imagenet256(expert: int) -> Recipe:
     """
     return pdm(
         f"pdm-imagenet256-expert{expert}",
-        f"PDM, ImageNet, {('clean', 'noisy')[expert]} expert of two",
+        f"PDM, ImageNet, {('clean', 'noisy')[expert]} expert",
         DataConfig(resolution=256, num_classes=1000, xflip=True),
         _network(4, 256, (1, 2, 2, 2), blocks=3),
         batch=256,
@@ -132,7 +132,7 @@ def example256() -> Recipe:
     )
     return pdm(
         "pdm-example256",
-        "PDM, the readme's training example",
+        "PDM, the readme's example",
         DataConfig(resolution=256, xflip=True),
         network,
         batch=128,
