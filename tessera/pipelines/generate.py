@@ -94,6 +94,7 @@ class Job:
             "guide": guide.checksum if guide is not None else None,
             "precision": self.options.get("precision", "fp32"),
             "canvas": None if canvas.whole and not canvas.masked else asdict(canvas),
+            **({} if pipe.codec.describe() is None else {"codec": pipe.codec.describe()}),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
 
@@ -156,7 +157,10 @@ def generate_arrays(
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
     canvas = choose_canvas(job.pipe.recipe, **job.options)
-    shape = (len(job.seeds), canvas.height, canvas.width, canvas.channels)
+    channels, height, width = job.pipe.codec.image_shape(
+        (canvas.channels, canvas.height, canvas.width)
+    )
+    shape = (len(job.seeds), height, width, channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
 
