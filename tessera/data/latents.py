@@ -321,7 +321,7 @@ def _begin(
 
     def put(tensor: str, first: int, moments: Tensor) -> None:
         file.seek(8 + len(text) + offsets[tensor] + first * size // rows[0])
-        file.write(moments.cpu().numpy().astype(dtype).data)
+        file.write(np.ascontiguousarray(moments.cpu().numpy(), dtype).data)
 
     return put
 
