@@ -32,11 +32,11 @@ def save_vae(folder: Path, *, channels: int = 4, levels: int = 2, safe: bool = T
     return folder
 
 
-def latent_recipe(vae: Path, data: Path, **changes: Any) -> Recipe:
+def latent_recipe(vae: Path, latents: Path, **changes: Any) -> Recipe:
     """A tiny model of 8x8 latents of 16x16 images in two classes, trained on patches."""
     base: dict[str, Any] = {
         "name": "tiny-latent",
-        "data": {"path": str(data), "resolution": 16, "num_classes": 2, "workers": 1},
+        "data": {"path": str(latents), "resolution": 16, "num_classes": 2, "workers": 1},
         "codec": {"kind": "vae", "model": str(vae), "downsample": 2, "scale": 0.5},
         "view": {"kind": "patches"},
         "network": {
