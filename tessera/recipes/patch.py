@@ -46,7 +46,7 @@ def latents256(name: str, title: str, labels: bool) -> Recipe:
     every = 10_000_000
     return Recipe(
         name=name,
-        description=f"Patch Diffusion, {title} latents, ADM",
+        description=f"Patch Diffusion, {title}",
         data=DataConfig(resolution=256, num_classes=1000 if labels else 0),
         codec=VaeCodec(),
         view=PatchView(real_p=0.5),
