@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("unet", "loading", "metrics")
+NAMES = ("unet", "loading", "metrics", "patch", "lego")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -17,6 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from tessera.files import atomic_file
+
+Key = TypeVar("Key")
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
@@ -42,13 +45,13 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
-) -> dict[str, float]:
+    variants: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[Key, float]:
     """Median seconds of each variant; the variants take turns so that drift hits all alike."""
     for _ in range(warmup):
         for function in variants.values():
             function()
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Key, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, function in variants.items():
             times[name].append(seconds(function))
@@ -70,9 +73,10 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
         return a @ a
 
     def convolution() -> None:
-        torch.nn.functional.conv2d(x, weight, padding=1).backward(gradient)
+        torch.autograd.backward(torch.nn.functional.conv2d(x, weight, padding=1), gradient)
 
-    product(), convolution()
+    product()
+    convolution()
     flops = {"matrix product": 2 * a.shape[0] ** 3, "convolution": 6 * x.numel() * 256 * 9}
     calls = {"matrix product": product, "convolution": convolution}
     return {name: flops[name] / min(seconds(calls[name]) for _ in range(8)) for name in flops}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,20 @@ CLASSES = 10
 STEPS = 2  # of the sampler: three evaluations of the network
 
 Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Variant(NamedTuple):
+    """What is timed."""
+
+    network: str
+    precision: Precision
+    compiled: bool
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"{self.network} {self.precision} {'compiled' if self.compiled else 'eager'}"
 
 
 class DiffusersUNet(nn.Module):
@@ -131,59 +145,61 @@ def sampling(target: Learner, batch: int, precision: Precision) -> Callable[[], 
 
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants, print the tables, and keep them if asked to."""
-    batch = 512 if device().type == "cuda" else 16
+    batch = 512 if device().type == "cuda" else 8
     flops = {name: forward_flops(make) for name, make in NETWORKS.items()}
-    sections = []
-    precisions: tuple[tuple[Precision, torch.dtype], ...] = (
-        ("fp32", torch.float32),
-        ("bf16", torch.bfloat16),
-    )
     tops: dict[str, dict[str, float]] = {}
-    training: dict[str, float] = {}
-    generation: dict[str, float] = {}
-    for precision, dtype in precisions:
+    training: dict[Variant, float] = {}
+    generation: dict[Variant, float] = {}
+    for precision, dtype in DTYPES.items():
         tops[precision] = ceilings(dtype)
         learners = {
-            (name, compiled): learner(name, precision, compiled)
+            Variant(name, precision, compiled): learner(name, precision, compiled)
             for name in NETWORKS
             for compiled in (False, True)
         }
-        labels = {key: _label(key[0], precision, key[1]) for key in learners}
-        steps = {labels[key]: training_step(value, batch) for key, value in learners.items()}
+        steps = {key: training_step(target, batch) for key, target in learners.items()}
         training |= interleaved(steps, rounds)
-        samples = {labels[k]: sampling(value, batch, precision) for k, value in learners.items()}
+        samples = {key: sampling(target, batch, precision) for key, target in learners.items()}
         generation |= interleaved(samples, rounds)
-    top_rows = [
-        [precision, *(f"{tops[precision][k] / 1e9:.0f}" for k in tops[precision])]
-        for precision in tops
+
+    def rows(times: dict[Variant, float], images: int, passes: int) -> list[list[str]]:
+        """Rates of runs over `images` images that cost `passes` forward passes each."""
+        base = times[Variant("diffusers", "fp32", False)]
+        result = []
+        for key, time in times.items():
+            rate = flops[key.network] * images * passes / time
+            share = rate / tops[key.precision]["convolution"]
+            result.append(
+                [
+                    key.label, f"{images / time:.2f}", f"{rate / 1e9:.0f}", f"{share:.0%}",
+                    f"{base / time:.2f}x",
+                ]
+            )  # fmt: skip
+        return result
+
+    evaluations = 2 * STEPS - 1
+    top_columns = ["precision", "matrix product, GFLOP/s", "convolution, GFLOP/s"]
+    columns = ["variant", "images/s", "GFLOP/s", "of convolution", "against diffusers fp32"]
+    tables = [
+        (
+            "Ceilings of this machine",
+            top_columns,
+            [[p, *(f"{v / 1e9:.0f}" for v in tops[p].values())] for p in tops],
+        ),
+        # A training step is a forward pass and a backward pass of twice its work.
+        (f"Training step, batch {batch}", columns, rows(training, batch, 3)),
+        (
+            f"Evaluations of the network while sampling, batch {batch}",
+            columns,
+            rows(generation, batch * evaluations, 1),
+        ),
     ]
-    columns = ["precision", "matrix product, GFLOP/s", "convolution, GFLOP/s"]
-    show("Ceilings of this machine", columns, top_rows)
-    sections.append("Ceilings:\n\n" + markdown(columns, top_rows))
-    for title, times, per_image in (
-        (f"Training step, batch {batch}", training, 3),
-        (f"Sampling, batch {batch}, network evaluations", generation, 2 * STEPS - 1),
-    ):
-        base = times[_label("diffusers", "fp32", False)]
-        rows = []
-        for label, time in times.items():
-            name, precision = label.split()[:2]
-            rate = flops[name] * per_image * batch / time
-            share = rate / tops[precision]["convolution"]
-            images = batch / time * (1 if per_image == 3 and times is training else 2 * STEPS - 1)
-            rows.append(
-                [label, f"{images:.2f}", f"{rate / 1e9:.0f}", f"{share:.0%}", f"{base / time:.2f}x"]
-            )
-        columns = ["variant", "images/s", "GFLOP/s", "of convolution", "against diffusers fp32"]
-        show(title, columns, rows)
-        sections.append(f"{title}:\n\n" + markdown(columns, rows))
+    for title, head, body in tables:
+        show(title, head, body)
     if record_figures:
         note = (
-            f"DDPM++ forward {flops['tessera'] / 1e9:.1f} GFLOP, "
-            f"UNet2DModel {flops['diffusers'] / 1e9:.1f} GFLOP per image."
+            f"Forward pass of an image: DDPM++ {flops['tessera'] / 1e9:.1f} GFLOP, UNet2DModel "
+            f"{flops['diffusers'] / 1e9:.1f} GFLOP. `python -m benchmarks unet --rounds {rounds}`"
         )
+        sections = [f"{title}:\n\n{markdown(head, body)}" for title, head, body in tables]
         record("U-Net: training and sampling", "\n\n".join([note, *sections]))
-
-
-def _label(name: str, precision: str, compiled: bool) -> str:
-    return f"{name} {precision} {'compiled' if compiled else 'eager'}"

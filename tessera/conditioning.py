@@ -18,8 +18,9 @@ class Conditioning:
     Attributes:
         labels: int64 [B], class indices; `NO_CLASS` (-1) for no class. None: no class for all.
         augment: float32 [B, K], labels of the augmentation pipeline. None: not augmented.
-        coords: float32 [B, 2, H, W] in [-1, 1], position of each pixel in the full image
-            (channel 0 along columns, channel 1 along rows). None: the image is complete.
+        coords: float32 [B, 2, H, W], position of each pixel in the full image, whose corners are
+            -1 and 1 (channel 0 along columns, channel 1 along rows; see `coordinates`). None: the
+            image is complete.
     """
 
     labels: Tensor | None = None
@@ -55,3 +56,28 @@ def one_hot(labels: Tensor | None, num_classes: int, batch: int, device: torch.d
         return torch.zeros(batch, num_classes, device=device)
     classes = torch.arange(num_classes, device=device)
     return (labels.to(device)[:, None] == classes).to(torch.float32)
+
+
+def coordinates(columns: Tensor, rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions of pixels in a full image, 2 (k / (n - 1) - 1/2) along each axis of n pixels.
+
+    Args:
+        columns, rows: numbers of the pixels' columns [..., W] and rows [..., H], from 0; outside of
+            the full image they give positions beyond [-1, 1].
+        size: height and width of the full image, at least 2 pixels each.
+
+    Returns:
+        float32 [..., 2, H, W]: x, which varies along columns, and y.
+    """
+    height, width = size
+    x = 2 * (columns.to(torch.float32) / (width - 1) - 0.5)
+    y = 2 * (rows.to(torch.float32) / (height - 1) - 0.5)
+    shape = (*x.shape[:-1], y.shape[-1], x.shape[-1])
+    return torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-3)
+
+
+def full_grid(size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """Coordinates of a complete image of `size` (height, width), float32 [2, H, W]."""
+    height, width = size
+    columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
+    return coordinates(columns, rows, size)

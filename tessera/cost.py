@@ -7,25 +7,37 @@ without data, so that nothing is allocated and no formula has to keep up with th
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.data.views import PatchSize, PatchView
+from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
+from tessera.diffusion.preconditioning import Preconditioned
+from tessera.diffusion.skipping import (
+    BrickSchedule,
+    Skipping,
+    last_brick_schedule,
+    parse_schedule,
+)
+from tessera.errors import TesseraError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
     build_denoiser,
     build_objective,
     build_preconditioning,
     build_sampler,
+    build_view,
 )
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import LegoConfig, Recipe
+from tessera.sampling.core import Sampler, step_sigmas
 from tessera.sampling.seeds import SeedNoise
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +50,7 @@ class Cost:
     Attributes:
         parameters: trained numbers.
         forward_flops: one evaluation of the denoiser for one image.
-        train_flops: one training image, forward and backward.
+        train_flops: one training image, forward and backward; the mean over the sizes of patches.
         run_flops: the whole training run.
         evaluations: evaluations of the denoiser for one sampled image; guidance counts twice.
         sample_flops: one sampled image.
@@ -72,22 +84,27 @@ def estimate(
     recipe: Recipe,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    skip: float = 0.0,
+    bricks: str | BrickSchedule | None = None,
 ) -> Cost:
     """Count what `recipe` costs; takes seconds and next to no memory for models of any size.
 
     Args:
         guidance: weight of classifier-free guidance while sampling; 1 for none.
         guidance_interval: noise levels where it acts; None for all.
+        skip, bricks: of a stack of bricks, see `choose_bricks`.
 
     Raises:
-        TesseraError: guidance of a model that knows no classes.
+        TesseraError: guidance of a model that knows no classes, or bricks that cannot skip.
     """
     # Tables of noise levels are cached; make them before tensors are without data.
     _ = build_preconditioning(recipe.preconditioning).sigma_min
-    evaluations = _evaluations(recipe, guidance, guidance_interval)
     with torch.device("meta"):
         denoiser = build_denoiser(recipe).train()
-    forward, train = _flops(recipe, denoiser)
+    evaluations = _evaluations(recipe, denoiser.network, guidance, guidance_interval, skip, bricks)
+    forward = _forward_flops(recipe, denoiser)
+    sample = sum(n * _forward_flops(recipe, denoiser, None, k) for k, n in evaluations.items())
+    train = _train_flops(recipe, denoiser)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     weights = sum(p.nbytes for p in parameters)
     micro_batch = recipe.training.micro_batch or recipe.training.batch
@@ -96,8 +113,8 @@ def estimate(
         forward_flops=forward,
         train_flops=train,
         run_flops=train * recipe.training.images,
-        evaluations=evaluations,
-        sample_flops=forward * evaluations,
+        evaluations=evaluations.total(),
+        sample_flops=sample,
         micro_batch=micro_batch,
         activation_bytes=_activations(recipe, denoiser, micro_batch),
         weight_bytes=weights,
@@ -107,15 +124,20 @@ def estimate(
     )
 
 
-def _flops(recipe: Recipe, denoiser: Denoiser) -> tuple[int, int]:
-    """(one evaluation, one training image) on meta tensors, where attention is counted too."""
+def _train_flops(recipe: Recipe, denoiser: Denoiser) -> int:
+    """FLOPs of one training image, forward and backward, on meta tensors."""
     x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        denoiser(x, x.new_ones(1), cond)
-    with FlopCounterMode(display=False) as train:
-        terms = build_objective(recipe.objective)(denoiser, x, cond, draws)
-        torch.autograd.backward(terms["loss"].sum())
-    return forward.get_total_flops(), train.get_total_flops()
+    view = build_view(recipe)
+    sizes = view.sizes if isinstance(view, PatchView) else [PatchSize(x.shape[-1], 1.0, 1)]
+    flops = images = 0.0
+    for size in sizes:
+        patch = x[:, :, : size.side, : size.side]
+        with FlopCounterMode(display=False) as train:
+            terms = build_objective(recipe.objective)(denoiser, patch, cond, draws)
+            torch.autograd.backward(terms["loss"].sum())
+        flops += size.probability * size.multiplier * train.get_total_flops()
+        images += size.probability * size.multiplier
+    return round(flops / images)
 
 
 def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
@@ -159,35 +181,103 @@ def _inputs(
     return x, cond, AddressedDraws(0, torch.arange(batch, device=device))
 
 
-class _Counter(Denoiser):
-    """A denoiser that computes nothing and counts how many images it is asked for."""
+class _Counting(nn.Module):
+    """In a network's place: computes nothing, counts images by the number of bricks."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        preconditioning = build_preconditioning(recipe.preconditioning)
-        self.shape = recipe.shape
-        self.num_classes = recipe.data.num_classes
-        self.sigma_min = preconditioning.sigma_min
-        self.sigma_max = preconditioning.sigma_max
-        self.round_sigma = preconditioning.round_sigma  # type: ignore[method-assign]
-        self.images = 0
+        self.check_prefix = getattr(network, "check_prefix", None)
+        self.images: Counter[int | None] = Counter()
 
-    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
-        self.images += len(z)
-        return Posterior(z)
+    def forward(
+        self, x: Tensor, noise: Tensor, cond: Conditioning, *, bricks: int | None = None
+    ) -> Tensor:
+        self.images[bricks] += len(x)
+        return x
 
 
 def _evaluations(
-    recipe: Recipe, guidance: float, guidance_interval: tuple[float, float] | None
-) -> int:
-    """How often the recipe's sampler evaluates the denoiser for one image."""
-    counter = _Counter(recipe)
-    denoiser: Denoiser = counter
+    recipe: Recipe,
+    network: nn.Module,
+    guidance: float,
+    guidance_interval: tuple[float, float] | None,
+    skip: float,
+    bricks: str | BrickSchedule | None,
+) -> Counter[int | None]:
+    """How often the recipe's sampler evaluates the network for one image, by bricks run."""
+    counting = _Counting(network)
+    model = Preconditioned(
+        counting,
+        build_preconditioning(recipe.preconditioning),
+        recipe.shape,
+        recipe.data.num_classes,
+    )
+    sampler = build_sampler(recipe.sampling)
+    schedule = choose_bricks(recipe, model, sampler, skip, bricks)
+    denoiser: Denoiser = model if schedule is None else Skipping(model, schedule)
     if guidance != 1:
-        denoiser = Guided(counter, guidance, guidance_interval)
+        denoiser = Guided(denoiser, guidance, guidance_interval)
     labels = torch.zeros(1, dtype=torch.int64) if recipe.data.num_classes else None
     latents = torch.zeros(1, *recipe.shape)
-    sampler = build_sampler(recipe.sampling)
     for _ in sampler(denoiser, latents, Conditioning(labels), SeedNoise([0])):
         pass
-    return counter.images
+    return counting.images
+
+
+def choose_bricks(
+    recipe: Recipe,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    skip: float = 0.0,
+    bricks: str | BrickSchedule | None = None,
+) -> BrickSchedule | None:
+    """The bricks that a caller asks for: a share of the sampler's steps, or noise levels.
+
+    Raises:
+        TesseraError: both at once, a network without bricks, or what `last_brick_schedule` or
+            `parse_schedule` raise.
+    """
+    if skip == 0 and bricks is None:
+        return None
+    if skip != 0 and bricks is not None:
+        raise TesseraError("skip and bricks both say which bricks run; give one of them")
+    network = recipe.network
+    if not isinstance(network, LegoConfig):
+        raise TesseraError(
+            f"only networks made of bricks (network.kind=lego) can skip any; this one is a "
+            f"{network.kind}. Leave out skip and bricks"
+        )
+    if bricks is not None:
+        return parse_schedule(bricks) if isinstance(bricks, str) else bricks
+    sizes = [brick.size for brick in network.bricks]
+    return last_brick_schedule(sizes, skip, step_sigmas(sampler, denoiser))
+
+
+def forward_flops(
+    recipe: Recipe, size: tuple[int, int] | None = None, bricks: int | None = None
+) -> int:
+    """FLOPs of one evaluation of the denoiser for one image.
+
+    Args:
+        size: height and width; None: as trained.
+        bricks: how many bricks of a stack run; None: all.
+    """
+    _ = build_preconditioning(recipe.preconditioning).sigma_min
+    with torch.device("meta"):
+        denoiser = build_denoiser(recipe).eval()
+    return _forward_flops(recipe, denoiser, size, bricks)
+
+
+def _forward_flops(
+    recipe: Recipe,
+    denoiser: Preconditioned,
+    size: tuple[int, int] | None = None,
+    bricks: int | None = None,
+) -> int:
+    """As `forward_flops`, on a denoiser of meta tensors, where attention is counted, too."""
+    x, cond, _ = _inputs(recipe, 1, torch.device("meta"))
+    if size is not None:
+        x = x.new_zeros(1, x.shape[1], *size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(x, x.new_ones(1), cond, bricks=bricks)
+    return int(counter.get_total_flops())

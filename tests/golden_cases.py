@@ -56,9 +56,13 @@ def recorded_network(config: dict[str, Any], out_channels: int | None = None) ->
     names = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "dropout"]
     options = {name: config[name] for name in [*names, "attn_resolutions"]}
     channels = config["img_channels"]
+    if config.get("precond", "").startswith("Patch"):
+        channels -= 2
+        options["coord_frequencies"] = 0
     dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
     if config["model_type"] == "DhariwalUNet":
         return AdmUNet(config["img_resolution"], *dims, **options)
+    options["implicit_mlp"] = config.get("implicit_mlp", False)
     return SongUNet(
         config["img_resolution"],
         *dims,

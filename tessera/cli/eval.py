@@ -394,11 +394,11 @@ def _score_classic(
 def _reference_rows(result: Reference) -> list[tuple[str, str]]:
     facts = result.extractor.facts
     channels, height, width = facts.shape
-    task = "its classes" if facts.task == "classes" else "quarter turns (no labels)"
+    task = "quarter turns (no labels)"
     return [
         ("real images", f"{result.statistics.n:,} of {result.name}, {width}x{height}x{channels}"),
         ("features", f"{result.extractor.dim} of the {result.extractor.name}"),
-        ("classifier tells apart", f"{facts.outputs} {task}" if facts.task == "classes" else task),
+        ("classifier tells apart", f"{facts.outputs} classes" if facts.task == "classes" else task),
         (
             "right on held-out real images",
             f"{facts.accuracy:.1%} of {facts.held_out:,} (chance {1 / facts.outputs:.1%})",

@@ -30,6 +30,8 @@ def list_recipes(context: typer.Context) -> None:
         data = recipe.data
         colour = "grey" if data.channels == 1 else "RGB"
         size = f"{data.resolution}×{data.resolution} {colour}"
+        if recipe.codec.kind == "vae":
+            size += " (latents)"
         table.add_row(name, recipe.description, size, str(data.num_classes or "-"))
     Console().print(table)
 

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 _SAMPLER = "Sampler (default: the recipe's)"
 _ABLATION = "Sampler of EDM's ablations (any of these selects it)"
 _GUIDANCE = "Guidance"
+_BRICKS = "Bricks (LEGO models)"
+_LARGER = "Larger pictures"
+_WINDOW = "Part of the picture (models that know coordinates)"
 
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
+WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
+Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
@@ -53,6 +58,9 @@ def sample(
         None, help="Animate the first 16 images' denoising, as .gif or .webp."
     ),
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
+    vae: str | None = typer.Option(
+        None, help="Folder or Hugging Face id of the VAE of a model of latents."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
     guidance: float = typer.Option(1.0, rich_help_panel=_GUIDANCE, help="Weight; 1 is none."),
@@ -64,6 +72,56 @@ def sample(
         metavar="PIPELINE",
         rich_help_panel=_GUIDANCE,
         help="Guide by this weaker model instead of by the model without class.",
+    ),
+    skip: float = typer.Option(
+        0.0,
+        min=0,
+        max=1,
+        rich_help_panel=_BRICKS,
+        help="Share of the steps without the last brick: the last ones if it is the largest, "
+        "the first ones if the smallest.",
+    ),
+    bricks: str | None = typer.Option(
+        None,
+        metavar="LOW-HIGH:N",
+        rich_help_panel=_BRICKS,
+        help="Instead: run N bricks at these noise levels, like 0-0.5:2,20-inf:1.",
+    ),
+    show_bricks: bool = typer.Option(
+        False,
+        "--show-bricks",
+        rich_help_panel=_BRICKS,
+        help="Also a picture of each brick's output for the first seed.",
+    ),
+    height: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
+    width: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
+    layout: Layout = typer.Option(
+        Layout.tiles,
+        rich_help_panel=_LARGER,
+        help="By the network as it is; the same, padded to a size that fits; or by overlapping "
+        "windows of the trained size, for any size.",
+    ),
+    overlap: float = typer.Option(
+        0.5, rich_help_panel=_LARGER, help="Share of a window that the next one sees, too."
+    ),
+    x_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First column."),
+    y_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First row."),
+    image_size: str | None = typer.Option(
+        None,
+        metavar="SIZE",
+        rich_help_panel=_WINDOW,
+        help="Side, or WIDTHxHEIGHT. (default: the whole picture)",
+    ),
+    resolution: int | None = typer.Option(
+        None, rich_help_panel=_WINDOW, help="Side of the whole picture. (default: as trained)"
+    ),
+    window_noise: WindowNoise = typer.Option(
+        WindowNoise.crop,
+        rich_help_panel=_WINDOW,
+        help="Noise cut from the whole picture's, or the window's own.",
+    ),
+    mask_coords: bool = typer.Option(
+        False, "--mask-coords", rich_help_panel=_WINDOW, help="Set all coordinates to 0."
     ),
     steps: int | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Number of steps."),
     sigma_min: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Last noise."),
@@ -120,6 +178,20 @@ def sample(
     }
     if guidance_interval is not None:
         options["guidance_interval"] = parse_interval(guidance_interval)
+    if image_size is not None or x_start or y_start:
+        options["window"] = (x_start, y_start, *_size(image_size))
+    if resolution is not None:
+        options["resolution"] = resolution
+    if "window" in options or resolution is not None:
+        options["window_noise"] = window_noise.value
+    if mask_coords:
+        options["mask_coords"] = True
+    if height is not None or width is not None:
+        options |= {"size": (height, width), "layout": layout.value, "overlap": overlap}
+    if skip:
+        options["skip"] = skip
+    if bricks is not None:
+        options["bricks"] = bricks
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
@@ -133,13 +205,18 @@ def sample(
     wanted = parse_seeds(seeds)
     with distributed.session() as fastest, _plain_warnings():
         target = device or fastest
-        pipe = _on_device(Pipeline.load(pipeline, ema=ema), target)
+        pipe = _on_device(Pipeline.load(pipeline, ema=ema, vae=vae), target)
         options |= {"guidance": guidance, "precision": precision.value}
+        if "size" in options:
+            _, *trained = pipe.denoiser.shape
+            options["size"] = (height or trained[0], width or trained[1])
         if guide is not None:
             options["guide"] = _on_device(Pipeline.load(guide), target)
         job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
         summary, where = _write(job, kind, out, subdirs, grid, film)
+        if show_bricks and distributed.is_main():
+            where.append(_show_bricks(job, out))
         if distributed.is_main():
             _report(summary, where, trajectory)
 
@@ -173,6 +250,18 @@ def _write(
     return summary, [file]
 
 
+def _show_bricks(job: Job, out: Path) -> Path:
+    """Write the picture of each brick's output beside the images."""
+    from tessera.images import save_png
+    from tessera.pipelines.bricks import brick_picture
+
+    without = ("skip", "bricks")
+    options = {name: value for name, value in job.options.items() if name not in without}
+    picture = out.with_name(f"{out.stem}-bricks.png")
+    save_png(picture, brick_picture(job.pipe, job.seeds[0], job.label, **options))
+    return picture
+
+
 def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
@@ -180,6 +269,14 @@ def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> Non
             f"{summary.made} images in {summary.seconds:.1f} s, "
             f"{summary.made / summary.seconds:.3g} images/s, "
             f"{summary.evaluations:.4g} network evaluations per image"
+        )
+    if summary.savings is not None:
+        seconds = summary.savings.seconds
+        time = "no step ran all bricks to compare the time with"
+        if seconds is not None:
+            time = f"{seconds:.1%} of its time (median calls of this run)"
+        console.print(
+            f"skipped bricks saved {summary.savings.flops:.1%} of the network's FLOPs, {time}"
         )
     if summary.skipped:
         console.print(f"{summary.skipped} images were there already")
@@ -207,6 +304,19 @@ def parse_interval(text: str) -> tuple[float, float]:
             f"--guidance-interval {text!r}: give two noise levels like 0.3,5"
         ) from None
     return low, high
+
+
+def _size(text: str | None) -> tuple[int, int]:
+    if text is None:
+        raise TesseraError("--x-start and --y-start need --image-size, the side of the window")
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+        width, height = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise TesseraError(
+            f"--image-size {text!r}: give a side like 32, or WIDTHxHEIGHT like 48x32"
+        ) from None
+    return width, height
 
 
 @contextlib.contextmanager

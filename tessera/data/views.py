@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from tessera.conditioning import coordinates
 from tessera.data.loader import StepPlan
-from tessera.randomness import Draws
+from tessera.randomness import Draws, derive_seed
+
+
+@dataclass(frozen=True)
+class PatchSize:
+    """One of the sizes of patches.
+
+    Attributes:
+        side: in pixels of model space.
+        probability: that a step has this size.
+        multiplier: images of such a step, as a multiple of the batch.
+    """
+
+    side: int
+    probability: float
+    multiplier: int
 
 
 class FullView:
@@ -25,3 +46,129 @@ class FullView:
     def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """The part of x [B, C, H, W] to train on, and its coordinates [B, 2, H, W] if it is one."""
         return x, None
+
+    def loss_weight(self, plan: StepPlan) -> float:
+        """Factor of the step's loss."""
+        return 1.0
+
+
+class PatchView:
+    """Trains on random crops of one size per step, mostly small ones (Wang et al. 2023).
+
+    Which size a step has is a function of the seed and the images seen, so that all processes and
+    all rounds of a step agree.
+
+    Args:
+        resolution: side R of the full images.
+        batch: images of a step of multiplier 1.
+        sizes: from small to large, of positive probability together.
+        seed: of the run.
+        progressive: go from small to large patches, each for its share of the run, instead of
+            drawing a size at each step.
+        total_images: length of the run.
+        per_pixel: weight the loss of a patch by (R / s)², so that a patch counts as much as a full
+            image; otherwise each of its pixels counts as much as one of a full image.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        batch: int,
+        sizes: Sequence[PatchSize],
+        *,
+        seed: int,
+        progressive: bool = False,
+        total_images: int = 0,
+        per_pixel: bool = False,
+    ) -> None:
+        self.resolution = resolution
+        self.batch = batch
+        self.sizes = [size for size in sizes if size.probability > 0]
+        self._ends = list(itertools.accumulate(size.probability for size in self.sizes))
+        self._seed = seed
+        self._total = total_images if progressive else None
+        self._per_pixel = per_pixel
+
+    def size(self, images_seen: int) -> PatchSize:
+        """The size of the patches of the step that follows after `images_seen` images."""
+        if self._total is None:
+            position = derive_seed(self._seed, "patch", images_seen) / 2**63
+        else:
+            position = images_seen / self._total
+        # The last one also takes what rounding leaves of the sum, and images beyond the run's end.
+        pairs = zip(self.sizes[:-1], self._ends, strict=False)
+        return next((size for size, end in pairs if end > position), self.sizes[-1])
+
+    def plan(self, images_seen: int) -> StepPlan:
+        """The step that follows after `images_seen` images."""
+        size = self.size(images_seen)
+        return StepPlan(images_seen, self.batch * size.multiplier, size.side)
+
+    def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
+        """One patch of each image x [B, C, R, R] and its coordinates [B, 2, s, s].
+
+        Draws "patch.row" and "patch.column", the offsets; nothing where the patch is the image,
+        whose coordinates are None. The patches are channels-last in memory.
+        """
+        side = plan.patch
+        if side is None or side == self.resolution:
+            return x, None
+        offsets = self.resolution - side + 1
+        rows = draws.integers("patch.row", offsets)
+        columns = draws.integers("patch.column", offsets)
+        return crop(x, rows, columns, side), patch_coordinates(rows, columns, side, x.shape[-1])
+
+    def loss_weight(self, plan: StepPlan) -> float:
+        """Factor of the step's loss."""
+        if not self._per_pixel or plan.patch is None:
+            return 1.0
+        return (self.resolution / plan.patch) ** 2
+
+
+View = FullView | PatchView
+
+
+def crop(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """Squares of x [B, C, H, W] whose first rows and columns are given, int64 [B]: [B, C, s, s].
+
+    One gather of any dtype, which reads the pixels of the patches only.
+    """
+    steps = torch.arange(side, device=x.device)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    patch = x[image, :, rows[:, None, None] + steps[:, None], columns[:, None, None] + steps]
+    return patch.permute(0, 3, 1, 2)
+
+
+def patch_coordinates(rows: Tensor, columns: Tensor, side: int, resolution: int) -> Tensor:
+    """Coordinates of the patches that `crop` cuts from images of side R, float32 [B, 2, s, s]."""
+    steps = torch.arange(side, device=rows.device)
+    return coordinates(columns[:, None] + steps, rows[:, None] + steps, (resolution, resolution))
+
+
+def patch_sizes(
+    resolution: int,
+    sides: Sequence[int],
+    real_p: float,
+    probabilities: Sequence[float] | None = None,
+    multipliers: Sequence[int] | None = None,
+) -> list[PatchSize]:
+    """Patch sizes with the published probabilities and batches, or with others.
+
+    Args:
+        resolution: side R of the full images.
+        sides: from small to large. Published: R/4, R/2, R for pixels, R/2, R for latents.
+        real_p: p, the probability of the last side. The others get 2/5 (1 - p) and 3/5 (1 - p),
+            or 1 - p if there is but one more.
+        probabilities: in place of those.
+        multipliers: of the batch; by default R / s, as many images as a full one has columns of
+            patches.
+    """
+    if probabilities is None:
+        if len(sides) > 3:
+            raise ValueError(f"{len(sides)} sizes of patches need probabilities")
+        smaller = ((), (1.0,), (0.4, 0.6))[len(sides) - 1]
+        probabilities = [*(share * (1 - real_p) for share in smaller), real_p if smaller else 1.0]
+    if multipliers is None:
+        multipliers = [max(1, resolution // side) for side in sides]
+    triples = zip(sides, probabilities, multipliers, strict=True)
+    return [PatchSize(side, probability, k) for side, probability, k in triples]

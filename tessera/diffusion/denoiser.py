@@ -52,6 +52,14 @@ class Denoiser(nn.Module):
         it need no synchronisation with the device.
         """
 
+    def for_step(self, sigma: float) -> Denoiser:
+        """The denoiser of a sampler's step that begins at noise level σ.
+
+        Samplers ask once a step, so that wrappers which change with the noise level do not change
+        between the two evaluations of a second-order step. Itself by default.
+        """
+        return self
+
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape. The identity by default."""
         return sigma

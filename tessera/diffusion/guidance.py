@@ -26,6 +26,7 @@ class Guided(Denoiser):
         interval: (low, high), noise levels low <= σ <= high where guidance acts; None: everywhere.
         weak: the reference of autoguidance, called with the same conditioning. None: the denoiser
             itself without class, evaluated in one doubled batch.
+        channels: guide the first so many channels only; the others are those of D_c. None: all.
 
     Raises:
         TesseraError: no `weak` denoiser and a model without classes, or shapes that differ.
@@ -37,6 +38,7 @@ class Guided(Denoiser):
         scale: float,
         interval: tuple[float, float] | None = None,
         weak: Denoiser | None = None,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         if weak is None and denoiser.num_classes == 0:
@@ -58,6 +60,7 @@ class Guided(Denoiser):
         self.scale = scale
         self.interval = interval
         self.weak = weak
+        self.channels = channels
         self.shape = denoiser.shape
         self.num_classes = denoiser.num_classes
         self.sigma_min = denoiser.sigma_min
@@ -65,6 +68,11 @@ class Guided(Denoiser):
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self.denoiser.round_sigma(sigma)
+
+    def for_step(self, sigma: float) -> Denoiser:
+        weak = None if self.weak is None else self.weak.for_step(sigma)
+        denoiser = self.denoiser.for_step(sigma)
+        return Guided(denoiser, self.scale, self.interval, weak, self.channels)
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser; free of synchronisation where `sigma` is on the CPU."""
@@ -84,6 +92,10 @@ class Guided(Denoiser):
         else:
             scale = torch.where(active, self.scale, 1.0).to(z.device, difference.dtype)
             mean = reference + scale.reshape(-1, 1, 1, 1) * difference
+        if self.channels is not None:
+            mean = torch.cat(
+                [mean[:, : self.channels], conditional.mean[:, self.channels :]], dim=1
+            )
         return Posterior(mean, conditional.log_variance)
 
     def _active(self, sigma: Tensor) -> Tensor:

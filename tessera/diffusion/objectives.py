@@ -19,6 +19,9 @@ from tessera.randomness import Draws
 class DenoisingObjective(ABC):
     """Denoising score matching: w(σ) |D(x + σ n; σ) - x|², with σ drawn per image.
 
+    Of a denoiser that gives several estimates (the bricks of a jointly trained stack), the loss is
+    the mean over all of them.
+
     Args:
         label_dropout: share of images trained without their class, for guidance.
     """
@@ -41,8 +44,10 @@ class DenoisingObjective(ABC):
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
         sigma = self.sigma(draws)
         z = GaussianCorruption()(x, sigma, draws)
-        mean: Tensor = denoiser(z, sigma, cond).mean
-        return self.weight(sigma)[:, None, None, None] * (mean - x).square()
+        posterior = denoiser(z, sigma, cond)
+        estimates = (*posterior.stages, posterior.mean)
+        error = torch.stack([(d - x).square() for d in estimates]).mean(dim=0)
+        return self.weight(sigma)[:, None, None, None] * error
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws

@@ -178,10 +178,13 @@ class Preconditioned(Denoiser):
     """A network and its preconditioning: the denoiser of Gaussian corruption.
 
     Everything but the network runs in float32, outside of autocast. Of a network with more output
-    channels than the images have (learned variances), the first ones are used.
+    channels than the images have (learned variances), the first ones are used. Of a network that
+    returns several outputs (a stack of bricks while it is trained), the last one gives the mean,
+    the others the stages.
 
     Args:
-        network: (input [B, C, H, W], noise [B], `Conditioning`) to raw output [B, >= C, H, W].
+        network: (input [B, C, H, W], noise [B], `Conditioning`) to raw output [B, >= C, H, W], or
+            to a tuple of such.
         preconditioning: the scaling.
         shape: (C, H, W) of the images trained on.
         num_classes: number of classes that the network knows.
@@ -202,18 +205,29 @@ class Preconditioned(Denoiser):
         self.sigma_min = preconditioning.sigma_min
         self.sigma_max = preconditioning.sigma_max
 
-    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
-        """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all."""
+    def forward(
+        self, z: Tensor, sigma: Tensor, cond: Conditioning, *, bricks: int | None = None
+    ) -> Posterior:
+        """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all.
+
+        Args:
+            bricks: how many bricks of a stack to run; None: all of them, or a network of one part.
+        """
         with full_precision(z.device):
             z = z.to(torch.float32)
             sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
             c = self.preconditioning.coefficients(sigma)
             c_skip, c_out, c_in = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
             scaled = c_in * z
-        raw = self.network(scaled, c.noise.expand(len(z)), cond)
+        prefix = {} if bricks is None else {"bricks": bricks}
+        raw = self.network(scaled, c.noise.expand(len(z)), cond, **prefix)
         with full_precision(z.device):
-            raw = raw[:, : z.shape[1]].to(torch.float32)
-            return Posterior(torch.addcmul(c_skip * z, c_out, raw))
+            skip = c_skip * z
+            *stages, mean = (
+                torch.addcmul(skip, c_out, f[:, : z.shape[1]].to(torch.float32))
+                for f in (raw if isinstance(raw, tuple) else (raw,))
+            )
+            return Posterior(mean, stages=tuple(stages))
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape."""

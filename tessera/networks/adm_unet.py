@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tessera.conditioning import Conditioning, one_hot
 from tessera.networks.layers import (
     Conv,
+    CoordinateInput,
     GroupNorm,
     PositionalEmbedding,
     UNetBlock,
@@ -29,7 +30,7 @@ class AdmUNet(nn.Module):
     Args:
         resolution: height and width that the levels are named and attention is chosen by; other
             sizes work as long as every level halves evenly.
-        in_channels, out_channels: channels of the input and of the raw output.
+        in_channels, out_channels: channels of the input image and of the raw output.
         num_classes: 0 for a network without classes.
         augment_dim: number of augmentation labels; 0 for none.
         model_channels, channel_mult: width, and its multiplier at each level.
@@ -37,6 +38,7 @@ class AdmUNet(nn.Module):
         num_blocks: residual blocks of each level of the encoder; the decoder has one more.
         attn_resolutions: resolutions with self-attention, in all blocks.
         dropout: probability, in every block.
+        coord_frequencies: of the coordinate channels, see `CoordinateInput`; None: no coordinates.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class AdmUNet(nn.Module):
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
+        coord_frequencies: int | None = None,
     ) -> None:
         super().__init__()
+        self.coords = CoordinateInput(coord_frequencies)
         self.num_classes = num_classes
         self.num_blocks = num_blocks
         self.levels = [f"{s}x{s}" for s in (resolution >> i for i in range(len(channel_mult)))]
@@ -82,7 +86,7 @@ class AdmUNet(nn.Module):
         for level, name in enumerate(self.levels):
             attention = resolution >> level in attn_resolutions
             if level == 0:
-                self.enc[f"{name}_conv"] = Conv(in_channels, channels, 3)
+                self.enc[f"{name}_conv"] = Conv(in_channels + self.coords.channels, channels, 3)
             else:
                 self.enc[f"{name}_down"] = block(channels, channels, down=True)
                 skips.append(channels)
@@ -130,7 +134,7 @@ class AdmUNet(nn.Module):
         """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W]."""
         emb = self._embed(noise, cond)
         enc, dec = self.enc, self.dec
-        x = enc[f"{self.levels[0]}_conv"](x)
+        x = enc[f"{self.levels[0]}_conv"](self.coords(x, cond))
         skips = [x]
         for level, name in enumerate(self.levels):
             if level > 0:

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.conditioning import Conditioning, full_grid
+from tessera.errors import TesseraError
+
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A region without autocast on `device` (nothing to do on devices that have none)."""
@@ -23,17 +26,66 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     return contextlib.nullcontext()
 
 
+class CoordinateInput(nn.Module):
+    """Appends where its pixels lie in the full image to a network's input, as further channels.
+
+    Image channels come first, then x and y as they are (Wang et al. 2023), or with `frequencies` F
+    the sines of both and the cosines of both for each of 2^0, ..., 2^(F-1). Without coordinates in
+    the conditioning, the image is complete.
+
+    Args:
+        frequencies: F; 0 for x and y themselves, None for a network without coordinates.
+    """
+
+    def __init__(self, frequencies: int | None) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+
+    @property
+    def channels(self) -> int:
+        """Number of channels appended."""
+        if self.frequencies is None:
+            return 0
+        return 4 * self.frequencies or 2
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        """x [B, C, H, W] to [B, C + channels, H, W]."""
+        if self.frequencies is None:
+            return x
+        coords = cond.coords
+        if coords is None:
+            coords = full_grid((x.shape[-2], x.shape[-1]), x.device).expand(len(x), -1, -1, -1)
+        return torch.cat([x, self.embed(coords).to(x.dtype)], dim=1)
+
+    def embed(self, coords: Tensor) -> Tensor:
+        """Coordinates [B, 2, H, W] as the channels that are appended."""
+        if not self.frequencies:
+            return coords
+        scaled = [coords * 2.0**power for power in range(self.frequencies)]
+        return torch.cat([f(angle) for angle in scaled for f in (torch.sin, torch.cos)], dim=1)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation in float32 whatever the input's dtype, which the result keeps.
 
     Args:
         channels: number of channels; there are min(32, channels // 4) groups.
         eps: added to the variance.
+
+    Raises:
+        TesseraError: the groups would not be of equal size.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.groups = min(32, channels // 4)
+        if self.groups == 0 or channels % self.groups:
+            raise TesseraError(
+                f"the network has a layer of {channels} channels, which do not divide into "
+                f"{max(self.groups, 1)} groups for normalisation (a quarter of the channels, at "
+                "most 32). Change network.model_channels or network.channel_mult: powers of two, "
+                "or multiples of 32, always fit"
+            )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tessera.conditioning import Conditioning, one_hot
 from tessera.networks.layers import (
     Conv,
+    CoordinateInput,
     FourierEmbedding,
     GroupNorm,
     PositionalEmbedding,
@@ -31,7 +32,7 @@ class SongUNet(nn.Module):
     Args:
         resolution: height and width that the levels are named and attention is chosen by; other
             sizes work as long as every level halves evenly.
-        in_channels, out_channels: channels of the input and of the raw output.
+        in_channels, out_channels: channels of the input image and of the raw output.
         num_classes: 0 for a network without classes.
         augment_dim: number of augmentation labels; 0 for none.
         model_channels, channel_mult: width, and its multiplier at each level.
@@ -45,6 +46,9 @@ class SongUNet(nn.Module):
             and carries it.
         decoder: "skip" sums the outputs of all levels.
         resample_filter: taps of the up- and downsampling filter.
+        coord_frequencies: of the coordinate channels, see `CoordinateInput`; None: no coordinates.
+        implicit_mlp: let a pixel-wise perceptron of three layers read the input, before the first
+            3x3 convolution.
     """
 
     def __init__(
@@ -66,8 +70,12 @@ class SongUNet(nn.Module):
         encoder: Literal["standard", "skip", "residual"] = "standard",
         decoder: Literal["standard", "skip"] = "standard",
         resample_filter: Sequence[int] = (1, 1),
+        coord_frequencies: int | None = None,
+        implicit_mlp: bool = False,
     ) -> None:
         super().__init__()
+        self.coords = CoordinateInput(coord_frequencies)
+        in_channels += self.coords.channels
         self.num_classes = num_classes
         self.num_blocks = num_blocks
         self.encoder = encoder
@@ -112,7 +120,8 @@ class SongUNet(nn.Module):
         for level, name in enumerate(self.levels):
             attention = resolution >> level in attn_resolutions
             if level == 0:
-                self.enc[f"{name}_conv"] = Conv(in_channels, channels, 3)
+                first = _implicit_mlp if implicit_mlp else Conv
+                self.enc[f"{name}_conv"] = first(in_channels, channels, 3)
             else:
                 self.enc[f"{name}_down"] = block(channels, channels, down=True)
                 skips.append(channels)
@@ -174,7 +183,7 @@ class SongUNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W]."""
         emb = self._embed(noise, cond)
-        x, skips = self._encode(x, emb)
+        x, skips = self._encode(self.coords(x, cond), emb)
         return self._decode(x, emb, skips)
 
     def _embed(self, noise: Tensor, cond: Conditioning) -> Tensor:
@@ -224,3 +233,11 @@ class SongUNet(nn.Module):
                 out = new if out is None else dec[f"{name}_aux_up"](out) + new
         assert out is not None
         return out
+
+
+def _implicit_mlp(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
+    """Three 1x1 convolutions with SiLU, then the convolution that reads their output."""
+    layers: list[nn.Module] = []
+    for width in (in_channels, channels, channels):
+        layers += [Conv(width, channels, 1), nn.SiLU()]
+    return nn.Sequential(*layers, Conv(channels, channels, kernel))

@@ -169,6 +169,19 @@ def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:
     )
 
 
+def start_from(source: str | Path, network: nn.Module) -> None:
+    """Give `network` the default weights of the pipeline that `source` names (see `find_folder`).
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its network is another one.
+    """
+    folder = find_folder(source)
+    try:
+        load_weights(folder, choose_weights(read_config(folder), None), network)
+    except CheckpointError as error:
+        raise CheckpointError(f"training.initial_weights={source}: {error}") from error
+
+
 def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
     """Read the weights into `network`.
 
@@ -194,9 +207,9 @@ def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
     problems = _mismatches(state, network.state_dict())
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the network of the recipe in config.json: "
+            f"{path} does not fit the network of the recipe: "
             + "; ".join(problems)
-            + ". Restore the recipe that the pipeline was saved with, or save it again"
+            + ". It fits the recipe that the pipeline was saved with"
         )
     network.load_state_dict(state)
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ from torch import nn
 
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
+from tessera.cost import choose_bricks
 from tessera.images import save_png
+from tessera.pipelines.bricks import Savings, Usage
+from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
+from tessera.pipelines.canvas import choose_canvas
 from tessera.pipelines.options import choose_sampler, class_index
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
 from tessera.progress import progress
+from tessera.recipes.build import build_sampler
 from tessera.sampling.core import SamplerState
 from tessera.sampling.output import (
     Trajectory,
@@ -42,12 +47,14 @@ class Summary:
         skipped: images that were there already.
         seconds: time from the first to the last image.
         evaluations: network evaluations per image made (NFE); guidance counts its two.
+        savings: what skipped bricks saved, on the main process; None if none were skipped.
     """
 
     made: int
     skipped: int
     seconds: float
     evaluations: float
+    savings: Savings | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,19 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
         pipe, guide = self.pipe, self.options.get("guide")
-        own = {"guidance", "guidance_interval", "guide", "precision"}
+        own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks"}
+        own |= CANVAS_OPTIONS
         sampler = choose_sampler(
             pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
         )
+        schedule = choose_bricks(
+            pipe.recipe,
+            pipe.denoiser,
+            build_sampler(sampler),
+            self.options.get("skip", 0.0),
+            self.options.get("bricks"),
+        )
+        canvas = choose_canvas(pipe.recipe, **self.options)
         label = self.label
         if label is not None and label != "balanced":
             label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
@@ -90,8 +106,15 @@ class Job:
             "guidance_interval": self.options.get("guidance_interval"),
             "guide": guide.checksum if guide is not None else None,
             "precision": self.options.get("precision", "fp32"),
+            "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
+            "bricks": None if schedule is None else str(schedule),
+            **({} if pipe.codec.describe() is None else {"codec": pipe.codec.describe()}),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
@@ -135,7 +158,7 @@ def generate_folder(
             future.result()
     distributed.barrier()
     if distributed.is_main() and job.pipe.denoiser.num_classes:
-        labels = job.pipe.labels(job.seeds, job.label)
+        labels = job.pipe.labels(job.seeds, job.label, **job.options)
         names = [path.relative_to(folder).as_posix() for path in paths.values()]
         pairs = zip(names, labels.tolist(), strict=True)
         write_labels(folder, {name: label for name, label in pairs if label != NO_CLASS})
@@ -151,7 +174,8 @@ def generate_arrays(
     folder `scratch`.
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
-    channels, height, width = job.pipe.denoiser.shape
+    canvas = choose_canvas(job.pipe.recipe, **job.options)
+    channels, height, width = job.pipe.codec.image_shape((canvas.channels, *canvas.shown))
     shape = (len(job.seeds), height, width, channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
@@ -172,7 +196,11 @@ def generate_arrays(
         for index in range(1, world):
             images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
             files[index].unlink()
-    classes = job.pipe.labels(job.seeds, job.label) if job.pipe.denoiser.num_classes else None
+    classes = (
+        job.pipe.labels(job.seeds, job.label, **job.options)
+        if job.pipe.denoiser.num_classes
+        else None
+    )
     return images, classes, summary
 
 
@@ -201,7 +229,12 @@ def _run(
 
     start = time.perf_counter()
     total = len(filmed) + len(ours)
-    with progress("sampling", total, unit="images") as bar, counted(job) as evaluated:
+    usage = Usage(job.pipe)
+    with (
+        progress("sampling", total, unit="images") as bar,
+        counted(job) as evaluated,
+        usage.watch(),
+    ):
 
         def on_step(seeds: Sequence[int], state: SamplerState) -> None:
             bar.advance(len(seeds) / state.steps)
@@ -227,6 +260,7 @@ def _run(
         skipped=len(job.seeds) - made,
         seconds=max(report[2] for report in reports),
         evaluations=sum(report[1] for report in reports) / max(made, 1),
+        savings=usage.savings(),
     )
 
 

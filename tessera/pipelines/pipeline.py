@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -16,17 +16,21 @@ from PIL import Image
 from torch import Tensor
 
 from tessera.conditioning import NO_CLASS, Conditioning
+from tessera.cost import Cost, choose_bricks, estimate
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
+from tessera.diffusion.skipping import BrickSchedule, Skipping
 from tessera.errors import CheckpointError, TesseraError
-from tessera.images import to_pil, to_uint8
+from tessera.images import to_pil
 from tessera.pipelines import folder as folders
+from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
+from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.options import Label, choose_labels, choose_sampler
-from tessera.recipes.build import build_denoiser, build_sampler
+from tessera.recipes.build import build_codec, build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import Recipe
-from tessera.sampling.core import SamplerState
+from tessera.recipes.schema import PixelCodec, Recipe, SamplerConfig
+from tessera.sampling.core import NoiseSource, Sampler, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
 Seeds = Iterable[int] | int | str
@@ -58,6 +62,7 @@ class Pipeline:
     Attributes:
         recipe: how the model was made, with the sampler that it is used with.
         denoiser: the model; its weights are an average over the training.
+        codec: turns its samples into images.
         images_seen: images that it was trained on.
         class_names: one for each class, or None.
         ema: name of the average, its half-life in images; one of `emas`.
@@ -82,6 +87,7 @@ class Pipeline:
     ) -> None:
         self.recipe = recipe
         self.denoiser = denoiser.eval()
+        self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else ema_names(recipe)[0]
@@ -125,14 +131,17 @@ class Pipeline:
         *,
         ema: str | int | None = None,
         device: torch.device | str = "cpu",
+        vae: str | Path | None = None,
     ) -> Self:
         """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
 
         Args:
             ema: name of another average than the default, see `emas`.
+            vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of a kind not known here.
+            TesseraError: a VAE for a model of pixels.
         """
         folder = folders.find_folder(source)
         config = folders.read_config(folder)
@@ -158,6 +167,10 @@ class Pipeline:
             emas=[weights.name for weights in config.weights],
             checksum=entry.sha256,
         )
+        if vae is not None:
+            if isinstance(recipe.codec, PixelCodec):
+                raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
+            pipe.codec = build_codec(recipe.codec, str(vae))
         return pipe.to(device)
 
     def save(self, folder: str | Path) -> None:
@@ -238,6 +251,8 @@ class Pipeline:
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
         batch: int = 64,
         precision: Precision = "fp32",
         on_step: OnStep | None = None,
@@ -255,13 +270,20 @@ class Pipeline:
             guidance: weight of guidance; 1 for none.
             guidance_interval: (low, high), the noise levels where guidance acts.
             guide: a weaker model to guide by, instead of the model without class.
+            skip: share of the sampler's steps in which the last brick of a stack is left out: the
+                last steps if it is the largest (PG, U), the first ones if the smallest (PR).
+            bricks: instead of `skip`, how many bricks run at which noise levels, like
+                "0-0.5:2,20-inf:1"; all run elsewhere.
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
-            options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...).
+            options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...); and
+                for models with coordinates which part of the picture to make: `window`,
+                `resolution`, `window_noise`, `mask_coords`; or a larger picture: `size`,
+                `layout`, `overlap`; see `choose_canvas`.
 
         Raises:
-            TesseraError: a class, guidance or sampler option that this model cannot have.
+            TesseraError: a class, guidance, window or sampler option that this model cannot have.
         """
         seeds = list_seeds(seeds)
         if not seeds:
@@ -269,13 +291,17 @@ class Pipeline:
         if batch < 1:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = self._classes(labels, seeds)
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, options))
-        denoiser = self.guided(guidance, guidance_interval, guide)
+        canvas, section = self._sampling(options)
+        sampler = build_sampler(section)
+        model = self.skipping(sampler, skip, bricks)
+        denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
+        self.codec.prepare()
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
-            noise = SeedNoise(ours, self.device)
-            latents = noise.normal(self.denoiser.shape)
+            noise = canvas.noise(SeedNoise(ours, self.device))
+            latents = noise.normal((canvas.channels, canvas.height, canvas.width))
             cond = self._conditioning(noise, None if classes is None else classes[rows])
+            cond = replace(cond, coords=canvas.coords(len(ours), self.device))
             with _autocast(self.device, precision):
                 for state in sampler(denoiser, latents, cond, noise):
                     if on_step is not None:
@@ -283,7 +309,7 @@ class Pipeline:
             yield SampledBatch(
                 ours,
                 None if cond.labels is None else cond.labels.cpu().numpy(),
-                self.to_pixels(state.x),
+                self.to_pixels(canvas.picture(state.x)),
             )
 
     def check(
@@ -294,48 +320,91 @@ class Pipeline:
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
         precision: Precision = "fp32",
         **options: Any,
     ) -> None:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
         self._classes(labels, list_seeds(seeds))
-        choose_sampler(self.recipe.sampling, options)
+        _, section = self._sampling(options)
+        self.skipping(build_sampler(section), skip, bricks)
         self.guided(guidance, guidance_interval, guide)
+        self.codec.prepare()
         _autocast(self.device, precision)
 
     def labels(
-        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
     ) -> NDArray[np.int64]:
-        """The classes that `sample_batches` gives the images of `seeds`, without making them."""
+        """The classes that `sample_batches` gives the images of `seeds`, without making them.
+
+        Args:
+            options: those of `sample_batches`; only the choice of a window matters.
+        """
         seeds = list_seeds(seeds)
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None:
             return classes
-        drawn = np.zeros(len(seeds), np.int64)
+        drawn, shape = (
+            np.zeros(len(seeds), np.int64),
+            choose_canvas(self.recipe, **options).noise_shape,
+        )
         for index, seed in enumerate(seeds):
             noise = SeedNoise([seed])
-            noise.normal(self.denoiser.shape)
+            noise.normal(shape)
             drawn[index] = noise.integers(self.denoiser.num_classes).item()
         return drawn
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
-        """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU."""
-        return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
+        return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def guided(
         self,
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         guide: Pipeline | Denoiser | None = None,
+        model: Denoiser | None = None,
     ) -> Denoiser:
-        """The model's denoiser, with guidance around it if `guidance` is not 1."""
+        """`model` (by default the denoiser), with guidance around it if `guidance` is not 1."""
+        model = model or self.denoiser
         if guidance == 1:
-            return self.denoiser
+            return model
         weak = guide.denoiser if isinstance(guide, Pipeline) else guide
-        result = Guided(self.denoiser, guidance, interval, weak)
+        result = Guided(model, guidance, interval, weak)
         if weak is None:
             self._warn_if_classes_are_needed()
         return result
+
+    def skipping(
+        self, sampler: Sampler, skip: float = 0.0, bricks: str | BrickSchedule | None = None
+    ) -> Denoiser:
+        """The model's denoiser, leaving out bricks as in `sample_batches` if that is asked for."""
+        schedule = choose_bricks(self.recipe, self.denoiser, sampler, skip, bricks)
+        return self.denoiser if schedule is None else Skipping(self.denoiser, schedule)
+
+    def cost(
+        self,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
+        **options: Any,
+    ) -> Cost:
+        """What the model costs; `sample_flops` with these options of `sample_batches`.
+
+        Raises:
+            TesseraError: an option that this model cannot have.
+        """
+        section = choose_sampler(self.recipe.sampling, options)
+        recipe = self.recipe.model_copy(update={"sampling": section})
+        return estimate(recipe, guidance, guidance_interval, skip, bricks)
+
+    def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
+        """What part of the picture is made, and by which sampler."""
+        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
+        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
 
     def _classes(
         self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
@@ -356,7 +425,7 @@ class Pipeline:
             stacklevel=4,
         )
 
-    def _conditioning(self, noise: SeedNoise, classes: NDArray[np.int64] | None) -> Conditioning:
+    def _conditioning(self, noise: NoiseSource, classes: NDArray[np.int64] | None) -> Conditioning:
         if self.denoiser.num_classes == 0:
             return Conditioning()
         drawn = noise.integers(self.denoiser.num_classes)
@@ -364,10 +433,14 @@ class Pipeline:
 
 
 def load(
-    source: str | Path, *, ema: str | int | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    ema: str | int | None = None,
+    device: torch.device | str = "cpu",
+    vae: str | Path | None = None,
 ) -> Pipeline:
     """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub."""
-    return Pipeline.load(source, ema=ema, device=device)
+    return Pipeline.load(source, ema=ema, device=device, vae=vae)
 
 
 def list_seeds(seeds: Seeds) -> list[int]:

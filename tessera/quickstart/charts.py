@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 36
+_WIDTH, _HEIGHT = 720, 280
+_SIDE = 20
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 24, 12, 54
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def line(points: Sequence[tuple[int, float]]) -> str:
         parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", "end"))
     for value in _ticks(max(xs)):
         x, _ = place(value, ys[0])
-        parts.append(_text(x, _HEIGHT - _BOTTOM + 18, _thousands(value), "middle"))
-    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 2, "images seen", "end"))
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 22, _thousands(value), "middle"))
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, "images seen", "end"))
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, xs, ys))
     parts.append(f'<polyline class="curve" points="{path}"/>')
     last = place(xs[-1], ys[-1])
@@ -53,29 +54,30 @@ def line(points: Sequence[tuple[int, float]]) -> str:
 
 
 def scale(marks: Sequence[Mark]) -> str:
-    """Values as bars on a common logarithmic axis, each with its name and number."""
+    """Values as bars on a common logarithmic axis, each below its name and number."""
     values = [max(mark.value, 1e-6) for mark in marks]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     low, high = low - (low == math.log10(min(values))), max(high, low + 1)
-    bar, height = 46, 46 * len(marks) + 30
-    left = 190
+    row_height = 52
+    height = row_height * len(marks) + 30
 
     def place(value: float) -> float:
-        return left + (math.log10(value) - low) / (high - low) * (_WIDTH - left - 80)
+        return _SIDE + (math.log10(value) - low) / (high - low) * (_WIDTH - 3 * _SIDE)
 
     parts = []
     for exponent in range(low, high + 1):
         x = place(10.0**exponent)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 24}"/>')
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 26}"/>')
         parts.append(_text(x, height - 6, f"{10.0**exponent:g}", "middle"))
     for row, (mark, value) in enumerate(zip(marks, values, strict=True)):
-        y = row * bar + 10
-        width = max(place(value) - left, 2)
+        y = row * row_height
+        width = max(place(value) - _SIDE, 2)
+        name = f'<tspan class="value">{mark.value:.3g}</tspan>  {escape(mark.name)}'
+        parts.append(f'<text class="name" x="{_SIDE}" y="{y + 18}">{name}</text>')
         parts.append(
-            f'<rect class="{mark.kind}" x="{left}" y="{y}" width="{width:.1f}" height="26" rx="4"/>'
+            f'<rect class="{mark.kind}" x="{_SIDE}" y="{y + 25}" '
+            f'width="{width:.1f}" height="16" rx="4"/>'
         )
-        parts.append(_text(left - 10, y + 18, mark.name, "end"))
-        parts.append(_text(left + width + 8, y + 18, f"{mark.value:.3g}", "start", "value"))
     return _svg(parts, height, ", ".join(f"{mark.name}: {mark.value:.3g}" for mark in marks))
 
 
@@ -87,9 +89,9 @@ def _svg(parts: Sequence[str], height: int, description: str) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+def _text(x: float, y: float, text: str, anchor: str) -> str:
     return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+        f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tessera.images import png_bytes
 from tessera.quickstart import charts
-from tessera.quickstart.run import Frame, Result
+from tessera.quickstart.run import GUIDANCE, Frame, Result
 
 _SHOWN = 10  # digits of each class, real and made
 _STRIP = 3  # images whose denoising is shown
@@ -195,8 +195,8 @@ def _facts(result: Result) -> str:
         ("network", f"{recipe.network.kind}, {result.parameters:,} parameters"),
         ("training", f"{training.images:,} images in batches of {training.batch}, "
                      f"{training.precision}, learning rate {recipe.optimizer.lr:g}"),
-        ("sampling", f"{sampler.kind}, {sampler.steps} steps, no guidance, averaged weights of "
-                     f"half-life {recipe.ema[0].halflife_images:,.0f} images"),
+        ("sampling", f"{sampler.kind}, {sampler.steps} steps, guidance {GUIDANCE:g}, weights "
+                     f"averaged with half-life {recipe.ema[0].halflife_images:,.0f} images"),
         ("seed", str(training.seed)),
         *((f"time: {part}", _duration(value)) for part, value in result.seconds.items()),
     ]  # fmt: skip
@@ -206,13 +206,14 @@ def _facts(result: Result) -> str:
 
 def _commands(result: Result) -> str:
     out = result.out
+    sample = f"tessera sample {out}/run --guidance {GUIDANCE:g}"
     lines = [
-        ("Make sevens", f"tessera sample {out}/run --class 7 --seeds 0-63 --grid --out sevens"),
+        ("Make sevens", f"{sample} --class 7 --seeds 0-63 --grid --out sevens"),
         (
             "Watch them appear",
-            f"tessera sample {out}/run --seeds 0-15 --out digits.png --trajectory digits.gif",
+            f"{sample} --seeds 0-15 --out digits.png --trajectory digits.gif",
         ),
-        ("Score the model again", f"tessera eval score {out}/run {out}/digits.ref.npz"),
+        ("Score it without guidance", f"tessera eval score {out}/run {out}/digits.ref.npz"),
         (
             "Train it for twice as long",
             f"tessera train --resume {out}/run training.images={2 * result.recipe.training.images}",

@@ -34,7 +34,8 @@ from tessera.sampling.core import SamplerState
 from tessera.training.trainer import Trainer
 
 RECIPE = "quickstart-digits"
-_UNTRAINED_STEPS = 4
+GUIDANCE = 1.5  # of the samples and of the denoising that is shown
+_UNTRAINED = {"steps": 4, "solver": "euler"}  # it makes noise of noise, however slowly
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def run(
         )
         save_reference(out / "digits.ref.npz", reference)
     with _timed(seconds, "sampling"):
-        made, labels = _sample(pipeline, samples or len(dataset) // 2, "samples")
+        made, labels = _sample(pipeline, samples or len(dataset) // 2, "samples", guidance=GUIDANCE)
         frames = _denoising(pipeline)
     with _timed(seconds, "scoring"):
         scored = _scores(recipe, reference, dataset, made, labels, seed)
@@ -193,7 +194,9 @@ def _denoising(pipeline: Pipeline) -> list[Frame]:
         noisy, denoised = (to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, guess))
         frames.append(Frame(state.sigma, noisy, denoised))
 
-    pipeline.sample(range(pipeline.denoiser.num_classes), "balanced", on_step=keep)
+    pipeline.sample(
+        range(pipeline.denoiser.num_classes), "balanced", on_step=keep, guidance=GUIDANCE
+    )
     return frames
 
 
@@ -214,9 +217,7 @@ def _scores(
     half, other = np.array_split(order, 2)
     real = torch.from_numpy(dataset.read(half))
     against = Reference(dataset.name, measure(classifier, torch.split(real, 256)), classifier)
-    untrained, _ = _sample(
-        _untrained(recipe, seed), len(samples), "untrained", steps=_UNTRAINED_STEPS
-    )
+    untrained, _ = _sample(_untrained(recipe, seed), len(samples), "untrained", **_UNTRAINED)
     made = torch.from_numpy(samples).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few images: the report shows how many

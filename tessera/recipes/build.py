@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from tessera.data.augment import Augmentation
-from tessera.data.views import FullView
+from tessera.data.codec import Codec, PixelCodec, VaeCodec
+from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
 from tessera.diffusion.objectives import DenoisingObjective
 from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
 from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.lego import Lego
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
 from tessera.sampling.ablation import sample_ablation
@@ -23,13 +25,18 @@ from tessera.sampling.edm import sample_edm
 def build_network(recipe: schema.Recipe) -> nn.Module:
     """The network with fresh weights, on the default device."""
     section = recipe.network
+    channels, resolution, _ = recipe.shape
     network: type[SongUNet | AdmUNet]
     match section:
+        case schema.LegoConfig():
+            options = _options(section) | {
+                "bricks": [(brick.size, brick.patch, brick.depth) for brick in section.bricks]
+            }
+            return Lego(channels, recipe.data.num_classes, recipe.augment_dim, **options)
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
             network = AdmUNet
-    channels, resolution, _ = recipe.shape
     # Improved DDPM's networks also predict a variance, which its preconditioning leaves out.
     learns_variance = isinstance(recipe.preconditioning, schema.IddpmPreconditioning)
     return network(
@@ -38,6 +45,7 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
         2 * channels if learns_variance else channels,
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
+        coord_frequencies=recipe.coord_frequencies,
         **_options(section),
     )
 
@@ -76,11 +84,24 @@ def build_objective(section: schema.ObjectiveConfig) -> DenoisingObjective:
             return objectives.VeObjective(**_options(section))
 
 
-def build_view(recipe: schema.Recipe) -> FullView:
+def build_view(recipe: schema.Recipe) -> View:
     """What of the clean images a step trains on."""
-    match recipe.view:
+    view, training, side = recipe.view, recipe.training, recipe.shape[1]
+    match view:
         case schema.FullView():
-            return FullView(recipe.training.batch)
+            return FullView(training.batch)
+        case schema.PatchView():
+            return PatchView(
+                side,
+                training.batch,
+                patch_sizes(
+                    side, recipe.patch_sizes, view.real_p, view.probabilities, view.multipliers
+                ),
+                seed=training.seed,
+                progressive=view.schedule == "progressive",
+                total_images=training.images,
+                per_pixel=view.per_pixel,
+            )
 
 
 def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
@@ -88,6 +109,15 @@ def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
     if section is None:
         return None
     return Augmentation(**section.model_dump())
+
+
+def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
+    """What turns samples into images; a VAE is loaded when it is needed, `vae` in its place."""
+    match section:
+        case schema.PixelCodec():
+            return PixelCodec()
+        case schema.VaeCodec():
+            return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
 
 
 def build_sampler(section: schema.SamplerConfig) -> Sampler:

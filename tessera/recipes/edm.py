@@ -50,7 +50,7 @@ def cifar10(labels: bool, architecture: Architecture) -> Recipe:
     return Recipe(
         name=f"edm-cifar10-{kind}-{architecture}",
         description=f"EDM, CIFAR-10, {_TITLES[architecture]}",
-        data=DataConfig(resolution=32, num_classes=10 if labels else 0, order="windowed"),
+        data=DataConfig(resolution=32, num_classes=10 if labels else 0),
         network=song_unet(architecture, (2, 2, 2), dropout=0.13),
         augment=AugmentConfig(p=0.12),
         sampling=EdmSampler(steps=18),
@@ -61,7 +61,7 @@ def _faces64(name: str, title: str, dropout: float, architecture: Architecture) 
     return Recipe(
         name=f"edm-{name}-{architecture}",
         description=f"EDM, {title}, {_TITLES[architecture]}",
-        data=DataConfig(resolution=64, order="windowed"),
+        data=DataConfig(resolution=64),
         network=song_unet(architecture, (1, 2, 2, 2), dropout),
         augment=AugmentConfig(p=0.15),
         optimizer=OptimizerConfig(lr=2e-4),
@@ -85,7 +85,7 @@ def imagenet64() -> Recipe:
     return Recipe(
         name="edm-imagenet64-adm",
         description="EDM, ImageNet, ADM",
-        data=DataConfig(resolution=64, num_classes=1000, order="windowed"),
+        data=DataConfig(resolution=64, num_classes=1000),
         network=AdmUNetConfig(),
         optimizer=OptimizerConfig(lr=1e-4),
         ema=(EmaConfig(halflife_images=50_000_000),),

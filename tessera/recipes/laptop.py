@@ -10,6 +10,7 @@ from tessera.recipes.schema import (
     EdmSampler,
     EmaConfig,
     OptimizerConfig,
+    PatchView,
     PreviewConfig,
     Recipe,
     RunConfig,
@@ -22,7 +23,7 @@ def quickstart_digits() -> Recipe:
     """Handwritten digits, 16x16 grey, ten classes: about two minutes on two cores."""
     return Recipe(
         name="quickstart-digits",
-        description="handwritten digits in two minutes",
+        description="handwritten digits in minutes",
         data=DataConfig(resolution=16, channels=1, num_classes=10, workers=1),
         # Enlarged 8x8 images have no fine detail: the width is where it is cheap and useful.
         network=SongUNetConfig(
@@ -33,10 +34,10 @@ def quickstart_digits() -> Recipe:
             dropout=0,
         ),
         # Which digit it becomes is decided at higher noise than the detail of photographs.
-        objective=EdmObjective(p_mean=-0.5),
+        objective=EdmObjective(p_mean=-0.5, label_dropout=0.1),
         optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=2_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=1_000),),
-        training=TrainingConfig(images=40_000, batch=16),
+        training=TrainingConfig(images=30_000, batch=16),
         sampling=EdmSampler(steps=10, sigma_max=40),
         run=RunConfig(
             log_every_images=500,
@@ -71,7 +72,20 @@ def cifar10_small() -> Recipe:
     )
 
 
+def cifar10_small_patch() -> Recipe:
+    """`cifar10-small` on patches of 8, 16 and 32 pixels: more images in the same time."""
+    whole = cifar10_small()
+    return whole.model_copy(
+        update={
+            "name": "cifar10-small-patch",
+            "description": "CIFAR-10, small, on patches",
+            "view": PatchView(real_p=0.5),
+        }
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart-digits": quickstart_digits,
     "cifar10-small": cifar10_small,
+    "cifar10-small-patch": cifar10_small_patch,
 }

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tessera.errors import RecipeError
-from tessera.recipes import edm, laptop
+from tessera.recipes import edm, laptop, lego, patch
 from tessera.recipes.messages import describe, sections, select, suggestion
 from tessera.recipes.overrides import Data, apply_overrides, merge
 from tessera.recipes.schema import Recipe
@@ -22,7 +22,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 def shipped() -> dict[str, Callable[[], Recipe]]:
     """The recipes of the library: name to the function that makes it."""
-    return {**laptop.RECIPES, **edm.RECIPES}
+    return {**laptop.RECIPES, **edm.RECIPES, **patch.RECIPES, **lego.RECIPES}
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

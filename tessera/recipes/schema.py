@@ -23,6 +23,10 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
+def _text(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
 Listed = BeforeValidator(_listed)
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -40,7 +44,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The training images and how they are read."""
 
-    path: str | None = Field(None, description="archive (.zip), packed set or image folder")
+    path: str | None = Field(
+        None, description="archive (.zip), packed set or image folder; with a VAE: latents"
+    )
     resolution: PositiveInt = Field(description="height and width of the images, pixels")
     channels: Literal[1, 3] = 3
     num_classes: int = Field(0, ge=0, description="0 trains without labels")
@@ -61,7 +67,24 @@ class PixelCodec(Section):
     kind: Literal["pixels"] = "pixels"
 
 
-CodecConfig = PixelCodec
+class VaeCodec(Section):
+    """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
+
+    The defaults are those of Stable Diffusion's.
+    """
+
+    kind: Literal["vae"] = "vae"
+    model: str = Field(
+        "stabilityai/sd-vae-ft-ema",
+        description="folder or Hugging Face id of an AutoencoderKL of diffusers",
+    )
+    channels: PositiveInt = Field(4, description="of the latents")
+    downsample: PositiveInt = Field(8, description="side of the images / side of the latents")
+    scale: PositiveFloat = 0.18215
+    shift: float = 0
+
+
+CodecConfig = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]
 
 
 class FullView(Section):
@@ -70,7 +93,37 @@ class FullView(Section):
     kind: Literal["full"] = "full"
 
 
-ViewConfig = FullView
+class PatchView(Section):
+    """Every step trains on random patches of one size, and where they lie (Patch Diffusion)."""
+
+    kind: Literal["patches"] = "patches"
+    real_p: Probability = Field(0.5, description="probability of the largest size")
+    sizes: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+        None, description="sides from small to large; null: R/4, R/2, R (latents: R/2, R)"
+    )
+    probabilities: Annotated[tuple[Probability, ...], Listed] | None = Field(
+        None, description="of the sizes; null: from real_p"
+    )
+    multipliers: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+        None, description="batches of a step, for each size s; null: R / s"
+    )
+    schedule: Literal["stochastic", "progressive"] = Field(
+        "stochastic", description="a size drawn for each step, or from small to large"
+    )
+    per_pixel: bool = Field(
+        False, description="give a patch the weight of a full image, not that of its pixels"
+    )
+
+
+ViewConfig = Annotated[FullView | PatchView, Field(discriminator="kind")]
+
+
+class CoordsConfig(Section):
+    """The position of each pixel in the full image, as further channels of the network's input."""
+
+    frequencies: int = Field(
+        0, ge=0, description="0: x and y; F: sines and cosines at 2^0, ..., 2^(F-1)"
+    )
 
 
 class AugmentConfig(Section):
@@ -115,7 +168,25 @@ class AugmentConfig(Section):
 # -------------------------------------------------------------------------------------- networks
 
 
-class SongUNetConfig(Section):
+class UNetSection(Section):
+    """What every U-Net has."""
+
+    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+
+    def fits(self, side: int) -> bool:
+        """Whether the network takes images of this height or width."""
+        return side % (1 << (len(self.channel_mult) - 1)) == 0
+
+    @property
+    def sides(self) -> str:
+        """Which heights and widths it takes, and why."""
+        levels = len(self.channel_mult)
+        return (
+            f"a multiple of {2 ** (levels - 1)}, because network.channel_mult has {levels} levels"
+        )
+
+
+class SongUNetConfig(UNetSection):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM."""
 
     kind: Literal["song_unet"] = "song_unet"
@@ -130,9 +201,12 @@ class SongUNetConfig(Section):
     encoder: Literal["standard", "skip", "residual"] = "standard"
     decoder: Literal["standard", "skip"] = "standard"
     resample_filter: Annotated[tuple[int, ...], Listed] = (1, 1)
+    implicit_mlp: bool = Field(
+        False, description="a pixel-wise perceptron before the first 3x3 convolution"
+    )
 
 
-class AdmUNetConfig(Section):
+class AdmUNetConfig(UNetSection):
     """The ADM U-Net (Dhariwal & Nichol 2021), as in EDM."""
 
     kind: Literal["adm_unet"] = "adm_unet"
@@ -144,7 +218,55 @@ class AdmUNetConfig(Section):
     dropout: Probability = 0.10
 
 
-NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig, Field(discriminator="kind")]
+class BrickConfig(Section):
+    """One brick: side of its patches and of its tokens in pixels, number of blocks."""
+
+    size: PositiveInt
+    patch: PositiveInt = 2
+    depth: PositiveInt
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        if self.size % self.patch:
+            raise ValueError(f"size ({self.size}) must be a multiple of patch ({self.patch})")
+        return self
+
+
+class LegoConfig(Section):
+    """LEGO bricks (Zheng et al. 2024): a stack of transformers on patches of several sizes."""
+
+    kind: Literal["lego"] = "lego"
+    bricks: tuple[BrickConfig, ...] = Field(min_length=1, description="first to last")
+    width: PositiveInt = Field(384, description="of the tokens; a multiple of heads and of 4")
+    heads: PositiveInt = 6
+    mlp_ratio: PositiveFloat = 4
+    joint: bool = Field(True, description="train every brick's output, so that bricks can skip")
+    positions: Literal["fixed", "learned"] = Field(
+        "fixed", description="table of token positions; learned in the released models"
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4"
+            )
+        return self
+
+    def fits(self, side: int) -> bool:
+        """Whether the bricks tile a canvas of this height or width; see `networks.lego.Lego`."""
+        return all(side % (b.patch if side < b.size else b.size) == 0 for b in self.bricks)
+
+    @property
+    def sides(self) -> str:
+        """Which heights and widths fit, and why."""
+        step = math.lcm(*(brick.size for brick in self.bricks))
+        small = [str(side) for side in range(1, step) if self.fits(side)]
+        sizes = " or ".join([f"a multiple of {step}", *([", ".join(small)] if small else [])])
+        return f"{sizes}, to be tiled by network.bricks"
+
+
+NetworkConfig = Annotated[SongUNetConfig | AdmUNetConfig | LegoConfig, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------- diffusion
@@ -327,6 +449,9 @@ class TrainingConfig(Section):
     )
     max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
     seed: int = Field(0, ge=0)
+    initial_weights: str | None = Field(
+        None, description="pipeline or run whose averaged weights the training starts from"
+    )
 
     @model_validator(mode="after")
     def _replaceable(self) -> Self:
@@ -403,6 +528,9 @@ class Recipe(Section):
     data: DataConfig
     codec: CodecConfig = PixelCodec()
     view: ViewConfig = FullView()
+    coords: CoordsConfig | None = Field(
+        None, description="coordinates as input; null: x and y if the view is of patches"
+    )
     augment: AugmentConfig | None = None
     network: NetworkConfig
     preconditioning: PreconditioningConfig = EdmPreconditioning()
@@ -417,7 +545,31 @@ class Recipe(Section):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's images in model space."""
+        if isinstance(self.codec, VaeCodec):
+            side = self.data.resolution // self.codec.downsample
+            return self.codec.channels, side, side
         return self.data.channels, self.data.resolution, self.data.resolution
+
+    @property
+    def coord_frequencies(self) -> int | None:
+        """Of the network's coordinate channels; None if it has none."""
+        if isinstance(self.network, LegoConfig):
+            return 0
+        if self.coords is not None:
+            return self.coords.frequencies
+        return 0 if isinstance(self.view, PatchView) else None
+
+    @property
+    def patch_sizes(self) -> tuple[int, ...]:
+        """Sides of all images that the network is trained on, in model space, small to large."""
+        side = self.shape[1]
+        if not isinstance(self.view, PatchView):
+            return (side,)
+        if self.view.sizes is not None:
+            return self.view.sizes
+        if isinstance(self.codec, VaeCodec):
+            return (side // 2, side)
+        return (side // 4, side // 2, side)
 
     @property
     def augment_dim(self) -> int:
@@ -425,13 +577,91 @@ class Recipe(Section):
         return self.augment.label_dim if self.augment is not None else 0
 
     @model_validator(mode="after")
-    def _levels_fit(self) -> Self:
-        network = self.network
-        divisor = 2 ** (len(network.channel_mult) - 1)
-        if self.data.resolution % divisor:
+    def _latents_fit(self) -> Self:
+        data, codec = self.data, self.codec
+        if not isinstance(codec, VaeCodec):
+            return self
+        if data.channels != 3:
+            raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
+        if data.resolution % codec.downsample:
             raise ValueError(
-                f"data.resolution ({self.data.resolution}) must be a multiple of {divisor}, "
-                f"because network.channel_mult has {len(network.channel_mult)} levels"
+                f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "
+                f"({codec.downsample}), because each latent pixel stands for so many of the image"
+            )
+        if self.augment is not None:
+            raise ValueError(
+                "augment works on images and not on latents; set augment=null, and data.xflip=true "
+                "for mirrored images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if not self.network.fits(self.shape[1]):
+            grid = self.data.resolution // self.shape[1]
+            latents = f", which makes latents of side {self.shape[1]}," if grid > 1 else ""
+            unit = f" times {grid}" if grid > 1 else ""
+            raise ValueError(
+                f"data.resolution ({self.data.resolution}){latents} must be "
+                f"{self.network.sides}{unit}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bricks_know_coordinates(self) -> Self:
+        if not isinstance(self.network, LegoConfig):
+            return self
+        if self.coords is not None and self.coords.frequencies:
+            raise ValueError(
+                "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
+                "leave out coords"
+            )
+        if isinstance(self.preconditioning, IddpmPreconditioning):
+            raise ValueError(
+                "preconditioning.kind: iddpm needs a network that learns variances, which bricks "
+                "do not; choose edm, vp or ve"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Self:
+        view, side = self.view, self.shape[1]
+        if not isinstance(view, PatchView):
+            return self
+        sizes = self.patch_sizes
+        halvings = len(sizes) - 1
+        if view.sizes is None and side % 2**halvings:
+            often = "twice" if halvings == 2 else "once"
+            raise ValueError(
+                f"images of side {side} cannot be halved {often}, as the usual patches need; "
+                "set view.sizes"
+            )
+        if list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"view.sizes {_text(sizes)} must rise from small to large")
+        if sizes[-1] > side:
+            raise ValueError(
+                f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
+            )
+        for size in sizes:
+            if not self.network.fits(size):
+                raise ValueError(
+                    f"patches of {size} pixels do not fit the network: their side must be "
+                    f"{self.network.sides}. Set view.sizes, or change the network"
+                )
+        for name in ("probabilities", "multipliers"):
+            values = getattr(view, name)
+            if values is not None and len(values) != len(sizes):
+                raise ValueError(
+                    f"view.{name} has {len(values)} entries, but there are {len(sizes)} sizes: "
+                    f"{_text(sizes)}"
+                )
+        if view.probabilities is None and len(sizes) > 3:
+            raise ValueError(
+                "view.real_p can be distributed over up to 3 sizes only; set view.probabilities"
+            )
+        if view.probabilities is not None and abs(sum(view.probabilities) - 1) > 1e-6:
+            raise ValueError(
+                f"view.probabilities add up to {sum(view.probabilities):g}; they must make 1"
             )
         return self
 
@@ -441,7 +671,7 @@ class Recipe(Section):
         if not isinstance(network, AdmUNetConfig):
             return self
         for level, mult in enumerate(network.channel_mult):
-            resolution, width = self.data.resolution >> level, network.model_channels * mult
+            resolution, width = self.shape[1] >> level, network.model_channels * mult
             if resolution in network.attn_resolutions and width % 64:
                 raise ValueError(
                     f"network.attn_resolutions asks for attention at {resolution}, where the ADM "

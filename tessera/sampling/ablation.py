@@ -104,12 +104,12 @@ def sample_ablation(
     # Without churn a step starts where the last one ended, also in the last digit.
     sigmas_hat = [curve.sigma(time) for time in t_hat]
 
-    def slope(x: Tensor, time: float) -> tuple[Tensor, Tensor]:
+    def slope(model: Denoiser, x: Tensor, time: float) -> tuple[Tensor, Tensor]:
         """dx/dt at `time` (equation 4) and the denoiser's estimate."""
         sigma, s = curve.sigma(time), scale.value(curve.sigma(time))
         growth = curve.derivative(time) / sigma
         shrink = scale.derivative(sigma) * curve.derivative(time) / s
-        denoised = denoise(denoiser, x / s, sigma, cond)
+        denoised = denoise(model, x / s, sigma, cond)
         return (growth + shrink) * x - growth * s * denoised, denoised
 
     x = latents.to(state_dtype(latents.device)) * (sigmas[0] * scale.value(sigmas[0]))
@@ -124,11 +124,12 @@ def sample_ablation(
 
         # Euler step from t̂_i to t_{i+1}, or to a share α of it where a correction follows.
         h = t[i + 1] - t_hat[i]
-        d, denoised = slope(x, t_hat[i])
+        model = denoiser.for_step(sigmas[i])
+        d, denoised = slope(model, x, t_hat[i])
         if solver == "euler" or i == steps - 1:
             x = x + h * d
         else:
-            d_prime, denoised = slope(x + alpha * h * d, t_hat[i] + alpha * h)
+            d_prime, denoised = slope(model, x + alpha * h * d, t_hat[i] + alpha * h)
             x = x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
 
         sigma = curve.sigma(t[i + 1])

@@ -78,6 +78,41 @@ def denoise(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> 
     return posterior.mean.to(z.dtype)
 
 
+def step_sigmas(sampler: Sampler, denoiser: Denoiser) -> list[float]:
+    """The noise levels at which the steps of `sampler` begin, without evaluating `denoiser`."""
+    probe = _Probe(denoiser)
+    for _ in sampler(probe, torch.zeros(1, 1, 1, 1), Conditioning(), _NoNoise()):
+        pass
+    return probe.levels
+
+
+class _Probe(Denoiser):
+    """Supports the noise levels of another denoiser, and notes where steps begin."""
+
+    def __init__(self, model: Denoiser) -> None:
+        super().__init__()
+        self.sigma_min, self.sigma_max = model.sigma_min, model.sigma_max
+        self.round_sigma = model.round_sigma  # type: ignore[method-assign]
+        self.levels: list[float] = []
+
+    def for_step(self, sigma: float) -> Denoiser:
+        self.levels.append(sigma)
+        return self
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        return Posterior(z)
+
+
+class _NoNoise:
+    """A `NoiseSource` of zeros for one image."""
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(1, *shape, dtype=dtype)
+
+    def integers(self, high: int) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64)
+
+
 def round_sigmas(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> list[float]:
     """The noise levels that the denoiser supports nearest to `sigmas`, as Python numbers."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64)

@@ -71,14 +71,15 @@ def sample_edm(
             x = x + math.sqrt(max(t_hat[i] ** 2 - t[i] ** 2, 0.0)) * s_noise * epsilon
 
         # Euler step from t̂_i to t_{i+1}.
+        model = denoiser.for_step(t[i])
         h = t[i + 1] - t_hat[i]
-        denoised = denoise(denoiser, x, t_hat[i], cond)
+        denoised = denoise(model, x, t_hat[i], cond)
         d = (x - denoised) / t_hat[i]
         x_next = x + h * d
 
         # Second-order correction.
         if solver == "heun" and t[i + 1] > 0:
-            denoised = denoise(denoiser, x_next, t[i + 1], cond)
+            denoised = denoise(model, x_next, t[i + 1], cond)
             x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2
 
         x = x_next if refine is None else refine(x_next, t[i + 1], cond)

@@ -34,12 +34,14 @@ class MicroBatch:
         cond: what the network is told about them.
         draws: their random numbers.
         network_seed: seed of PyTorch's own generator during the pass, for dropout.
+        weight: factor of the loss that is minimised; the terms reported are without it.
     """
 
     x: Tensor
     cond: Conditioning
     draws: Draws
     network_seed: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Learner:
         with self._autocast():
             terms: dict[str, Tensor] = self._module(x, micro.cond, micro.draws)
         # DDP and FSDP average over processes; the objective is a mean over the global batch.
-        weight = distributed.world() / images
+        weight = micro.weight * distributed.world() / images
         loss = terms["loss"].float().sum() * weight
         torch.autograd.backward(loss * self.loss_scale.scale if self.loss_scale.active else loss)
         sums = {name: value.detach().float().sum() for name, value in terms.items()}

@@ -49,7 +49,7 @@ def compile_blocks(module: nn.Module, device: torch.device) -> None:
         torch._dynamo.config.accumulated_recompile_limit, 4 * limit
     )
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False)
 
 
 def wrap(step: nn.Module, mode: Literal["ddp", "fsdp"], device: torch.device) -> nn.Module:

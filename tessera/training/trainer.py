@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from tessera import distributed
-from tessera.data.dataset import ImageDataset
+from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
+from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
 from tessera.recipes.build import build_denoiser, build_objective
@@ -85,8 +86,11 @@ class Trainer:
         self.device = distributed.device()
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+        denoiser = build_denoiser(recipe)
+        if recipe.training.initial_weights is not None and resume is None:
+            start_from(recipe.training.initial_weights, denoiser.network)
         self.learner = Learner(
-            TrainStep(build_denoiser(recipe), build_objective(recipe.objective)),
+            TrainStep(denoiser, build_objective(recipe.objective)),
             recipe.optimizer,
             recipe.ema,
             recipe.training,
@@ -103,8 +107,8 @@ class Trainer:
             self._restore()
 
     @property
-    def dataset(self) -> ImageDataset:
-        """The training images."""
+    def dataset(self) -> Dataset:
+        """The training images or latents."""
         return self._feed.dataset
 
     @property

@@ -13,6 +13,7 @@ from torch import nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.preconditioning import Edm, Preconditioned
+from tessera.errors import TesseraError
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.layers import UNetBlock
 from tessera.networks.song_unet import SongUNet
@@ -178,3 +179,11 @@ def test_preconditioning_is_float32_under_autocast() -> None:
     assert scaled.dtype == noise.dtype == mean.dtype == torch.float32
     assert raw == torch.bfloat16
     assert torch.allclose(mean, z.float(), atol=5e-3)  # bfloat16 would be off by 1e-2
+
+
+@pytest.mark.parametrize(("width", "named"), [(48, "144"), (2, "2")])
+def test_widths_that_cannot_be_normalised_are_named_when_the_network_is_made(
+    width: int, named: str
+) -> None:
+    with pytest.raises(TesseraError, match=rf"{named} channels.*network\.model_channels"):
+        SongUNet(8, 3, 3, model_channels=width, channel_mult=(1, 2), num_blocks=1)

@@ -155,12 +155,12 @@ def test_loss_chart_of_any_length(losses: list[tuple[int, float]]) -> None:
     if losses:
         points = [tuple(map(float, p.split(","))) for p in coordinates[0].split()]
         assert len(points) == len(losses)
-        assert all(0 <= x <= 720 and 0 <= y <= 260 for x, y in points)
+        assert all(0 <= x <= 720 and 0 <= y <= 280 for x, y in points)
         # Smaller losses are drawn lower, where y is larger.
         assert [y for _, y in points] == sorted(y for _, y in points)
 
 
 def test_scale_draws_longer_bars_for_larger_values() -> None:
     marks = [charts.Mark("a", 0.01, "floor"), charts.Mark("b", 3.0, "ceiling")]
-    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="26"', charts.scale(marks))]
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="16"', charts.scale(marks))]
     assert widths[0] < widths[1]

@@ -153,11 +153,11 @@ def test_one_mistake_is_one_line() -> None:
     ("override", "words"),
     [
         ("data.resolution=30", "data.resolution (30) must be a multiple of 4"),
-        ("training.micro_batch=7", "training: batch (64) must be a multiple of micro_batch (7)"),
+        ("training.micro_batch=7", "training: batch (32) must be a multiple of micro_batch (7)"),
         ("training.batch", "is not of the form key.path=value"),
         ("=3", "is not of the form key.path=value"),
         ("a..b=3", "is not of the form key.path=value"),
-        ("training.batch.x=3", "training.batch is the value 64"),
+        ("training.batch.x=3", "training.batch is the value 32"),
         ("training.batch=[1", "training.batch=[1, line 1"),
         ("ema=[]", "ema: needs at least 1 element(s)"),
         ("network.kind=null", "network.kind: "),

@@ -305,3 +305,24 @@ def test_command_describes_the_run(folder: Path, tmp_path: Path) -> None:
 def test_a_recipe_or_a_run_is_needed() -> None:
     with pytest.raises(TesseraError):
         Trainer()
+
+
+def test_training_starts_from_the_weights_of_a_pipeline(recipe, whole: Path, folder: Path) -> None:
+    later = tiny_recipe(
+        folder,
+        augment={"p": 0.5, "yflip": 1},
+        training={"initial_weights": str(whole), "seed": 9},
+    )
+    trainer = Trainer(later, folder / "warm")
+    average = trainer.learner.average(0)
+    expected = load_file(whole / "pipeline" / "model.safetensors")
+    actual = trainer.learner.step.denoiser.network.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+        assert torch.equal(tensor, average[f"network.{name}"]), name
+
+
+def test_initial_weights_of_another_network_are_refused(whole: Path, folder: Path) -> None:
+    other = tiny_recipe(folder, network={"num_blocks": 2}, training={"initial_weights": str(whole)})
+    with pytest.raises(CheckpointError, match=r"training\.initial_weights.*missing"):
+        Trainer(other, folder / "other-network")

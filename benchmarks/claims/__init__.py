@@ -1,0 +1,1 @@
+"""Measurements behind the methods' claims; each takes long and is run by hand."""

@@ -1,0 +1,147 @@
+"""The layers of diffusion transformers: DiT blocks with adaLN-zero (Peebles & Xie 2023).
+
+Tokens are [B, T, D]; the conditioning vector is [B, D] and is broadcast over an image's tokens, so
+what depends on it is computed once an image. Attention may be confined to spans of consecutive
+tokens. Parameters carry the names of the released LEGO checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.networks.layers import PositionalEmbedding
+
+_SHORT = 16
+"""Spans of fewer tokens than this are short."""
+_SQUARE = 2048
+"""Spans of at most this many tokens may keep their square of attention weights in memory."""
+
+
+def sincos_table(width: int, rows: int, columns: int) -> Tensor:
+    """Sines and cosines of a token's place in a grid, float32 [1, rows columns, width].
+
+    The first half encodes the column, the second the row; in each, sines at the frequencies
+    10000^(-i / (width / 4)), then cosines. Computed in float64.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
+    table = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
+    return table.to(torch.float32)[None]
+
+
+class TimestepEmbedding(nn.Module):
+    """The noise level as a vector: 256 frequency features through two layers, [B] to [B, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.features = PositionalEmbedding(256)
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        embedding: Tensor = self.mlp(self.features(noise))
+        return embedding
+
+
+class Attention(nn.Module):
+    """Self-attention among the tokens of each span.
+
+    Args:
+        width: D.
+        heads: must divide D.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, span: int) -> Tensor:
+        """[B, T, D] to the same; each `span` consecutive tokens, of T, see one another."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x)
+        h = attend(qkv.reshape(-1, span, 3, self.heads, width // self.heads))
+        output: Tensor = self.proj(h.reshape(batch, tokens, width))
+        return output
+
+
+def attend(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of qkv [N, n, 3, heads, d], as [N, n, heads, d]."""
+    tokens = qkv.shape[1]
+    if tokens < _SHORT and torch.compiler.is_compiling():
+        return _attend_fused(qkv)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    # The flash kernels are made for long spans: over a few tokens they spend their time on being
+    # called; and that of the CPU computes in bfloat16 no faster than in float32, unlike products.
+    explicit = tokens < _SHORT or (
+        tokens <= _SQUARE and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+    )
+    if not explicit:
+        h: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return h
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    return torch.matmul(weights, v).transpose(1, 2)
+
+
+def _attend_fused(qkv: Tensor) -> Tensor:
+    """`attend` as products and sums, which the compiler fuses into one pass over qkv.
+
+    Products of matrices as small as a span of few tokens would cost more in calls than in work.
+    """
+    q, k, v = qkv.to(torch.float32).unbind(dim=2)
+    scores = (q[:, :, None] * k[:, None]).sum(dim=-1) * q.shape[-1] ** -0.5  # [N, n, n, heads]
+    weights = scores.softmax(dim=2)
+    mixed: Tensor = (weights[..., None] * v[:, None]).sum(dim=2)
+    return mixed.to(qkv.dtype)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU (its tanh form) between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return output
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(h) (1 + scale) + shift, with shift and scale [B, 1, D] and a norm without parameters."""
+    return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale + 1)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated before and gated after by the conditioning vector."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, h: Tensor, c: Tensor, span: int) -> Tensor:
+        """h [B, T, D] and c [B, D] to h; attention is confined to spans of so many tokens."""
+        s1, k1, g1, s2, k2, g2 = self.adaLN_modulation(c)[:, None].to(h.dtype).chunk(6, dim=-1)
+        h = torch.addcmul(h, g1, self.attn(modulate(h, s1, k1), span))
+        return torch.addcmul(h, g2, self.mlp(modulate(h, s2, k2)))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, T, D] to outputs [B, T, out], modulated by the conditioning vector."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].to(h.dtype).chunk(2, dim=-1)
+        output: Tensor = self.linear(modulate(h, shift, scale))
+        return output

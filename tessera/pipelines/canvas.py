@@ -1,0 +1,201 @@
+"""Which part of the picture is sampled, by models that know where their pixels lie."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tessera.conditioning import coordinates
+from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.windows import Windows
+from tessera.errors import TesseraError
+from tessera.recipes.schema import Recipe
+from tessera.sampling.core import NoiseSource
+
+Window = tuple[int, int, int, int]
+WindowNoise = Literal["crop", "own"]
+"""The noise of a window: cut from that of the whole picture, or drawn for the window alone."""
+
+Layout = Literal["tiles", "pad", "windows"]
+"""How a canvas of another size is made: by the network as it is; the same on a canvas padded to a
+size that fits, which is cropped in the end; or by windows of the trained size that overlap."""
+
+OPTIONS = frozenset(
+    {"window", "resolution", "window_noise", "mask_coords", "size", "layout", "overlap"}
+)
+"""Options of sampling that `choose_canvas` reads."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A window of the plane of pixels, in model space.
+
+    Attributes:
+        channels: of the picture.
+        x, y: column and row of its first pixel.
+        width, height: in pixels.
+        resolution: side of the whole picture, whose corners have coordinates -1 and 1.
+        whole: the window is what the model makes by itself.
+        crops: the window's noise is cut from that of the whole picture.
+        masked: all coordinates are 0.
+        shown: height and width of the picture, the canvas's top left part.
+        overlap: share of overlapping windows; None: the network sees the whole canvas.
+    """
+
+    channels: int
+    x: int
+    y: int
+    width: int
+    height: int
+    resolution: int
+    whole: bool
+    crops: bool
+    masked: bool
+    shown: tuple[int, int]
+    overlap: float | None = None
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the noise that is drawn."""
+        if self.crops:
+            return self.channels, self.resolution, self.resolution
+        return self.channels, self.height, self.width
+
+    def coords(self, batch: int, device: torch.device) -> Tensor | None:
+        """Coordinates [B, 2, H, W]; None where the network makes them itself."""
+        if self.whole and not self.masked:
+            return None
+        columns = torch.arange(self.x, self.x + self.width, device=device)
+        rows = torch.arange(self.y, self.y + self.height, device=device)
+        grid = coordinates(columns, rows, (self.resolution, self.resolution))
+        return (torch.zeros_like(grid) if self.masked else grid).expand(batch, -1, -1, -1)
+
+    def wrap(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser of the whole canvas."""
+        if self.overlap is None:
+            return denoiser
+        return Windows(denoiser, (self.height, self.width), self.overlap)
+
+    def picture(self, x: Tensor) -> Tensor:
+        """The part of the canvas x [B, C, H, W] that is shown."""
+        height, width = self.shown
+        return x[:, :, :height, :width]
+
+    def noise(self, source: NoiseSource) -> NoiseSource:
+        """The source of the window's noise."""
+        return _Cropped(source, self) if self.crops else source
+
+
+class _Cropped:
+    """A `NoiseSource` that draws the whole picture's noise and hands out the window's part."""
+
+    def __init__(self, source: NoiseSource, canvas: Canvas) -> None:
+        self._source, self._canvas = source, canvas
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        c = self._canvas
+        if shape != (c.channels, c.height, c.width):
+            return self._source.normal(shape, dtype)
+        noise = self._source.normal(c.noise_shape, dtype)
+        return noise[:, :, c.y : c.y + c.height, c.x : c.x + c.width].contiguous()
+
+    def integers(self, high: int) -> Tensor:
+        return self._source.integers(high)
+
+
+def choose_canvas(
+    recipe: Recipe,
+    *,
+    window: Window | None = None,
+    resolution: int | None = None,
+    window_noise: WindowNoise = "crop",
+    mask_coords: bool = False,
+    size: tuple[int, int] | None = None,
+    layout: Layout = "tiles",
+    overlap: float = 0.5,
+    **_: Any,
+) -> Canvas:
+    """The canvas that a caller asks for, of a model made from `recipe`.
+
+    Args:
+        window: (x, y, width, height); beyond the whole picture, the model extrapolates. None: the
+            whole picture.
+        resolution: side of the whole picture; more than the model was trained on samples a finer
+            grid. None: as trained.
+        window_noise: see `WindowNoise`; a window that reaches beyond the whole picture always has
+            its own.
+        mask_coords: tell the model nothing about where its pixels lie.
+        size: (height, width) of a larger picture; coordinates, where the network knows them, run
+            over the whole canvas. None: as trained.
+        layout: see `Layout`.
+        overlap: share of a window that its neighbour sees, too; for windows.
+
+    Raises:
+        TesseraError: the model knows no coordinates, or the size does not fit its network.
+    """
+    channels, height, width = recipe.shape
+    asked = window is not None or resolution is not None or mask_coords
+    if size is not None:
+        if asked:
+            raise TesseraError(
+                "size makes a larger whole picture, the other options a part of one: give either"
+            )
+        return _larger(recipe, size, layout, overlap)
+    if not asked:
+        shown = height, width
+        return Canvas(channels, 0, 0, width, height, max(shown), True, False, False, shown)
+    if recipe.coord_frequencies is None:
+        raise TesseraError(
+            "this model does not know where its pixels lie, so it makes whole pictures only. "
+            "Leave out window, resolution and mask_coords, or train with view.kind=patches or "
+            "coords.frequencies=0"
+        )
+    if window_noise not in ("crop", "own"):
+        raise TesseraError(f"window_noise {window_noise!r}: choose crop or own")
+    side = resolution or width
+    x, y, w, h = window or (0, 0, side, side)
+    if side < 2 or w < 1 or h < 1:
+        raise TesseraError(f"a window of {w}x{h} pixels in a picture of side {side} is no picture")
+    if not (recipe.network.fits(w) and recipe.network.fits(h)):
+        raise TesseraError(
+            f"a window of {w}x{h} pixels does not fit the network: width and height must be "
+            f"{recipe.network.sides}"
+        )
+    whole = (x, y, w, h, side) == (0, 0, width, height, width)
+    inside = x >= 0 and y >= 0 and x + w <= side and y + h <= side
+    crops = inside and not whole and window_noise == "crop"
+    return Canvas(channels, x, y, w, h, side, whole, crops, mask_coords, (h, w))
+
+
+def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: float) -> Canvas:
+    """A whole picture of another size than trained."""
+    channels, *trained = recipe.shape
+    fits = recipe.network.fits
+    if layout not in ("tiles", "pad", "windows"):
+        raise TesseraError(f"layout {layout!r}: choose tiles, pad or windows")
+    if min(size) < 1:
+        raise TesseraError(f"a picture of {size[0]}x{size[1]} pixels (height x width) is none")
+    height, width = size
+    if layout == "windows":
+        if height < trained[0] or width < trained[1]:
+            raise TesseraError(
+                f"windows have the trained size, {trained[0]}x{trained[1]}, and do not fit into "
+                f"{height}x{width} (height x width). Give a larger canvas, or another layout"
+            )
+        if not 0 <= overlap < 1:
+            raise TesseraError(f"overlap {overlap:g}: give a share from 0 to less than 1")
+    elif layout == "pad":
+        height, width = (next(n for n in itertools.count(side) if fits(n)) for side in size)
+    elif not (fits(height) and fits(width)):
+        raise TesseraError(
+            f"a picture of {height}x{width} pixels (height x width) does not fit the network: "
+            f"both must be {recipe.network.sides}. Or choose layout windows or pad"
+        )
+    return Canvas(
+        channels, 0, 0, width, height, max(height, width), True, False, False, size,
+        overlap if layout == "windows" else None,
+    )  # fmt: skip
