@@ -598,12 +598,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
         if not self.network.fits(self.shape[1]):
-            grid = self.data.resolution // self.shape[1]
-            latents = f", which makes latents of side {self.shape[1]}," if grid > 1 else ""
-            unit = f" times {grid}" if grid > 1 else ""
+            latents = (
+                f" makes latents of side {self.shape[1]}, which"
+                if isinstance(self.codec, VaeCodec)
+                else ""
+            )
             raise ValueError(
-                f"data.resolution ({self.data.resolution}){latents} must be "
-                f"{self.network.sides}{unit}"
+                f"data.resolution ({self.data.resolution}){latents} must be {self.network.sides}"
             )
         return self
 

@@ -246,7 +246,7 @@ def test_images_that_cannot_be_encoded(made: Path, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("data.resolution=252", r"multiple of codec\.downsample \(8\)"),
-        ("data.resolution=96", r"latents of side 12, must be a multiple of 64"),
+        ("data.resolution=96", r"latents of side 12, which must be a multiple of 8"),
         ("data.channels=1", "set data.channels=3"),
         ("augment.p=0.1", "augment works on images"),
     ],
