@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +14,15 @@ from tessera.errors import DataError
 if TYPE_CHECKING:
     from tessera.data.convert import Report
     from tessera.data.dataset import ImageDataset
-    from tessera.data.inspect import Summary
+    from tessera.data.inspect import ClassCount, Summary
+    from tessera.data.latents import LatentReport
 
 data_app = typer.Typer(
     help="Make image sets for training, and look into them.", no_args_is_help=True
 )
 _LISTED = 10
+
+LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 
 
 @data_app.command()
@@ -110,6 +115,67 @@ def convert(
 
 
 @data_app.command()
+def latents(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Archive, packed set or folder of RGB images.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DEST", help="NAME.safetensors.")],
+    vae: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Folder or Hugging Face id of an AutoencoderKL."),
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images read and encoded at once.")] = 16,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ... (default: the fastest)")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Factor of the latents. (default: the VAE's)")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Taken off before scaling. (default: the VAE's)")
+    ] = None,
+    xflip: Annotated[
+        bool, typer.Option("--xflip", help="Encode the mirrored images, too (for data.xflip).")
+    ] = False,
+    precision: Annotated[
+        LatentPrecision, typer.Option(help="Of the numbers in the file.")
+    ] = LatentPrecision.float16,
+    max_images: Annotated[
+        int | None, typer.Option(min=1, help="Encode a random subset of this size.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DEST if it exists.")
+    ] = False,
+) -> None:
+    """Encode a set of images by a VAE, once, for training on latents.
+
+    Means and log-variances are kept, so that training draws a fresh sample of each image every
+    time. DEST appears when it is whole, or not at all.
+    """
+    from tessera import distributed
+    from tessera.data.codec import VaeCodec
+    from tessera.data.dataset import open_dataset
+    from tessera.data.latents import write_latents
+
+    codec = VaeCodec(vae, scale=scale or None, shift=shift)
+    codec.prepare()
+    report = write_latents(
+        open_dataset(source, max_images=max_images, skip_bad=skip_bad),
+        codec,
+        target,
+        batch=batch,
+        device=device or distributed.device(),
+        xflip=xflip,
+        precision=precision.value,  # type: ignore[arg-type]
+        overwrite=overwrite,
+    )
+    _print_latents(report)
+
+
+@data_app.command()
 def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Archive, packed set or folder of images.")
@@ -127,7 +193,12 @@ def inspect(
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")
     ] = False,
 ) -> None:
-    """Print what is in a set, and write a picture of samples."""
+    """Print what is in a set, and write a picture of samples (of images, not of latents)."""
+    from tessera.data.latents import is_latents
+
+    if is_latents(path):
+        _inspect_latents(path, max_images, seed)
+        return
     from tessera.data.dataset import open_dataset
     from tessera.data.inspect import sample_grid, summarise
     from tessera.images import save_png
@@ -139,6 +210,50 @@ def inspect(
         raise DataError(f"{out}: the picture of samples is a PNG file; end its name in .png")
     save_png(out, sample_grid(dataset, columns, seed=seed))
     print(f"samples: {out}")
+
+
+def _print_latents(report: LatentReport) -> None:
+
+    table, info = _table(), report.info
+    table.add_row("VAE", _plain(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
+    table.add_row("latents", f"{report.count:,} of {_latent_text(report.shape)}")
+    table.add_row("mirrored", "encoded, too" if report.flips else "no")
+    table.add_row(
+        "labels", _counted(report.num_classes, "class", "classes") if report.num_classes else "none"
+    )
+    speed = report.count / max(report.seconds, 1e-9)
+    table.add_row("time", f"{report.seconds:.1f} s ({speed:,.0f} images/s)")
+    size = _size_text(report.path.stat().st_size)
+    table.add_row("written", _plain(f"{report.path} ({size})"))
+    _console().print(table)
+
+
+def _inspect_latents(path: Path, max_images: int | None, seed: int) -> None:
+    from tessera.data.inspect import count_labels
+    from tessera.data.latents import channel_statistics, open_latents
+
+    dataset = open_latents(path, max_images=max_images, seed=seed)
+    info, classes = dataset.info, count_labels(dataset.labels, dataset.class_names)
+    mean, std = channel_statistics(dataset)
+    table = _table()
+    table.add_row("set", _plain(f"{dataset.name} (latents, {_size_text(path.stat().st_size)})"))
+    table.add_row("latents", f"{len(dataset):,} of {_latent_text(dataset.shape)}")
+    table.add_row("images", f"{info.resolution}x{info.resolution} RGB")
+    table.add_row("VAE", _plain(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
+    table.add_row("mirrored", "encoded, too" if dataset.flips else "no")
+    table.add_row("mean", " ".join(f"{value:7.3f}" for value in mean) + "  scaled")
+    table.add_row("std", " ".join(f"{value:7.3f}" for value in std))
+    table.add_row(
+        "labels", _counted(dataset.num_classes, "class", "classes") if classes else "none"
+    )
+    console = _console()
+    console.print(table)
+    if classes:
+        console.print(_class_table(classes, len(dataset)))
+
+
+def _latent_text(shape: tuple[int, int, int]) -> str:
+    return f"{shape[2]}x{shape[1]}, {_counted(shape[0], 'channel', 'channels')}"
 
 
 def _print_report(report: Report) -> None:
@@ -197,10 +312,10 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
     console = _console()
     console.print(table)
     if summary.classes:
-        console.print(_class_table(summary))
+        console.print(_class_table(summary.classes, summary.count))
 
 
-def _class_table(summary: Summary) -> Any:
+def _class_table(classes: Sequence[ClassCount], count: int) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -209,18 +324,18 @@ def _class_table(summary: Summary) -> Any:
     table.add_column("images", justify="right")
     table.add_column("share", justify="right")
     table.add_column("")
-    most = max(entry.count for entry in summary.classes)
-    shown = summary.classes[:50]
+    most = max(entry.count for entry in classes)
+    shown = classes[:50]
     for entry in shown:
         table.add_row(
             str(entry.index),
             _plain(entry.name or ""),
             f"{entry.count:,}",
-            f"{100 * entry.count / summary.count:.1f}%",
+            f"{100 * entry.count / count:.1f}%",
             "█" * max(1, round(24 * entry.count / most)),
         )
-    if len(summary.classes) > len(shown):
-        table.add_row("...", f"{len(summary.classes) - len(shown):,} more classes", "", "", "")
+    if len(classes) > len(shown):
+        table.add_row("...", f"{len(classes) - len(shown):,} more classes", "", "", "")
     return table
 
 

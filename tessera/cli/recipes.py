@@ -29,6 +29,7 @@ def list_recipes(context: typer.Context) -> None:
         recipe = make()
         data = recipe.data
         colour = "grey" if data.channels == 1 else "RGB"
+        colour = "VAE" if recipe.codec.kind == "vae" else colour
         size = f"{data.resolution}×{data.resolution} {colour}"
         table.add_row(name, recipe.description, size, str(data.num_classes or "-"))
     Console().print(table)

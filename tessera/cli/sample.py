@@ -61,6 +61,9 @@ def sample(
         None, help="Animate the first 16 images' denoising, as .gif or .webp."
     ),
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
+    vae: str | None = typer.Option(
+        None, help="Folder or Hugging Face id of the VAE of a model of latents."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
     guidance: float = typer.Option(1.0, rich_help_panel=_GUIDANCE, help="Weight; 1 is none."),
@@ -225,7 +228,7 @@ def sample(
     wanted = parse_seeds(seeds)
     with distributed.session() as fastest, _plain_warnings():
         target = device or fastest
-        pipe = _on_device(Pipeline.load(pipeline, ema=ema), target)
+        pipe = _on_device(Pipeline.load(pipeline, ema=ema, vae=vae), target)
         options |= {"guidance": guidance, "precision": precision.value}
         if "size" in options:
             _, *trained = pipe.denoiser.shape

@@ -63,7 +63,7 @@ class ImageDataset:
         self.kind = kind
         self.shape = reader.shape
         self.class_names = class_names
-        self.num_classes = _num_classes(labels, class_names)
+        self.num_classes = count_classes(labels, class_names)
         self.skipped = tuple(skipped)
         self.raw_indices = np.concatenate([raw, raw]) if xflip else raw
         self.labels = None if labels is None else labels[self.raw_indices]
@@ -146,7 +146,7 @@ def open_dataset(
         reader, total = MemberReader(members, names), len(names)
     if total == 0:
         raise DataError(f"{path}: no images in it")
-    raw = _subset(total, max_images, seed)
+    raw = choose_subset(total, max_images, seed)
     if cache and kind != "packed":
         reader = CachedReader(reader, total)
     return ImageDataset(path.stem, kind, reader, labels, class_names, raw, xflip, skipped)
@@ -256,8 +256,8 @@ def _readable(members: Members, names: Sequence[str]) -> tuple[list[str], list[s
     return kept, bad
 
 
-def _subset(total: int, max_images: int | None, seed: int) -> NDArray[np.int64]:
-    """EDM's rule: shuffle with the legacy generator, keep the first ones, sort."""
+def choose_subset(total: int, max_images: int | None, seed: int) -> NDArray[np.int64]:
+    """Indices of a random subset, sorted; EDM's rule: the first of the legacy shuffle."""
     indices = np.arange(total, dtype=np.int64)
     if max_images is not None and max_images < total:
         np.random.RandomState(seed % (1 << 31)).shuffle(indices)
@@ -265,7 +265,8 @@ def _subset(total: int, max_images: int | None, seed: int) -> NDArray[np.int64]:
     return indices
 
 
-def _num_classes(labels: NDArray[Any] | None, class_names: tuple[str, ...] | None) -> int:
+def count_classes(labels: NDArray[Any] | None, class_names: tuple[str, ...] | None) -> int:
+    """Classes that a model of these labels needs."""
     if labels is None:
         return 0
     if labels.ndim == 2:

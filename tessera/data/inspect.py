@@ -114,10 +114,17 @@ def sample_grid(
 
 
 def _classes(dataset: ImageDataset) -> tuple[ClassCount, ...]:
-    if dataset.labels is None or dataset.labels.ndim == 2:
+    return count_labels(dataset.labels, dataset.class_names)
+
+
+def count_labels(
+    labels: NDArray[Any] | None, class_names: tuple[str, ...] | None
+) -> tuple[ClassCount, ...]:
+    """The classes that occur, by index; none without class labels."""
+    if labels is None or labels.ndim == 2:
         return ()
-    names = dataset.class_names or ()
-    indices, counts = np.unique(dataset.labels, return_counts=True)
+    names = class_names or ()
+    indices, counts = np.unique(labels, return_counts=True)
     return tuple(
         ClassCount(index, names[index] if index < len(names) else None, count)
         for index, count in zip(indices.tolist(), counts.tolist(), strict=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.data.dataset import ImageDataset
+from tessera.data.latents import Dataset
 from tessera.data.order import Order
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
@@ -40,7 +40,7 @@ class Batch:
     """One process's rows of a step, on the training device.
 
     Attributes:
-        images: uint8 [b, C, H, W].
+        images: uint8 [b, C, H, W]; of a set of latents, their moments [b, 2 C, H, W].
         labels: int64 [b], or None.
         numbers: int64 [b], the images' numbers in the run.
         plan: the step.
@@ -61,7 +61,7 @@ class Loader(Iterator[Batch]):
     """Iterates over the batches of `plans`; a step's batch depends on its plan and nothing else.
 
     Args:
-        dataset: the images.
+        dataset: the images or latents.
         order: which image of the set is which image of the run.
         plans: the steps, perhaps without end; taken a few steps before they are needed.
         rank: this process; it gets rows [rank * b / world, (rank + 1) * b / world).
@@ -77,7 +77,7 @@ class Loader(Iterator[Batch]):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Dataset,
         order: Order,
         plans: Iterable[StepPlan],
         *,

@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from tessera.errors import DataError
 
 FORMAT = "tessera-packed"
+LATENTS_FORMAT = "tessera-latents"
+"""Of the sets that `tessera.data.latents` reads."""
 VERSION = "1"
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "I64": np.dtype("<i8"),
     "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
 }
 
 
@@ -79,17 +82,18 @@ class PackedWriter:
     def _header(self, count: int, labels: tuple[str, list[int]] | None, padding: int) -> bytes:
         header: dict[str, Any] = {"__metadata__": self._metadata}
         end = count * math.prod(self._shape)
-        header["images"] = _entry("U8", [count, *self._shape], 0, end)
+        header["images"] = tensor_entry("U8", [count, *self._shape], 0, end)
         if padding:
-            header["padding"] = _entry("U8", [padding], end, end + padding)
+            header["padding"] = tensor_entry("U8", [padding], end, end + padding)
             end += padding
         if labels is not None:
-            size = math.prod(labels[1]) * _DTYPES[labels[0]].itemsize
-            header["labels"] = _entry(*labels, end, end + size)
+            size = math.prod(labels[1]) * DTYPES[labels[0]].itemsize
+            header["labels"] = tensor_entry(*labels, end, end + size)
         return json.dumps(header, ensure_ascii=False).encode()
 
 
-def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+def tensor_entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+    """A tensor in the words of a safetensors header; offsets in bytes."""
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
@@ -104,10 +108,15 @@ class PackedFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            header, start = _read_header(path)
+            header, start = read_header(path)
             metadata = header.pop("__metadata__", {})
-            images = _map(path, header["images"], start)
-            labels = _map(path, header["labels"], start) if "labels" in header else None
+            if metadata.get("format") == LATENTS_FORMAT:
+                raise DataError(
+                    f"{path} holds latents of images, not images: train on it with codec.kind=vae, "
+                    "and give other commands the images that it was made from"
+                )
+            images = map_tensor(path, header["images"], start)
+            labels = map_tensor(path, header["labels"], start) if "labels" in header else None
             names = metadata.get("class_names")
             self.class_names = None if names is None else tuple(json.loads(names))
         except OSError as error:
@@ -130,7 +139,8 @@ class PackedFile:
         self.labels = None if labels is None else np.array(labels)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > 100_000_000:
@@ -141,8 +151,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _map(path: Path, entry: dict[str, Any], start: int) -> NDArray[Any]:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+def map_tensor(path: Path, entry: dict[str, Any], start: int) -> NDArray[Any]:
+    """The tensor that a header's entry describes, memory-mapped.
+
+    Raises:
+        KeyError, TypeError, ValueError: the entry contradicts itself.
+    """
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     first, last = entry["data_offsets"]
     if last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError("sizes in its header contradict each other")

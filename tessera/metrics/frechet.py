@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tessera.metrics.statistics import Gaussian
 
+_COLUMNS = 256
+
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|μ_a - μ_b|² + tr(Σ_a) + tr(Σ_b) - 2 tr((Σ_a Σ_b)^½), with a warning if it is biased.
@@ -42,9 +44,23 @@ def frechet_from_moments(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: T
     if failed:
         values, vectors = torch.linalg.eigh(sigma_a)
         root = vectors * values.clamp(min=0).sqrt()
-    product = root.T @ sigma_b @ root
-    # Both halves, because rounding makes the product slightly unsymmetric.
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+        product = root.T @ sigma_b @ root
+    else:
+        product = _triangular_product(root, sigma_b)
+    eigenvalues = torch.linalg.eigvalsh(product, UPLO="L")
     trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
     mean_term = (mu_a - mu_b).square().sum()
     return float(mean_term + sigma_a.trace() + sigma_b.trace() - 2 * trace_of_root)
+
+
+def _triangular_product(lower: Tensor, sigma: Tensor) -> Tensor:
+    """Lower triangle of Lᵀ Σ L for lower-triangular L [D, D] and symmetric Σ; the rest is 0.
+
+    Leaving out the zeros of L and the upper triangle saves two thirds of the work.
+    """
+    product = torch.zeros_like(sigma)
+    for start in range(0, len(lower), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        part = sigma[start:, start:] @ lower[start:, columns]
+        product[start:, columns] = lower[start:, start:].T @ part
+    return product

@@ -112,9 +112,9 @@ def _sums_over_whole_sets(
     """The same from the kernel of all rows, of which each subset is a sum by membership."""
     x_in = samples.new_zeros(len(drawn), len(samples))
     y_in = reference.new_zeros(len(drawn), len(reference))
-    for index, (rows, others) in enumerate(drawn):
-        x_in[index, torch.from_numpy(rows).to(x_in.device)] = 1
-        y_in[index, torch.from_numpy(others).to(y_in.device)] = 1
+    for index, (ours, theirs) in enumerate(drawn):
+        x_in[index, torch.from_numpy(ours).to(x_in.device)] = 1
+        y_in[index, torch.from_numpy(theirs).to(y_in.device)] = 1
     within = samples.new_zeros(len(drawn), dtype=torch.float64)
     across = torch.zeros_like(within)
     with progress("KID", 2 * len(samples) + len(reference), unit="rows") as bar:

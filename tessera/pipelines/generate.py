@@ -110,6 +110,7 @@ class Job:
             "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
             "bricks": None if schedule is None else str(schedule),
             "low_res": None if small is None else hashlib.sha256(small.tobytes()).hexdigest(),
+            **({} if pipe.codec.describe() is None else {"codec": pipe.codec.describe()}),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
 
@@ -176,7 +177,8 @@ def generate_arrays(
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
     canvas = choose_canvas(job.pipe.recipe, **job.options)
-    shape = (len(job.seeds), *canvas.shown, canvas.channels)
+    channels, height, width = job.pipe.codec.image_shape((canvas.channels, *canvas.shown))
+    shape = (len(job.seeds), height, width, channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
 

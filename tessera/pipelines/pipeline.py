@@ -23,14 +23,14 @@ from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Skipping
 from tessera.errors import CheckpointError, TesseraError
-from tessera.images import from_uint8, to_pil, to_uint8
+from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.options import Label, choose_labels, choose_sampler
-from tessera.recipes.build import build_denoiser, build_sampler
+from tessera.recipes.build import build_codec, build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import Recipe, SamplerConfig
+from tessera.recipes.schema import PixelCodec, Recipe, SamplerConfig
 from tessera.sampling.core import NoiseSource, Sampler, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
@@ -63,6 +63,7 @@ class Pipeline:
     Attributes:
         recipe: how the model was made, with the sampler that it is used with.
         denoiser: the model; its weights are an average over the training.
+        codec: turns its samples into images.
         images_seen: images that it was trained on.
         class_names: one for each class, or None.
         ema: name of the average, its half-life in images; one of `emas`.
@@ -87,6 +88,7 @@ class Pipeline:
     ) -> None:
         self.recipe = recipe
         self.denoiser: Any = denoiser.eval()
+        self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else ema_names(recipe)[0]
@@ -130,14 +132,17 @@ class Pipeline:
         *,
         ema: str | int | None = None,
         device: torch.device | str = "cpu",
+        vae: str | Path | None = None,
     ) -> Self:
         """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
 
         Args:
             ema: name of another average than the default, see `emas`.
+            vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of a kind not known here.
+            TesseraError: a VAE for a model of pixels.
         """
         folder = folders.find_folder(source)
         config = folders.read_config(folder)
@@ -167,6 +172,10 @@ class Pipeline:
             emas=[weights.name for weights in config.weights],
             checksum=entry.sha256,
         )
+        if vae is not None:
+            if isinstance(recipe.codec, PixelCodec):
+                raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
+            pipe.codec = build_codec(recipe.codec, str(vae))
         return pipe.to(device)
 
     def save(self, folder: str | Path) -> None:
@@ -300,6 +309,7 @@ class Pipeline:
         sampler = build_sampler(section)
         model = self.skipping(sampler, skip, bricks)
         denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
+        self.codec.prepare()
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
@@ -340,6 +350,7 @@ class Pipeline:
         self._check_low_res(low_res)
         self.skipping(build_sampler(section), skip, bricks)
         self.guided(guidance, guidance_interval, guide)
+        self.codec.prepare()
         _autocast(self.device, precision)
 
     def labels(
@@ -365,8 +376,8 @@ class Pipeline:
         return drawn
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
-        """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU."""
-        return to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
+        return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def guided(
         self,
@@ -457,10 +468,14 @@ class Pipeline:
 
 
 def load(
-    source: str | Path, *, ema: str | int | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    ema: str | int | None = None,
+    device: torch.device | str = "cpu",
+    vae: str | Path | None = None,
 ) -> Pipeline:
     """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub."""
-    return Pipeline.load(source, ema=ema, device=device)
+    return Pipeline.load(source, ema=ema, device=device, vae=vae)
 
 
 def list_seeds(seeds: Seeds) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tessera.data.augment import Augmentation
+from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
@@ -157,6 +158,15 @@ def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
     if section is None:
         return None
     return Augmentation(**section.model_dump())
+
+
+def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
+    """What turns samples into images; a VAE is loaded when it is needed, `vae` in its place."""
+    match section:
+        case schema.PixelCodec():
+            return PixelCodec()
+        case schema.VaeCodec():
+            return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
 
 
 def build_sampler(section: schema.SamplerConfig) -> Sampler:

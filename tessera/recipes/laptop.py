@@ -40,7 +40,7 @@ def quickstart_digits() -> Recipe:
         objective=EdmObjective(p_mean=-0.5, label_dropout=0.1),
         optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=2_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=1_000),),
-        training=TrainingConfig(images=40_000, batch=16),
+        training=TrainingConfig(images=30_000, batch=16),
         sampling=EdmSampler(steps=10, sigma_max=40),
         run=RunConfig(
             log_every_images=500,

@@ -18,6 +18,7 @@ _EXPECTED = {
     "string": "text",
     "tuple": "a list such as [1, 2, 2]",
     "model": "a section (keys and values)",
+    "model_attributes": "a section (keys and values)",
     "dict": "a section (keys and values)",
 }
 _BOUNDS = {

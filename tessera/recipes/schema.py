@@ -44,7 +44,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """The training images and how they are read."""
 
-    path: str | None = Field(None, description="archive (.zip), packed set or image folder")
+    path: str | None = Field(
+        None, description="archive (.zip), packed set or image folder; with a VAE: latents"
+    )
     resolution: PositiveInt = Field(description="height and width of the images, pixels")
     channels: Literal[1, 3] = 3
     num_classes: int = Field(0, ge=0, description="0 trains without labels")
@@ -65,7 +67,24 @@ class PixelCodec(Section):
     kind: Literal["pixels"] = "pixels"
 
 
-CodecConfig = PixelCodec
+class VaeCodec(Section):
+    """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
+
+    The defaults are those of Stable Diffusion's.
+    """
+
+    kind: Literal["vae"] = "vae"
+    model: str = Field(
+        "stabilityai/sd-vae-ft-ema",
+        description="folder or Hugging Face id of an AutoencoderKL of diffusers",
+    )
+    channels: PositiveInt = Field(4, description="of the latents")
+    downsample: PositiveInt = Field(8, description="side of the images / side of the latents")
+    scale: PositiveFloat = 0.18215
+    shift: float = 0
+
+
+CodecConfig = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]
 
 
 class FullView(Section):
@@ -646,6 +665,9 @@ class Recipe(Section):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's images in model space."""
+        if isinstance(self.codec, VaeCodec):
+            side = self.data.resolution // self.codec.downsample
+            return self.codec.channels, side, side
         return self.data.channels, self.data.resolution, self.data.resolution
 
     @property
@@ -665,6 +687,8 @@ class Recipe(Section):
             return (side,)
         if self.view.sizes is not None:
             return self.view.sizes
+        if isinstance(self.codec, VaeCodec):
+            return (side // 2, side)
         return (side // 4, side // 2, side)
 
     @property
@@ -673,10 +697,34 @@ class Recipe(Section):
         return self.augment.label_dim if self.augment is not None else 0
 
     @model_validator(mode="after")
+    def _latents_fit(self) -> Self:
+        data, codec = self.data, self.codec
+        if not isinstance(codec, VaeCodec):
+            return self
+        if data.channels != 3:
+            raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
+        if data.resolution % codec.downsample:
+            raise ValueError(
+                f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "
+                f"({codec.downsample}), because each latent pixel stands for so many of the image"
+            )
+        if self.augment is not None:
+            raise ValueError(
+                "augment works on images and not on latents; set augment=null, and data.xflip=true "
+                "for mirrored images"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _levels_fit(self) -> Self:
         if not self.network.fits(self.shape[1]):
+            latents = (
+                f" makes latents of side {self.shape[1]}, which"
+                if isinstance(self.codec, VaeCodec)
+                else ""
+            )
             raise ValueError(
-                f"data.resolution ({self.data.resolution}) must be {self.network.sides}"
+                f"data.resolution ({self.data.resolution}){latents} must be {self.network.sides}"
             )
         return self
 
@@ -727,8 +775,9 @@ class Recipe(Section):
                 f"low_resolution ({self.low_resolution}) must be a part of data.resolution "
                 f"({self.data.resolution}) that it is a multiple of"
             )
-        if isinstance(self.network, LegoConfig) or isinstance(self.view, PatchView):
-            raise ValueError("low_resolution works with U-Nets and whole images only")
+        pixels = isinstance(self.codec, PixelCodec) and not isinstance(self.view, PatchView)
+        if isinstance(self.network, LegoConfig) or not pixels:
+            raise ValueError("low_resolution works with U-Nets on whole images of pixels only")
         if self.evaluate is not None:
             raise ValueError(
                 "evaluate cannot score models that enlarge images (low_resolution) while they are "
@@ -758,9 +807,11 @@ class Recipe(Section):
         if not isinstance(view, PatchView):
             return self
         sizes = self.patch_sizes
-        if view.sizes is None and side % 4:
+        halvings = len(sizes) - 1
+        if view.sizes is None and side % 2**halvings:
+            often = "twice" if halvings == 2 else "once"
             raise ValueError(
-                f"images of side {side} cannot be halved twice, as the usual patches need; "
+                f"images of side {side} cannot be halved {often}, as the usual patches need; "
                 "set view.sizes"
             )
         if list(sizes) != sorted(set(sizes)):
@@ -798,7 +849,7 @@ class Recipe(Section):
         if not isinstance(network, AdmUNetConfig):
             return self
         for level, mult in enumerate(network.channel_mult):
-            resolution, width = self.data.resolution >> level, network.model_channels * mult
+            resolution, width = self.shape[1] >> level, network.model_channels * mult
             if resolution in network.attn_resolutions and width % 64:
                 raise ValueError(
                     f"network.attn_resolutions asks for attention at {resolution}, where the ADM "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +14,21 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
-from tessera.data.dataset import ImageDataset, open_dataset
+from tessera.data.dataset import open_dataset
+from tessera.data.latents import (
+    Dataset,
+    LatentDataset,
+    is_latents,
+    open_latents,
+    sample_posterior,
+)
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
 from tessera.randomness import AddressedDraws, Draws, derive_seed
 from tessera.recipes.build import build_augment, build_view
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import Recipe, VaeCodec
 from tessera.training.learner import MicroBatch
 
 Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
@@ -79,6 +88,9 @@ class Feed:
             if self._augment is not None:
                 # Whole images are augmented: what the network is told about it then holds for them.
                 images, augment = self._augment(from_uint8(images), draws)
+            if isinstance(self._recipe.codec, VaeCodec):
+                codec = self._recipe.codec
+                images = sample_posterior(images, draws, codec.scale, codec.shift)
             x, coords = self.view.apply(images, draws, batch.plan)
             if x.dtype == torch.uint8:
                 x = from_uint8(x)
@@ -91,6 +103,8 @@ class Feed:
 
     def small_images(self, count: int) -> NDArray[np.uint8] | None:
         """The first images as a network that enlarges images gets them, uint8 [N, h, w, C]."""
+        if self._recipe.low_resolution is None:
+            return None
         first = torch.from_numpy(self.dataset.read(np.arange(min(count, len(self.dataset)))))
         small = self._reduced(from_uint8(first))
         return None if small is None else to_uint8(small).permute(0, 2, 3, 1).numpy()
@@ -101,24 +115,45 @@ class Feed:
         return None if side is None else F.adaptive_avg_pool2d(x, side)
 
 
-def _open(recipe: Recipe) -> ImageDataset:
+def _open(recipe: Recipe) -> Dataset:
     if recipe.data.path is None:
         raise RecipeError(
             "data.path is not set: give the images to train on, for example data.path=photos.zip"
         )
-    return open_dataset(
-        recipe.data.path,
-        max_images=recipe.data.max_images,
-        seed=derive_seed(recipe.training.seed, "subset"),
-        xflip=recipe.data.xflip,
-        cache=recipe.data.cache,
-    )
+    path, max_images, xflip = recipe.data.path, recipe.data.max_images, recipe.data.xflip
+    seed = derive_seed(recipe.training.seed, "subset")
+    if not isinstance(recipe.codec, VaeCodec):
+        if is_latents(path):
+            raise RecipeError(
+                f"{path} holds latents, but the recipe trains on pixels. Use a recipe with "
+                "codec.kind=vae, or give data.path the images"
+            )
+        return open_dataset(
+            path, max_images=max_images, seed=seed, xflip=xflip, cache=recipe.data.cache
+        )
+    if Path(path).exists() and not is_latents(path):
+        raise RecipeError(
+            f"{path} holds no latents, but the recipe trains on those (codec.kind=vae). Encode the "
+            f"images once: tessera data latents {path} LATENTS.safetensors --vae "
+            f"{recipe.codec.model}"
+        )
+    return open_latents(path, max_images=max_images, seed=seed, xflip=xflip)
 
 
-def _check(recipe: Recipe, dataset: ImageDataset) -> None:
+def _check(recipe: Recipe, dataset: Dataset) -> None:
     """Compare the data with the recipe; every difference is named."""
-    data, problems = recipe.data, list[str]()
-    channels, height, width = dataset.shape
+    data, problems, remedy = (
+        recipe.data,
+        list[str](),
+        "convert the images with: tessera data convert",
+    )
+    if isinstance(dataset, LatentDataset):
+        problems += _latent_problems(recipe, dataset)
+        remedy = "make the latents anew with: tessera data latents"
+        shape: tuple[int, int, int] = (data.channels, data.resolution, data.resolution)
+    else:
+        shape = dataset.shape
+    channels, height, width = shape
     if height != width:
         problems.append(f"its images are {width}x{height} pixels; they must be square")
     elif height != data.resolution:
@@ -139,10 +174,28 @@ def _check(recipe: Recipe, dataset: ImageDataset) -> None:
         raise RecipeError(
             f"{data.path} does not fit the recipe:\n  "
             + "\n  ".join(problems)
-            + "\nChange those keys, or convert the images with: tessera data convert"
+            + f"\nChange those keys, or {remedy}"
         )
     if recipe.training.batch % distributed.world():
         raise RecipeError(
             f"training.batch ({recipe.training.batch}) must be a multiple of the number of "
             f"processes ({distributed.world()})"
         )
+
+
+def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
+    """What a set of latents was made with, other than the recipe says."""
+    assert isinstance(recipe.codec, VaeCodec)
+    info, codec = dataset.info, recipe.codec
+    pairs = (
+        ("data.resolution", info.resolution, recipe.data.resolution),
+        ("codec.channels", dataset.shape[0], codec.channels),
+        ("codec.downsample", info.downsample, codec.downsample),
+        ("codec.scale", info.scale, codec.scale),
+        ("codec.shift", info.shift, codec.shift),
+    )
+    return [
+        f"it was made with {key}={found:g} (VAE {info.vae}), but the recipe has {wanted:g}"
+        for key, found, wanted in pairs
+        if not math.isclose(found, wanted, rel_tol=1e-6)
+    ]

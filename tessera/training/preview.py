@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera import distributed
+from tessera.data.codec import Codec
+from tessera.errors import TesseraError
 from tessera.images import grid, save_png
 from tessera.pipelines.pipeline import Pipeline
-from tessera.recipes.build import build_denoiser
+from tessera.recipes.build import build_codec, build_denoiser
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import Learner
 from tessera.training.tracking import Tracker
@@ -37,13 +40,16 @@ class Preview:
         self._recipe, self._class_names = recipe, class_names
         self._folder, self._trackers = run_dir / "previews", trackers
         self._low_res = low_res
+        self._codec: Codec | None = build_codec(recipe.codec)
 
     def make(self, learner: Learner, images_seen: int) -> None:
         """Sample and write a grid; all processes take part, the main one samples."""
         config = self._recipe.run.preview
         pipeline = ema_pipeline(self._recipe, learner, images_seen, self._class_names)
-        if pipeline is None or config is None:
+        if pipeline is None or config is None or not self._decodes():
             return
+        assert self._codec is not None
+        pipeline.codec = self._codec
         count, classes = config.rows * config.columns, self._recipe.data.num_classes
         labels = [i % config.columns % classes for i in range(count)] if classes else None
         images = pipeline.to(learner.device).sample(range(count), labels, low_res=self._low_res)
@@ -51,6 +57,18 @@ class Preview:
         save_png(self._folder / f"{images_seen:012d}.png", picture)
         for tracker in self._trackers:
             tracker.picture("samples", picture, images_seen)
+
+    def _decodes(self) -> bool:
+        """Whether samples can be made visible; if not, that is said once and training goes on."""
+        if self._codec is None:
+            return False
+        try:
+            self._codec.prepare()
+        except TesseraError as error:
+            self._codec = None
+            warnings.warn(f"no previews will be made: {error}", stacklevel=3)
+            return False
+        return True
 
 
 def ema_pipeline(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tessera import distributed
-from tessera.data.dataset import ImageDataset
+from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.pipelines.folder import start_from
@@ -107,8 +107,8 @@ class Trainer:
             self._restore()
 
     @property
-    def dataset(self) -> ImageDataset:
-        """The training images."""
+    def dataset(self) -> Dataset:
+        """The training images or latents."""
         return self._feed.dataset
 
     @property

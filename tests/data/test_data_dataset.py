@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from tessera.data.dataset import _subset, open_dataset
+from tessera.data.dataset import choose_subset, open_dataset
 from tessera.errors import DataError
 
 GOLDEN = golden_cases.case("edm", "dataset")["config"]
@@ -61,7 +61,7 @@ def test_reader_repeats_the_released_one(golden_archive, number):
 
 def test_subset_rule():
     for case in GOLDEN["max_size_subset"]:
-        chosen = _subset(case["n"], case["max_size"], case["random_seed"])
+        chosen = choose_subset(case["n"], case["max_size"], case["random_seed"])
         assert chosen.tolist() == case["raw_idx"]
 
 

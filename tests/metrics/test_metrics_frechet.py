@@ -9,6 +9,7 @@ from golden_cases import load, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tessera.metrics import frechet
 from tessera.metrics.frechet import frechet_distance, frechet_from_moments
 from tessera.metrics.statistics import FeatureStatistics
 
@@ -53,6 +54,16 @@ def test_distance_of_commuting_gaussians_is_the_closed_form() -> None:
     sigma_a, sigma_b = (rotation @ torch.diag(s**2) @ rotation.T for s in (std_a, std_b))
     expected = float((mu_a - mu_b).square().sum() + (std_a - std_b).square().sum())
     assert frechet_from_moments(mu_a, sigma_a, mu_b, sigma_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_product_by_blocks_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "_COLUMNS", 3)
+    lower = torch.randn(8, 8, dtype=torch.float64).tril()
+    sigma = torch.randn(8, 8, dtype=torch.float64)
+    sigma = sigma + sigma.T
+    expected = (lower.T @ sigma @ lower).tril()
+    found = frechet._triangular_product(lower, sigma).tril()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_features_far_from_zero_lose_no_digits() -> None:

@@ -236,7 +236,7 @@ def refusal(*overrides: str) -> str:
 
 def test_what_cannot_work_is_refused() -> None:
     assert "multiple of 8" in refusal("network.channel_mult=1,2,2,2", "view.sizes=4,16,32")
-    assert "larger" in refusal("network.channel_mult=1,2,2,2,2")
+    assert "their side must be a multiple of 16" in refusal("network.channel_mult=1,2,2,2,2")
     assert "64 pixels, but the images have 32" in refusal("view.sizes=16,64")
     assert "rise" in refusal("view.sizes=16,8,32")
     assert "2 entries" in refusal("view.probabilities=0.5,0.5")

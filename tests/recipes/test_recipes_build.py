@@ -53,6 +53,8 @@ PARAMETERS = {
     "lego-xl-pg-imagenet64": 729_992_664,
     "lego-xl-pr-imagenet64": 729_992_664,
     "lego-xl-u-imagenet64": 1_358_888_100,
+    "patch-lsun256-latent": 279_631_108,
+    "patch-imagenet256-latent": 280_399_108,
 }
 TINY = [
     "data.resolution=8", "network.model_channels=16", "network.channel_mult=1,2",
@@ -90,11 +92,19 @@ def test_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> None:
-    tiny = [*TINY[:1], "network.model_channels=64", *TINY[2:]] if "adm" in name else TINY
-    tiny = TINY_LEGO if "lego" in name else TINY_PDM if "pdm" in name else tiny
-    recipe = load_recipe(name, [*tiny, "sampling.steps=2"])
+    kind = shipped()[name]()
+    tiny = [*TINY, "sampling.steps=2"]
+    if kind.network.kind == "adm_unet":
+        tiny.append("network.model_channels=64")
+    if kind.codec.kind == "vae":
+        tiny.append("data.resolution=64")
+    if kind.network.kind == "lego":
+        tiny = [*TINY_LEGO, "sampling.steps=2"]
+    if kind.network.kind == "patched_unet":
+        tiny = [*TINY_PDM, "sampling.steps=2"]
+    recipe = load_recipe(name, tiny)
     denoiser = build.build_denoiser(recipe)
-    assert denoiser.shape == (recipe.data.channels, 8, 8)
+    assert denoiser.shape == (4 if kind.codec.kind == "vae" else kind.data.channels, 8, 8)
     x = torch.rand(2, *denoiser.shape) * 2 - 1
     labels = torch.tensor([0, 1]) if recipe.data.num_classes else None
     draws = AddressedDraws(0, torch.arange(2))

@@ -326,7 +326,7 @@ class Stack(Scale):
 
 def test_repeated_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     step = TrainStep(Stack(), squared)
     names = [name for name, _ in step.named_parameters()]

@@ -1,0 +1,349 @@
+"""Sets of latents: images that a VAE has encoded once, in one safetensors file that is mapped.
+
+Tensors: `moments` float16 or float32 [N, 2 C, h, w], the posterior's mean, then its log-variance;
+`moments_flip`, the same of the mirrored images, if wanted; `labels` as in packed sets.
+Metadata: `format` = "tessera-latents", `version`, `name`, `class_names` (JSON list, if known),
+`vae` (its name), `resolution` (of the images), `downsample`, `scale` and `shift`.
+
+Neither samples nor scaled latents are stored: a fresh sample is drawn each time that an image is
+trained on. float16 is enough: its rounding, once scaled, is a tenth of that of the 8-bit pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.data.codec import VaeCodec
+from tessera.data.dataset import ImageDataset, choose_subset, count_classes
+from tessera.data.packed import DTYPES, LATENTS_FORMAT, map_tensor, read_header, tensor_entry
+from tessera.data.parallel import ordered_map
+from tessera.errors import DataError
+from tessera.files import atomic_file
+from tessera.progress import progress
+from tessera.randomness import Draws
+
+VERSION = "1"
+Precision = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What a set of latents was made from and how.
+
+    Attributes:
+        vae: name of the autoencoder.
+        resolution: side of the images, pixels.
+        downsample: side of the images / side of the latents.
+        scale, shift: a model's latents are (z - shift) * scale.
+    """
+
+    vae: str
+    resolution: int
+    downsample: int
+    scale: float
+    shift: float
+
+
+class LatentDataset:
+    """N latents with their labels, memory-mapped.
+
+    Attributes:
+        name: base name of the file.
+        shape: (C, h, w) of the latents.
+        info: how the set was made.
+        flips: the mirrored images have been encoded, too.
+        labels, class_names, num_classes: as of an `ImageDataset`.
+    """
+
+    kind = "latents"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_images: int | None = None,
+        seed: int = 0,
+        xflip: bool = False,
+    ) -> None:
+        """Open a set that `write_latents` has made.
+
+        Args:
+            max_images: keep a random subset of this size.
+            seed: chooses the subset.
+            xflip: double the set; its second half is that of the mirrored images.
+
+        Raises:
+            DataError: no such set, damaged, or without mirrored images.
+        """
+        path = Path(path)
+        try:
+            header, start = read_header(path)
+            metadata = header.pop("__metadata__", {})
+            if metadata.get("format") != LATENTS_FORMAT or metadata.get("version") != VERSION:
+                raise DataError(f"{path} is no set of latents of version {VERSION}. {_HOW_TO_MAKE}")
+            moments = map_tensor(path, header["moments"], start)
+            self.flips = "moments_flip" in header
+            mirrored = map_tensor(path, header["moments_flip"], start) if self.flips else None
+            labels = (
+                np.array(map_tensor(path, header["labels"], start)) if "labels" in header else None
+            )
+            names = metadata.get("class_names")
+            self.class_names = None if names is None else tuple(json.loads(names))
+            self.info = LatentInfo(
+                metadata["vae"],
+                int(metadata["resolution"]),
+                int(metadata["downsample"]),
+                float(metadata["scale"]),
+                float(metadata["shift"]),
+            )
+            count, width, *sides = moments.shape
+            if len(sides) != 2 or width % 2 or not count:
+                raise ValueError(f"moments of shape {moments.shape}")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except (KeyError, TypeError, ValueError, struct.error) as error:
+            raise DataError(
+                f"{path}: not a whole set of latents ({type(error).__name__}: {error}). "
+                + _HOW_TO_MAKE
+            ) from error
+        if xflip and mirrored is None:
+            raise DataError(
+                f"{path} has no latents of mirrored images, which data.xflip asks for. Make the "
+                "set with: tessera data latents --xflip"
+            )
+        self.name = path.stem
+        self.shape: tuple[int, int, int] = (width // 2, *sides)
+        self.num_classes = count_classes(labels, self.class_names)
+        raw = choose_subset(count, max_images, seed)
+        self.raw_indices = np.concatenate([raw, raw]) if xflip else raw
+        self.labels = None if labels is None else labels[self.raw_indices]
+        self._mirrored_from = len(raw)
+        self._moments, self._mirrored = moments, mirrored
+
+    def __len__(self) -> int:
+        return len(self.raw_indices)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Means and log-variances [n, 2 C, h, w], a fresh array. Safe to call from threads."""
+        raw = self.raw_indices[indices]
+        moments = np.asarray(self._moments[raw])
+        mirrored = np.asarray(indices) >= self._mirrored_from
+        if self._mirrored is not None and mirrored.any():
+            moments[mirrored] = self._mirrored[raw[mirrored]]
+        return moments
+
+    def close(self) -> None:
+        """The map goes with the object."""
+
+
+Dataset = ImageDataset | LatentDataset
+
+_HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` makes one"
+
+
+def is_latents(path: str | os.PathLike[str]) -> bool:
+    """Whether the file at `path` says that it is a set of latents."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    try:
+        header, _ = read_header(path)
+        return bool(header.get("__metadata__", {}).get("format") == LATENTS_FORMAT)
+    except (OSError, ValueError, AttributeError, struct.error):
+        return False
+
+
+def open_latents(
+    path: str | os.PathLike[str],
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
+    xflip: bool = False,
+) -> LatentDataset:
+    """Open a set of latents, see `LatentDataset`.
+
+    Raises:
+        DataError: there is none at `path`; images are told apart.
+    """
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such file or folder")
+    if not is_latents(path):
+        raise DataError(
+            f"{path} is no set of latents, which codec.kind=vae trains on. {_HOW_TO_MAKE}"
+        )
+    return LatentDataset(path, max_images=max_images, seed=seed, xflip=xflip)
+
+
+def sample_posterior(moments: Tensor, draws: Draws, scale: float, shift: float = 0.0) -> Tensor:
+    """Latents in model space from means and log-variances [B, 2 C, h, w]: float32 [B, C, h, w].
+
+    Draws "latent", the posterior's noise.
+    """
+    mean, log_variance = moments.to(torch.float32).chunk(2, dim=1)
+    noise = draws.normal("latent", *mean.shape[1:])
+    return (mean + (0.5 * log_variance).exp() * noise - shift) * scale
+
+
+# ----------------------------------------------------------------------------------------- making
+
+
+@dataclass(frozen=True)
+class LatentReport:
+    """What `write_latents` did."""
+
+    path: Path
+    count: int
+    shape: tuple[int, int, int]
+    info: LatentInfo
+    flips: bool
+    num_classes: int
+    seconds: float
+
+
+def write_latents(
+    dataset: ImageDataset,
+    codec: VaeCodec,
+    path: str | os.PathLike[str],
+    *,
+    batch: int = 16,
+    device: torch.device | str = "cpu",
+    xflip: bool = False,
+    precision: Precision = "float16",
+    overwrite: bool = False,
+) -> LatentReport:
+    """Encode all images of a set; the file appears when it is whole.
+
+    Args:
+        batch: images that are read and encoded at once.
+        xflip: encode the mirrored images, too.
+        precision: of the numbers in the file.
+        overwrite: replace an existing file.
+
+    Raises:
+        DataError: images that the codec cannot encode, or a file that exists already.
+    """
+    path, begin = Path(path), time.monotonic()
+    if path.suffix.lower() != ".safetensors":
+        raise DataError(f"{path}: a set of latents is one file; end its name in .safetensors")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists already; choose another name or add --overwrite")
+    channels, height, width = dataset.shape
+    if channels != 3:
+        raise DataError(
+            f"{dataset.name}: a VAE encodes RGB images, and these are grey; make them RGB with: "
+            "tessera data convert --channels 3"
+        )
+    if height != width or height % codec.downsample:
+        raise DataError(
+            f"{dataset.name}: its images are {width}x{height} pixels; the VAE {codec.model} needs "
+            f"squares whose side is a multiple of {codec.downsample}. Resize them with: "
+            "tessera data convert --resolution N --transform center-crop"
+        )
+    info = LatentInfo(codec.model, width, codec.downsample, codec.scale, codec.shift)
+    side = width // codec.downsample
+    shape = (codec.channels, side, side)
+    starts = range(0, len(dataset), batch)
+
+    def read(start: int) -> NDArray[np.uint8]:
+        return dataset.read(np.arange(start, min(start + batch, len(dataset))))
+
+    with (
+        atomic_file(path) as file,
+        progress("encoding", len(dataset), unit="images") as bar,
+    ):
+        put = _begin(file, dataset, path.stem, info, shape, xflip, precision)
+        for start, images in zip(starts, ordered_map(read, starts, 2, 4), strict=True):
+            pixels = torch.from_numpy(images).to(device)
+            put("moments", start, codec.encode(pixels))
+            if xflip:
+                put("moments_flip", start, codec.encode(pixels.flip(3)))
+            bar.advance(len(images))
+    seconds = time.monotonic() - begin
+    return LatentReport(path, len(dataset), shape, info, xflip, dataset.num_classes, seconds)
+
+
+def _begin(
+    file: IO[bytes],
+    dataset: ImageDataset,
+    name: str,
+    info: LatentInfo,
+    shape: tuple[int, int, int],
+    xflip: bool,
+    precision: Precision,
+) -> Any:
+    """Write header and labels; returns `put(tensor, first row, moments)`, which writes rows."""
+    metadata = {
+        "format": LATENTS_FORMAT,
+        "version": VERSION,
+        "name": name,
+        "vae": info.vae,
+        "resolution": str(info.resolution),
+        "downsample": str(info.downsample),
+        "scale": repr(info.scale),
+        "shift": repr(info.shift),
+    }
+    labels = dataset.labels
+    if labels is not None and dataset.class_names is not None:
+        metadata["class_names"] = json.dumps(dataset.class_names, ensure_ascii=False)
+    code = {"float16": "F16", "float32": "F32"}[precision]
+    dtype = DTYPES[code]
+    rows = (len(dataset), 2 * shape[0], *shape[1:])
+    size = math.prod(rows) * dtype.itemsize
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    if labels is not None:
+        # First, where their numbers of eight bytes are aligned.
+        header["labels"] = tensor_entry(
+            "I64" if labels.ndim == 1 else "F32", labels.shape, 0, labels.nbytes
+        )
+        end = labels.nbytes
+    offsets = {}
+    for tensor in ("moments", "moments_flip")[: 2 if xflip else 1]:
+        header[tensor] = tensor_entry(code, rows, end, end + size)
+        offsets[tensor], end = end, end + size
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text = text.ljust(-(-(8 + len(text)) // 64) * 64 - 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    if labels is not None:
+        file.write(np.ascontiguousarray(labels).data)
+
+    def put(tensor: str, first: int, moments: Tensor) -> None:
+        file.seek(8 + len(text) + offsets[tensor] + first * size // rows[0])
+        file.write(np.ascontiguousarray(moments.cpu().numpy(), dtype).data)
+
+    return put
+
+
+# ------------------------------------------------------------------------------------ looking into
+
+
+def channel_statistics(
+    dataset: LatentDataset, batch: int = 1024
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel of a model's latents, over images and places."""
+    channels = dataset.shape[0]
+    total, squares = np.zeros(channels), np.zeros(channels)
+    with progress("reading latents", len(dataset), unit="images") as bar:
+        for start in range(0, len(dataset), batch):
+            rows = dataset.read(np.arange(start, min(start + batch, len(dataset))))
+            mean, log_variance = np.split(rows.astype(np.float64), 2, axis=1)
+            mean -= dataset.info.shift
+            total += mean.sum(axis=(0, 2, 3))
+            squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
+            bar.advance(len(rows))
+    count = len(dataset) * math.prod(dataset.shape[1:])
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return dataset.info.scale * mean, dataset.info.scale * std
