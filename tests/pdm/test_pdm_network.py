@@ -20,10 +20,7 @@ from tessera.networks.patched_unet import (
 )
 
 CASES = [
-    "unet_p1_uncond_legacy_attn",
     "unet_p2_uncond_sigma",
-    "unet_p2_resblock_updown_frac_noclassfree",
-    "unet_sr_p2",
 ]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

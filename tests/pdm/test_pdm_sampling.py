@@ -23,7 +23,7 @@ from tessera.sampling.seeds import SeedNoise
 
 RUNS = [
     (name, run)
-    for name in ("loops_cond_p2", "loops_uncond_p1_fixed")
+    for name in ("loops_cond_p2",)
     for run in case("pdm", name)["config"]["runs"]
     if run["sampler"] != "bpd"
 ]
