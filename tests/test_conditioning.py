@@ -37,7 +37,9 @@ def test_without_labels_keeps_other_fields() -> None:
 
 
 def test_indexing_and_mapping_reach_every_field() -> None:
-    cond = Conditioning(torch.arange(4), torch.rand(4, 3), torch.rand(4, 2, 5, 5))
+    cond = Conditioning(
+        torch.arange(4), torch.rand(4, 3), torch.rand(4, 2, 5, 5), torch.rand(4, 3, 2, 2)
+    )
     part = cond[1:3]
     assert part.labels is not None
     assert part.labels.tolist() == [1, 2]
