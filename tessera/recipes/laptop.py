@@ -23,7 +23,7 @@ from tessera.recipes.schema import (
 
 
 def quickstart_digits() -> Recipe:
-    """Handwritten digits, 16x16 grey, ten classes: about two minutes on two cores."""
+    """Handwritten digits, 16x16 grey, ten classes: about three minutes on two cores."""
     return Recipe(
         name="quickstart-digits",
         description="handwritten digits in minutes",
