@@ -166,8 +166,8 @@ def read_config(folder: Path) -> FolderConfig:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not the configuration of a tessera pipeline. Models of other tools are "
-            "brought over by `tessera convert`"
+            f"{path} is not the configuration of a tessera pipeline. Models of other tools "
+            "cannot be opened"
         )
     version = config.get("version")
     if version != VERSION:
