@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -18,10 +19,12 @@ from tessera.recipes.schema import (
     DdimSampler,
     DdpmSampler,
     EdmSampler,
+    Recipe,
     SamplerConfig,
 )
 
 Label = SupportsIndex | str
+Precision = Literal["fp32", "bf16"]
 
 ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
 """Options whose presence selects the ablation sampler."""
@@ -73,6 +76,33 @@ def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> Sample
 
 def _names(kind: Kind) -> list[str]:
     return [name for name in kind.model_fields if name != "kind"]
+
+
+def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
+    """Raise unless small images are given exactly where the model enlarges them."""
+    side, channels = recipe.low_resolution, recipe.shape[0]
+    if side is None and low_res is not None:
+        raise TesseraError(
+            "small images were given, but this model does not enlarge images. Leave them out, "
+            "or train with low_resolution"
+        )
+    if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
+        given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
+        raise TesseraError(
+            f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
+            "Give them as low_res (--low-res)"
+        )
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The arithmetic of the network.
+
+    Raises:
+        TesseraError: there is no such precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_labels(

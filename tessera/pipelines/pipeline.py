@@ -27,7 +27,15 @@ from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import Canvas, choose_canvas
-from tessera.pipelines.options import Label, choose_labels, choose_sampler
+from tessera.pipelines.encode import encode
+from tessera.pipelines.options import (
+    Label,
+    Precision,
+    autocast,
+    check_low_res,
+    choose_labels,
+    choose_sampler,
+)
 from tessera.recipes.build import build_codec, build_denoiser, build_sampler
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import PixelCodec, Recipe, SamplerConfig
@@ -35,7 +43,6 @@ from tessera.sampling.core import NoiseSource, Sampler, SamplerState
 from tessera.sampling.seeds import SeedNoise, parse_seeds
 
 Seeds = Iterable[int] | int | str
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -264,6 +271,7 @@ class Pipeline:
         skip: float = 0.0,
         bricks: str | BrickSchedule | None = None,
         low_res: NDArray[np.uint8] | None = None,
+        latents: Tensor | None = None,
         batch: int = 64,
         precision: Precision = "fp32",
         on_step: OnStep | None = None,
@@ -287,6 +295,8 @@ class Pipeline:
                 "0-0.5:2,20-inf:1"; all run elsewhere.
             low_res: uint8 [N, h, w, C], the small images that a super-resolution model enlarges;
                 seed s enlarges number s modulo N.
+            latents: [N, C, H, W], unit normal numbers to begin with in place of the seeds' own,
+                like those of `encode`; seed s takes number s modulo N.
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
@@ -305,23 +315,27 @@ class Pipeline:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
         classes = self._classes(labels, seeds)
         canvas, section = self._sampling(options)
-        self._check_low_res(low_res)
+        check_low_res(self.recipe, low_res)
         sampler = build_sampler(section)
         model = self.skipping(sampler, skip, bricks)
         denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
+        if latents is not None:
+            _check_latents(latents, (canvas.channels, canvas.height, canvas.width))
         self.codec.prepare()
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
-            latents = noise.normal((canvas.channels, canvas.height, canvas.width))
+            start = noise.normal((canvas.channels, canvas.height, canvas.width))
+            if latents is not None:
+                start = latents[[seed % len(latents) for seed in ours]].to(start)
             cond = self._conditioning(noise, None if classes is None else classes[rows])
             cond = replace(cond, coords=canvas.coords(len(ours), self.device))
             if low_res is not None:
                 small = torch.from_numpy(low_res[[seed % len(low_res) for seed in ours]])
                 small = small.to(self.device).permute(0, 3, 1, 2)
                 cond = replace(cond, image=from_uint8(small))
-            with _autocast(self.device, precision):
-                for state in sampler(denoiser, latents, cond, noise):
+            with autocast(self.device, precision):
+                for state in sampler(denoiser, start, cond, noise):
                     if on_step is not None:
                         on_step(ours, state)
             yield SampledBatch(
@@ -347,11 +361,11 @@ class Pipeline:
         """Raise the errors that `sample_batches` would raise with the same arguments."""
         self._classes(labels, list_seeds(seeds))
         _, section = self._sampling(options)
-        self._check_low_res(low_res)
+        check_low_res(self.recipe, low_res)
         self.skipping(build_sampler(section), skip, bricks)
         self.guided(guidance, guidance_interval, guide)
         self.codec.prepare()
-        _autocast(self.device, precision)
+        autocast(self.device, precision)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -374,6 +388,33 @@ class Pipeline:
             noise.normal(shape)
             drawn[index] = noise.integers(self.denoiser.num_classes).item()
         return drawn
+
+    def encode(
+        self,
+        images: NDArray[np.uint8],
+        labels: Label | Iterable[Label] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The latents [N, C, H, W] that DDIM makes images of; float32 on the CPU.
+
+        DDIM without noise, backwards (Song et al. 2021). `sample(range(N), labels, sampler="ddim",
+        latents=...)` with the same options makes the images again, the better the more steps.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            labels: one class for all, or one for each image; None: they have none.
+            options: of `sample_batches`: guidance, guidance_interval, guide, low_res (image i was
+                enlarged from number i modulo their number), batch, precision; and of the sampler
+                ddim: steps, clip, quantile, noise_schedule.
+
+        Raises:
+            TesseraError: images, a class or options that this model cannot have.
+
+        Example:
+            >>> latents = pipe.encode(photos, steps="250")  # doctest: +SKIP
+            >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
+        """
+        return encode(self, images, labels, **options)
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
@@ -420,21 +461,6 @@ class Pipeline:
         section = choose_sampler(self.recipe.sampling, options)
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
-
-    def _check_low_res(self, low_res: NDArray[np.uint8] | None) -> None:
-        """Raise unless small images are given exactly where the model enlarges them."""
-        side, channels = self.recipe.low_resolution, self.recipe.shape[0]
-        if side is None and low_res is not None:
-            raise TesseraError(
-                "small images were given, but this model does not enlarge images. Leave them out, "
-                "or train with low_resolution"
-            )
-        if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
-            given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
-            raise TesseraError(
-                f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
-                "Give them as low_res (--low-res)"
-            )
 
     def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
         """What part of the picture is made, and by which sampler."""
@@ -496,7 +522,9 @@ def ema_names(recipe: Recipe) -> list[str]:
     return names
 
 
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def _check_latents(latents: Tensor, shape: tuple[int, int, int]) -> None:
+    if latents.shape[1:] != shape or not len(latents):
+        raise TesseraError(
+            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
+            f"{', '.join(map(str, shape))}]"
+        )

@@ -39,42 +39,44 @@ class Meter:
         # Apple's GPUs have no float64.
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._device = device
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # sum and count of each name, [N, 2]
+        # Sum and count of each of some names, [N, 2]; together, as few operations a step.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
         self._begin: dict[str, list[float]] = {}
 
     def add(self, update: Update, images: int) -> None:
         """Count a step over `images` images."""
         terms = {**update.terms, "grad_norm": update.grad_norm}
         values = torch.stack(list(terms.values())).to(self._dtype) * images
-        names, pairs = list(terms), [torch.stack([values, torch.full_like(values, images)], dim=1)]
+        names, pairs = [*terms], [torch.stack([values, torch.full_like(values, images)], dim=1)]
         for name, sums in update.quartiles.items():
             if name != "images":
                 names += [f"{name}_q{quarter}" for quarter in range(4)]
                 pair = torch.stack([sums, update.quartiles["images"]], dim=1)
                 pairs.append(pair.to(self._dtype))
-        step = torch.cat(pairs)
+        step, group = torch.cat(pairs), tuple(names)
         step = torch.where(update.bad > 0, torch.zeros_like(step), step)
-        if self._sums is None:
-            begin = [self._begin.get(name, [0.0, 0.0]) for name in names]
-            self._sums = torch.tensor(begin, dtype=self._dtype, device=self._device)
-            self._names = names
-        self._sums = self._sums + step
+        if group not in self._sums:
+            begin = [self._begin.pop(name, [0.0, 0.0]) for name in names]
+            self._sums[group] = torch.tensor(begin, dtype=self._dtype, device=self._device)
+        self._sums[group] = self._sums[group] + step
 
     def means(self) -> Metrics:
         """The mean of each term since the last call (None without a good step); waits."""
-        sums, self._sums, self._begin = self.state(), None, {}
+        sums, self._sums, self._begin = self.state(), {}, {}
         return {name: total / count if count else None for name, (total, count) in sums.items()}
 
     def state(self) -> dict[str, list[float]]:
         """Sum and count of each term so far, as JSON values; waits for the device."""
-        if self._sums is None:
-            return self._begin
-        return dict(zip(self._names, self._sums.tolist(), strict=True))
+        state = dict(self._begin)
+        for group, sums in self._sums.items():
+            for name, (total, count) in zip(group, sums.tolist(), strict=True):
+                before = state.get(name, (0.0, 0.0))
+                state[name] = [before[0] + total, before[1] + count]
+        return state
 
     def load(self, state: dict[str, list[float]]) -> None:
         """Put back what `state` gave."""
-        self._sums, self._begin = None, state
+        self._sums, self._begin = {}, dict(state)
 
 
 class Tracker(Protocol):
