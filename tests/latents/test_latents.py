@@ -111,6 +111,11 @@ def test_decoding_inverts_scale_and_shift_in_chunks(
     assert (images.int() - expected).abs().max() <= 1
     monkeypatch.setattr("tessera.data.codec._PIXELS_AT_ONCE", 2 * 16 * 16)
     assert (codec.decode((z - 0.25) * 0.5).int() - expected).abs().max() <= 1
+    # Back: the posterior's mean in model space.
+    encoded = codec.encode_mean(images)
+    mean = codec.encode(images)[:, :4]
+    assert encoded.shape == (5, 4, 8, 8)
+    torch.testing.assert_close(encoded / 0.5 + 0.25, mean)
 
 
 def test_from_images_to_images(made: Path, tmp_path: Path) -> None:
@@ -127,6 +132,7 @@ def test_from_images_to_images(made: Path, tmp_path: Path) -> None:
     assert pixels[0].dtype == np.uint8
     assert (pixels[0] == pixels[1]).all()
     assert pixels[0].std() > 0
+    assert pipe.encode(pixels[0], steps="3", noise_schedule="cosine").shape == (4, 4, 8, 8)
     grid = tmp_path / "samples.npz"
     result = CliRunner().invoke(
         app, ["sample", str(tmp_path / "a"), "--seeds", "0-3", "--guidance", "1.5", "--out",
