@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import RESULTS, device, synchronize
+from tessera.errors import TesseraError
 from tessera.images import grid, save_png
 from tessera.metrics.images import open_images
 from tessera.metrics.reference import Reference, build_reference, open_reference
@@ -48,6 +49,14 @@ def parser_for(module: str, description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipes")
     return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """The program, with the library's errors as a line for people."""
+    try:
+        main()
+    except TesseraError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def timed_recipe(name: str, options: argparse.Namespace, *overrides: str) -> Recipe:

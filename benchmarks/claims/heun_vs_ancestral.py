@@ -94,7 +94,10 @@ def main() -> None:
     )
     parser.add_argument("--ddim", type=numbers, default=[10, 25, 50, 100], help="steps of DDIM")
     parser.add_argument(
-        "--edm", type=numbers, default=[5, 9, 18], help="steps of Heun, 2 N - 1 evaluations",
+        "--edm",
+        type=numbers,
+        default=[5, 9, 18],
+        help="steps of Heun, 2 N - 1 evaluations",
     )
     options = parser.parse_args()
     if options.pipeline is not None:
@@ -135,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

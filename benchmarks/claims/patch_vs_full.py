@@ -80,7 +80,9 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_reference(folder / "reference.npz", common.reference_of(options.reference or options.data))
+        save_reference(
+            folder / "reference.npz", common.reference_of(options.reference or options.data)
+        )
         threads = max(1, options.threads // 2) if options.parallel else options.threads
         running: list[subprocess.Popen[str]] = []
         for arm in ARMS:
@@ -121,4 +123,4 @@ def _finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

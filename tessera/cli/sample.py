@@ -33,6 +33,7 @@ Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Sampler = StrEnum("Sampler", ["edm", "ablation", "ddpm", "ddim"])
 Clip = StrEnum("Clip", ["auto", "none", "static", "dynamic"])
+Variance = StrEnum("Variance", ["learned", "large", "small"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
 Schedule = StrEnum("Schedule", ["linear", "vp", "ve"])
@@ -161,6 +162,12 @@ def sample(
     clip: Clip | None = typer.Option(
         None, rich_help_panel=_DISCRETE, help="Estimates of the image; auto: dynamic if guided."
     ),
+    quantile: float | None = typer.Option(
+        None, rich_help_panel=_DISCRETE, help="Of dynamic clipping. (default: 0.995)"
+    ),
+    variance: Variance | None = typer.Option(
+        None, rich_help_panel=_DISCRETE, help="Of ddpm's steps: as learned, β, or β̃."
+    ),
     noise_schedule: str | None = typer.Option(
         None, rich_help_panel=_DISCRETE, help="For models of continuous noise: linear, cosine, ..."
     ),
@@ -192,7 +199,7 @@ def sample(
         "solver": solver, "s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise,
         "discretization": discretization, "schedule": schedule, "scaling": scaling,
         "alpha": alpha, "epsilon_s": epsilon_s, "sampler": sampler, "eta": eta, "clip": clip,
-        "noise_schedule": noise_schedule,
+        "noise_schedule": noise_schedule, "quantile": quantile, "variance": variance,
     }  # fmt: skip
     options = {
         name: value.value if isinstance(value, StrEnum) else value

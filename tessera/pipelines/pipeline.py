@@ -156,7 +156,9 @@ class Pipeline:
         if config.kind == "experts":
             from tessera.pipelines.experts import load_experts
 
-            return load_experts(folder, config, ema=ema, device=device)  # type: ignore[return-value]
+            made = load_experts(folder, config, ema=ema, device=device)
+            made._replace_vae(vae)
+            return made  # type: ignore[return-value]
         if config.kind != "diffusion":
             raise CheckpointError(
                 f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
@@ -179,11 +181,15 @@ class Pipeline:
             emas=[weights.name for weights in config.weights],
             checksum=entry.sha256,
         )
-        if vae is not None:
-            if isinstance(recipe.codec, PixelCodec):
-                raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
-            pipe.codec = build_codec(recipe.codec, str(vae))
+        pipe._replace_vae(vae)
         return pipe.to(device)
+
+    def _replace_vae(self, vae: str | Path | None) -> None:
+        if vae is None:
+            return
+        if isinstance(self.recipe.codec, PixelCodec):
+            raise TesseraError(f"{self.recipe.name} makes pixels, not latents; leave out the VAE")
+        self.codec = build_codec(self.recipe.codec, str(vae))
 
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced.

@@ -19,6 +19,7 @@ from tessera.data.dataset import open_dataset
 from tessera.data.latents import channel_statistics, open_latents, sample_posterior, write_latents
 from tessera.errors import CheckpointError, DataError, RecipeError, TesseraError
 from tessera.images import from_uint8, to_uint8
+from tessera.pipelines.experts import assemble
 from tessera.pipelines.pipeline import Pipeline
 from tessera.randomness import AddressedDraws
 from tessera.recipes.loading import load_recipe
@@ -173,6 +174,9 @@ def test_another_place_of_the_vae(made: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Name a folder that holds"):
         Pipeline.load(run).sample([0])
     assert Pipeline.load(run, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
+    experts = tmp_path / "experts"
+    assemble([Pipeline.load(run)] * 2, [0.25]).save(experts)
+    assert Pipeline.load(experts, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
 
 
 def test_vaes_that_cannot_be_used(made: Path, tmp_path: Path) -> None:

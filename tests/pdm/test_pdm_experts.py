@@ -143,7 +143,13 @@ def test_experts_of_another_network_by_the_command(tmp_path: Path) -> None:
     assert "5 network evaluations per image" in out
     run("sample", tmp_path / "e", "--seeds", "0-3", "--out", tmp_path / "d.npz", "--device", "cpu",
         "--sampler", "ddim", "--steps", "6", "--eta", "0.3", "--noise-schedule", "cosine",
-        "--clip", "dynamic")  # fmt: skip
+        "--clip", "dynamic", "--quantile", "0.9")  # fmt: skip
+    for v in ("large", "small"):
+        run("sample", tmp_path / "0", "--seeds", "0-1", "--out", tmp_path / f"{v}.npz", "--device",
+            "cpu", "--sampler", "ddpm", "--steps", "4", "--variance", v, "--noise-schedule",
+            "linear")  # fmt: skip
+    large, small = (np.load(tmp_path / f"{v}.npz")["arr_0"] for v in ("large", "small"))
+    assert not np.array_equal(large, small)
     with pytest.raises(TesseraError, match="noise_schedule"):
         tessera.load(tmp_path / "e").sample("0", sampler="ddpm")
     with pytest.raises(TesseraError, match="numbers like"):
@@ -222,6 +228,11 @@ def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
     total = (terms["vb"].sum(axis=1) + terms["prior"]).mean()
     assert total == pytest.approx(found[0]["bits_per_dimension"], rel=1e-5)
     assert "bits per dimension" in run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors",
+                                       "--steps", "3", "--num", "2")  # fmt: skip
+    with pytest.raises(TesseraError, match=r"terms\.txt"):
+        run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors", "--out", "terms.txt")
+    pipeline(0, low_resolution=4).save(tmp_path / "sr")
+    assert "bits per dimension" in run("eval", "nll", tmp_path / "sr", tmp_path / "d.safetensors",
                                        "--steps", "3", "--num", "2")  # fmt: skip
 
 
