@@ -236,12 +236,19 @@ def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
                                        "--steps", "3", "--num", "2")  # fmt: skip
 
 
-def test_costs_of_discrete_models() -> None:
-    for changes in ({}, {"low_resolution": 4}, {"training": {"precision": "bf16"}}):
+def test_costs_of_discrete_models_and_experts() -> None:
+    changes: dict[str, Any]
+    for changes in (
+        {}, {"low_resolution": 4}, {"training": {"precision": "bf16"}},
+        {"snr_splits": [0.25], "expert": 1}, {"objective": {"timesteps": "loss_second_moment"}},
+    ):  # fmt: skip
         cost = estimate(recipe(**changes), guidance=2.0)
         assert cost.evaluations == 10
         assert cost.train_flops > 2 * cost.forward_flops
         assert cost.activation_bytes > 0
+    vp = {"snr_splits": [0.25], "objective": {"kind": "vp"}, "preconditioning": {"kind": "vp"}}
+    expert, whole = (estimate(recipe(pdm=False, **vp, expert=k)) for k in (1, None))
+    assert expert == whole
 
 
 @pytest.mark.parametrize(
