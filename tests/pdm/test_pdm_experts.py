@@ -26,7 +26,7 @@ from tessera.errors import CheckpointError, RecipeError, TesseraError
 from tessera.pipelines.experts import ExpertsPipeline, assemble
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser
-from tessera.recipes.loading import parse_recipe
+from tessera.recipes.loading import load_recipe, parse_recipe
 from tessera.recipes.overrides import merge
 from tessera.recipes.schema import Recipe
 from tessera.training.trainer import Trainer
@@ -277,6 +277,14 @@ def test_recipes_that_do_not_fit_together(changes: dict[str, Any], message: str)
         return
     with pytest.raises(RecipeError, match=message):
         recipe(**changes)
+
+
+@pytest.mark.parametrize(("text", "splits"), [("0.25", (0.25,)), ("4,0.25", (4, 0.25))])
+def test_thresholds_on_a_command_line(text: str, splits: tuple[float, ...]) -> None:
+    made = load_recipe("cifar10-small-pdm", [f"snr_splits={text}", "expert=1"])
+    assert (made.snr_splits, made.expert) == (splits, 1)
+    wide: Any = load_recipe("cifar10-small-pdm", ["network.channel_mult=1.5"]).network
+    assert wide.channel_mult == (1.5,)
 
 
 def test_list_options_may_have_blanks_and_quotes() -> None:
