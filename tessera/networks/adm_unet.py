@@ -16,6 +16,7 @@ from tessera.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     full_precision,
+    zero,
 )
 
 CHANNELS_PER_HEAD = 64
@@ -117,9 +118,7 @@ class AdmUNet(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(
                 (".conv1", ".proj", "map_augment", "out_conv")
             ):
-                nn.init.zeros_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                zero(module)
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
