@@ -112,6 +112,12 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
+def section(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """Print a table, and return it as Markdown below its title."""
+    show(title, columns, rows)
+    return f"{title}:\n\n{markdown(columns, rows)}"
+
+
 def record(name: str, text: str) -> None:
     """Replace the section `name` of RESULTS.md, keeping all others."""
     body = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
