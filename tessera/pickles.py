@@ -23,6 +23,7 @@ class Stand:
     """A function in a table of `Names`, which a pickle can call but not change."""
 
     __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         object.__setattr__(self, "_function", function)
@@ -90,8 +91,8 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-_SCALAR = np.float64(0).__reduce__()[0]
+_FROM_BUFFER: Any = np.zeros(1).__reduce_ex__(5)[0]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
 _MODULES = ("numpy.core", "numpy._core")
 
 # How Python 3 writes bytes for Python 2.

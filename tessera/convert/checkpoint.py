@@ -98,7 +98,12 @@ def read_checkpoint(path: Path, classes: Collection[tuple[str, str]] = ()) -> Ch
             loss, augment = (_record(data.get(name)) for name in ("loss_fn", "augment_pipe"))
             dataset = data.get("dataset_kwargs")
             return Checkpoint(
-                path, "ema", data["ema"], loss, augment, dataset if isinstance(dataset, dict) else {}
+                path,
+                "ema",
+                data["ema"],
+                loss,
+                augment,
+                dataset if isinstance(dataset, dict) else {},
             )
         if isinstance(data.get("net"), Record):
             return Checkpoint(path, "raw", data["net"])

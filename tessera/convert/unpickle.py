@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any
         CheckpointError: no such file, damaged, of another kind, or it refers to what is not
             allowed; the message names it.
     """
-    names = _NAMES | {key: _record_class(key[1]) for key in classes}
+    names = {**_NAMES, **{key: _record_class(key[1]) for key in classes}}
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"PK\3\4":
@@ -246,7 +246,7 @@ def _persistent_object(meta: Any) -> Record:
 
 
 def _record_class(name: str) -> type[Record]:
-    return _Frozen(name, (Record,), {"class_name": name})
+    return cast("type[Record]", _Frozen(name, (Record,), {"class_name": name}))
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> StoredTensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import io
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

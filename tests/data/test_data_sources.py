@@ -81,7 +81,7 @@ def test_incomplete_and_evil_cifar10(tmp_path):
     evil = {**batches, "data_batch_2": pickle.dumps(Attack(), 2)}
     for content, message in (
         ({k: v for k, v in batches.items() if k != "data_batch_3"}, "data_batch_3 missing"),
-        (evil, "data_batch_2: it wants to run"),
+        (evil, r"data_batch_2: it refers to \w+\.mkdir, which may run code"),
         ({**batches, "data_batch_4": {b"data": [1], b"labels": [1]}}, "data_batch_4: should hold"),
         ({**batches, "data_batch_5": [1]}, "data_batch_5: should hold"),
     ):
