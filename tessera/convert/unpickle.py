@@ -129,7 +129,9 @@ class StoredTensor:
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         if math.prod(self.shape) > len(flat) or (0 not in self.shape and last >= len(flat)):
             raise DataError(f"a tensor of shape {self.shape} is larger than what is stored of it")
-        return flat.as_strided(self.shape, self.stride, self.offset).clone().contiguous()
+        with _damage("a tensor"):
+            view = flat.as_strided(self.shape, self.stride, self.offset)
+            return view.clone(memory_format=torch.contiguous_format)
 
 
 def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any:
@@ -153,8 +155,8 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any
         raise CheckpointError(f"{path}: there is no such file") from error
     except (DataError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be converted: {error}. It is not a checkpoint of the released code, "
-            "or not all of it; if it should be one, download or copy it again"
+            f"{path} cannot be converted: {error}. It is damaged, or no checkpoint of the released "
+            "code at all"
         ) from error
 
 

@@ -164,7 +164,13 @@ def test_an_attack_within_a_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "shape", "stride"),
-    [(3, (2,), (1,)), (0, (5,), (1,)), (0, (2, 2), (3, 1)), (0, (100,), (0,))],
+    [
+        (3, (2,), (1,)),
+        (0, (5,), (1,)),
+        (0, (2, 2), (3, 1)),
+        (0, (100,), (0,)),
+        (0, (0, 10**30), (1, 1)),
+    ],
 )
 def test_tensors_stay_within_their_numbers(
     tmp_path: Path, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
@@ -173,7 +179,7 @@ def test_tensors_stay_within_their_numbers(
     rebuild, (storage, *_), *_ = real.__reduce_ex__(2)
     tensor = Call(rebuild, storage, offset, shape, stride, False, OrderedDict())
     path = write_snapshot(tmp_path / "a.pkl", Persistent("Part", _buffers={"x": tensor}))
-    with pytest.raises(DataError, match="larger than what is stored"):
+    with pytest.raises(DataError, match=r"larger than what is stored|a tensor cannot be read"):
         read_state(read_container(path)["ema"])
 
 
@@ -205,7 +211,7 @@ def test_truncated(tmp_path: Path, file: str) -> None:
     data = path.read_bytes()
     for share in (0, 0.001, 0.3, 0.9, 0.9999):
         path.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(CheckpointError, match="not all of it"):
+        with pytest.raises(CheckpointError, match="It is damaged"):
             read_container(path)
 
 
