@@ -331,7 +331,8 @@ def _session() -> Iterator[torch.device]:
     from tessera import distributed
 
     with distributed.session() as device, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         try:
             yield device
         finally:
