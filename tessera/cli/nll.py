@@ -34,7 +34,7 @@ def nll(
     from tessera.files import atomic_file
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
-    from tessera.pipelines.pipeline import load
+    from tessera.pipelines.loading import load
     from tessera.progress import progress
 
     if out is not None and out.suffix != ".npz":

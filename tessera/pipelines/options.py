@@ -1,4 +1,4 @@
-"""What a caller may say about sampling: the classes of the images, the sampler and its options."""
+"""What a caller may say about sampling: seeds, classes, small images, the sampler, precision."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch import Tensor
 
 from tessera.conditioning import NO_CLASS
 from tessera.errors import TesseraError
@@ -22,7 +23,9 @@ from tessera.recipes.schema import (
     Recipe,
     SamplerConfig,
 )
+from tessera.sampling.seeds import parse_seeds
 
+Seeds = Iterable[int] | int | str
 Label = SupportsIndex | str
 Precision = Literal["fp32", "bf16"]
 
@@ -36,6 +39,15 @@ KINDS: dict[str, Kind] = {
     "ddpm": DdpmSampler,
     "ddim": DdimSampler,
 }
+
+
+def list_seeds(seeds: Seeds) -> list[int]:
+    """Seeds in any of the forms that callers may give, as a list."""
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    if isinstance(seeds, int):
+        return [seeds]
+    return [int(seed) for seed in seeds]
 
 
 def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> SamplerConfig:
@@ -76,33 +88,6 @@ def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> Sample
 
 def _names(kind: Kind) -> list[str]:
     return [name for name in kind.model_fields if name != "kind"]
-
-
-def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
-    """Raise unless small images are given exactly where the model enlarges them."""
-    side, channels = recipe.low_resolution, recipe.shape[0]
-    if side is None and low_res is not None:
-        raise TesseraError(
-            "small images were given, but this model does not enlarge images. Leave them out, "
-            "or train with low_resolution"
-        )
-    if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
-        given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
-        raise TesseraError(
-            f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
-            "Give them as low_res (--low-res)"
-        )
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The arithmetic of the network.
-
-    Raises:
-        TesseraError: there is no such precision.
-    """
-    if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_labels(
@@ -172,3 +157,61 @@ def _known(num_classes: int, names: list[str]) -> str:
     if names:
         known += f": {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
     return known
+
+
+def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
+    """Check that small images are given exactly where the model enlarges them.
+
+    Raises:
+        TesseraError: they are missing, of another shape, or not wanted.
+    """
+    side, channels = recipe.low_resolution, recipe.shape[0]
+    if side is None and low_res is not None:
+        raise TesseraError(
+            "small images were given, but this model does not enlarge images. Leave them out, "
+            "or train with low_resolution"
+        )
+    if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
+        given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
+        raise TesseraError(
+            f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
+            "Give them as low_res (--low-res)"
+        )
+
+
+def check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
+    """Check that images are uint8 [N, H, W, C] of `shape` (C, H, W).
+
+    Raises:
+        TesseraError: they are not, or there are none.
+    """
+    channels, height, width = shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels) or not len(images):
+        raise TesseraError(
+            f"images of shape {images.shape}, {images.dtype}: this model encodes uint8 images "
+            f"[N, {height}, {width}, {channels}]"
+        )
+
+
+def check_latents(latents: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """Check that latents, if there are any, are [N, *shape].
+
+    Raises:
+        TesseraError: they are not, or there are none of them.
+    """
+    if latents is not None and (latents.shape[1:] != shape or not len(latents)):
+        raise TesseraError(
+            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
+            f"{', '.join(map(str, shape))}]"
+        )
+
+
+def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which the network computes in `precision`.
+
+    Raises:
+        TesseraError: there is no such precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -22,27 +22,29 @@ from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Skipping
-from tessera.errors import CheckpointError, TesseraError
+from tessera.errors import TesseraError
 from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import Canvas, choose_canvas
-from tessera.pipelines.encode import encode
 from tessera.pipelines.options import (
     Label,
     Precision,
-    autocast,
+    Seeds,
+    autocast_for,
+    check_images,
+    check_latents,
     check_low_res,
     choose_labels,
     choose_sampler,
+    list_seeds,
 )
-from tessera.recipes.build import build_codec, build_denoiser, build_sampler
-from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import PixelCodec, Recipe, SamplerConfig
+from tessera.recipes.build import build_codec, build_sampler
+from tessera.recipes.loading import dump_recipe
+from tessera.recipes.schema import DdimSampler, Recipe
 from tessera.sampling.core import NoiseSource, Sampler, SamplerState
-from tessera.sampling.seeds import SeedNoise, parse_seeds
-
-Seeds = Iterable[int] | int | str
+from tessera.sampling.ddpm import encode_ddim
+from tessera.sampling.seeds import SeedNoise
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ class SampledBatch:
     seeds: list[int]
     labels: NDArray[np.int64] | None
     images: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What makes the images of one call.
+
+    Attributes:
+        classes: of all images; None where each seed draws its own.
+        canvas: the part of the picture that is made.
+        denoiser: with all wrappers that were asked for.
+        autocast: the arithmetic of the network.
+    """
+
+    classes: NDArray[np.int64] | None
+    canvas: Canvas
+    sampler: Sampler
+    denoiser: Denoiser
+    autocast: torch.autocast
 
 
 OnStep = Callable[[Sequence[int], SamplerState], None]
@@ -132,64 +152,18 @@ class Pipeline:
         pipe._others = dict(zip(names[1:], other_emas, strict=True))
         return pipe
 
-    @classmethod
+    @staticmethod
     def load(
-        cls,
         source: str | Path,
         *,
         ema: str | int | None = None,
         device: torch.device | str = "cpu",
         vae: str | Path | None = None,
-    ) -> Self:
-        """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
+    ) -> Pipeline:
+        """Open a saved pipeline; see `tessera.load`."""
+        from tessera.pipelines.loading import load
 
-        Args:
-            ema: name of another average than the default, see `emas`.
-            vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged or of a kind not known here.
-            TesseraError: a VAE for a model of pixels.
-        """
-        folder = folders.find_folder(source)
-        config = folders.read_config(folder)
-        if config.kind == "experts":
-            from tessera.pipelines.experts import load_experts
-
-            made = load_experts(folder, config, ema=ema, device=device)
-            made._replace_vae(vae)
-            return made  # type: ignore[return-value]
-        if config.kind != "diffusion":
-            raise CheckpointError(
-                f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
-                "know. Install a newer tessera"
-            )
-        entry = folders.choose_weights(config, None if ema is None else str(ema))
-        recipe = parse_recipe(config.recipe)
-        # A model that is built draws initial weights; the caller's random state is not ours.
-        with torch.random.fork_rng(devices=[]):
-            denoiser = build_denoiser(recipe)
-        folders.load_weights(folder, entry, denoiser.network)
-        if recipe.training.channels_last:
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pipe = cls(
-            recipe,
-            denoiser,
-            images_seen=config.images_seen,
-            class_names=config.class_names,
-            ema=entry.name,
-            emas=[weights.name for weights in config.weights],
-            checksum=entry.sha256,
-        )
-        pipe._replace_vae(vae)
-        return pipe.to(device)
-
-    def _replace_vae(self, vae: str | Path | None) -> None:
-        if vae is None:
-            return
-        if isinstance(self.recipe.codec, PixelCodec):
-            raise TesseraError(f"{self.recipe.name} makes pixels, not latents; leave out the VAE")
-        self.codec = build_codec(self.recipe.codec, str(vae))
+        return load(source, ema=ema, device=device, vae=vae)
 
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced.
@@ -319,29 +293,25 @@ class Pipeline:
             return
         if batch < 1:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
-        classes = self._classes(labels, seeds)
-        canvas, section = self._sampling(options)
-        check_low_res(self.recipe, low_res)
-        sampler = build_sampler(section)
-        model = self.skipping(sampler, skip, bricks)
-        denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
-        if latents is not None:
-            _check_latents(latents, (canvas.channels, canvas.height, canvas.width))
-        self.codec.prepare()
+        plan = self._plan(
+            seeds, labels, guidance=guidance, guidance_interval=guidance_interval, guide=guide,
+            skip=skip, bricks=bricks, low_res=low_res, latents=latents, precision=precision,
+            **options,
+        )  # fmt: skip
+        classes, canvas = plan.classes, plan.canvas
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
-            start = noise.normal((canvas.channels, canvas.height, canvas.width))
+            start = noise.normal(canvas.shape)
             if latents is not None:
                 start = latents[[seed % len(latents) for seed in ours]].to(start)
             cond = self._conditioning(noise, None if classes is None else classes[rows])
             cond = replace(cond, coords=canvas.coords(len(ours), self.device))
             if low_res is not None:
-                small = torch.from_numpy(low_res[[seed % len(low_res) for seed in ours]])
-                small = small.to(self.device).permute(0, 3, 1, 2)
-                cond = replace(cond, image=from_uint8(small))
-            with autocast(self.device, precision):
-                for state in sampler(denoiser, start, cond, noise):
+                small = low_res[[seed % len(low_res) for seed in ours]]
+                cond = replace(cond, image=from_uint8(self._from_numpy(small)))
+            with plan.autocast:
+                for state in plan.sampler(plan.denoiser, start, cond, noise):
                     if on_step is not None:
                         on_step(ours, state)
             yield SampledBatch(
@@ -351,27 +321,14 @@ class Pipeline:
             )
 
     def check(
-        self,
-        seeds: Seeds,
-        labels: Label | Iterable[Label] | None = None,
-        *,
-        guidance: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guide: Pipeline | Denoiser | None = None,
-        skip: float = 0.0,
-        bricks: str | BrickSchedule | None = None,
-        low_res: NDArray[np.uint8] | None = None,
-        precision: Precision = "fp32",
-        **options: Any,
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
     ) -> None:
-        """Raise the errors that `sample_batches` would raise with the same arguments."""
-        self._classes(labels, list_seeds(seeds))
-        _, section = self._sampling(options)
-        check_low_res(self.recipe, low_res)
-        self.skipping(build_sampler(section), skip, bricks)
-        self.guided(guidance, guidance_interval, guide)
-        self.codec.prepare()
-        autocast(self.device, precision)
+        """Raise the errors that `sample_batches` would raise with the same arguments.
+
+        Args:
+            options: those of `sample_batches`, but for `batch` and `on_step`.
+        """
+        self._plan(list_seeds(seeds), labels, **options)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -399,6 +356,13 @@ class Pipeline:
         self,
         images: NDArray[np.uint8],
         labels: Label | Iterable[Label] | None = None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        low_res: NDArray[np.uint8] | None = None,
+        batch: int = 64,
+        precision: Precision = "fp32",
         **options: Any,
     ) -> Tensor:
         """The latents [N, C, H, W] that DDIM makes images of; float32 on the CPU.
@@ -409,9 +373,9 @@ class Pipeline:
         Args:
             images: uint8 [N, H, W, C].
             labels: one class for all, or one for each image; None: they have none.
-            options: of `sample_batches`: guidance, guidance_interval, guide, low_res (image i was
-                enlarged from number i modulo their number), batch, precision; and of the sampler
-                ddim: steps, clip, quantile, noise_schedule.
+            guidance, guidance_interval, guide, batch, precision: see `sample_batches`.
+            low_res: small images; image i was enlarged from number i modulo their number.
+            options: of the sampler ddim: steps, clip, quantile, noise_schedule.
 
         Raises:
             TesseraError: images, a class or options that this model cannot have.
@@ -420,35 +384,40 @@ class Pipeline:
             >>> latents = pipe.encode(photos, steps="250")  # doctest: +SKIP
             >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
         """
-        return encode(self, images, labels, **options)
+        check_images(images, self.codec.image_shape(self.recipe.shape))
+        section = choose_sampler(self.recipe.sampling, {**options, "sampler": "ddim"})
+        assert isinstance(section, DdimSampler)
+        if section.eta > 0:
+            raise TesseraError(
+                f"eta={section.eta:g}: only DDIM without noise can be gone backwards; set eta=0"
+            )
+        if labels is None and self.denoiser.num_classes:
+            labels = NO_CLASS
+        plan = self._plan(
+            range(len(images)), labels, guidance=guidance, guidance_interval=guidance_interval,
+            guide=guide, low_res=low_res, precision=precision, sampler="ddim", **options,
+        )  # fmt: skip
+        sampler = section.model_dump(exclude={"kind", "eta"})
+        parts: list[Tensor] = []
+        for rows in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
+            x = self.codec.encode_mean(self._from_numpy(images[rows]))
+            classes = None if plan.classes is None else torch.from_numpy(plan.classes[rows])
+            cond = Conditioning(classes).to(self.device)
+            if low_res is not None:
+                small = low_res[rows % len(low_res)]
+                cond = replace(cond, image=from_uint8(self._from_numpy(small)))
+            with plan.autocast:
+                *_, last = encode_ddim(plan.denoiser, x, cond, **sampler)
+            parts.append(last.x.to("cpu", torch.float32))
+        return torch.cat(parts)
+
+    def _from_numpy(self, images: NDArray[np.uint8]) -> Tensor:
+        """[N, H, W, C] as [N, C, H, W] where the model is."""
+        return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-    def guided(
-        self,
-        guidance: float = 1.0,
-        interval: tuple[float, float] | None = None,
-        guide: Pipeline | Denoiser | None = None,
-        model: Denoiser | None = None,
-    ) -> Denoiser:
-        """`model` (by default the denoiser), with guidance around it if `guidance` is not 1."""
-        model = model or self.denoiser
-        if guidance == 1:
-            return model
-        weak = guide.denoiser if isinstance(guide, Pipeline) else guide
-        result = Guided(model, guidance, interval, weak)
-        if weak is None:
-            self._warn_if_classes_are_needed()
-        return result
-
-    def skipping(
-        self, sampler: Sampler, skip: float = 0.0, bricks: str | BrickSchedule | None = None
-    ) -> Denoiser:
-        """The model's denoiser, leaving out bricks as in `sample_batches` if that is asked for."""
-        schedule = choose_bricks(self.recipe, self.denoiser, sampler, skip, bricks)
-        return self.denoiser if schedule is None else Skipping(self.denoiser, schedule)
 
     def cost(
         self,
@@ -468,18 +437,42 @@ class Pipeline:
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
 
-    def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
-        """What part of the picture is made, and by which sampler."""
-        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
-        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
-
-    def _classes(
-        self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
-    ) -> NDArray[np.int64] | None:
+    def _plan(
+        self,
+        seeds: Sequence[int],
+        labels: Label | Iterable[Label] | None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
+        low_res: NDArray[np.uint8] | None = None,
+        latents: Tensor | None = None,
+        precision: Precision = "fp32",
+        **options: Any,
+    ) -> _Plan:
+        """What `sample_batches` was asked for, checked and ready to run."""
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()
-        return classes
+        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
+        canvas = choose_canvas(self.recipe, **options)
+        sampler = build_sampler(choose_sampler(self.recipe.sampling, own))
+        check_low_res(self.recipe, low_res)
+        check_latents(latents, canvas.shape)
+        model: Denoiser = self.denoiser
+        schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
+        if schedule is not None:
+            model = Skipping(self.denoiser, schedule)
+        if guidance != 1:
+            weak = guide.denoiser if isinstance(guide, Pipeline) else guide
+            model = Guided(model, guidance, guidance_interval, weak)
+            if weak is None:
+                self._warn_if_classes_are_needed()
+        self.codec.prepare()
+        autocast = autocast_for(self.device, precision)
+        return _Plan(classes, canvas, sampler, canvas.wrap(model), autocast)
 
     def _warn_if_classes_are_needed(self) -> None:
         if self.recipe.objective.label_dropout > 0 or self._warned:
@@ -499,26 +492,6 @@ class Pipeline:
         return Conditioning(drawn if classes is None else torch.from_numpy(classes).to(self.device))
 
 
-def load(
-    source: str | Path,
-    *,
-    ema: str | int | None = None,
-    device: torch.device | str = "cpu",
-    vae: str | Path | None = None,
-) -> Pipeline:
-    """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub."""
-    return Pipeline.load(source, ema=ema, device=device, vae=vae)
-
-
-def list_seeds(seeds: Seeds) -> list[int]:
-    """Seeds in any of the forms that callers may give, as a list."""
-    if isinstance(seeds, str):
-        return parse_seeds(seeds)
-    if isinstance(seeds, int):
-        return [seeds]
-    return [int(seed) for seed in seeds]
-
-
 def ema_names(recipe: Recipe) -> list[str]:
     """A name for each average of the recipe: its half-life in images, numbered if that repeats."""
     names: list[str] = []
@@ -526,11 +499,3 @@ def ema_names(recipe: Recipe) -> list[str]:
         name = f"{ema.halflife_images:.0f}"
         names.append(name if name not in names else f"{name}-{len(names)}")
     return names
-
-
-def _check_latents(latents: Tensor, shape: tuple[int, int, int]) -> None:
-    if latents.shape[1:] != shape or not len(latents):
-        raise TesseraError(
-            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
-            f"{', '.join(map(str, shape))}]"
-        )
