@@ -401,7 +401,18 @@ class Pipeline:
     ) -> Denoiser:
         """The model's denoiser, leaving out bricks as in `sample_batches` if that is asked for."""
         schedule = choose_bricks(self.recipe, self.denoiser, sampler, skip, bricks)
-        return self.denoiser if schedule is None else Skipping(self.denoiser, schedule)
+        return self.denoiser if schedule is None else self.cut(schedule)
+
+    def cut(self, schedule: BrickSchedule) -> Denoiser:
+        """The model's denoiser, running as many bricks as the schedule says; of all experts.
+
+        Raises:
+            TesseraError: see `Skipping`.
+        """
+        if isinstance(self.denoiser, Experts):
+            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
+            return Experts(experts, self.denoiser.thresholds)
+        return Skipping(self.denoiser, schedule)
 
     def cost(
         self,
