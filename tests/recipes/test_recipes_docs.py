@@ -46,7 +46,7 @@ def test_keys_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_exist(page: str) -> None:
     text = (DOCS / page).read_text()
-    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9-]+)\b(?!\.)", text)
+    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)\b(?!\.)", text)
     for name in re.findall(r"`((?:edm|patch|lego|cifar10|quickstart)-[a-z0-9{},-]+)`", text):
         # Not the names of modules and options, which have no digits.
         if re.search(r"\d|digits", name):
