@@ -53,9 +53,7 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
     )  # fmt: skip
     reference = load_reference(options.reference or folder / "reference.npz", device())
     trainer = Trainer(recipe, folder / arm)
-    due = [
-        options.minutes * 60 * (k + 1) / options.evaluations for k in range(options.evaluations)
-    ]
+    due = [options.minutes * 60 * (k + 1) / options.evaluations for k in range(options.evaluations)]
     seconds, images = 0.0, 0
     with contextlib.closing(trainer.steps()) as steps:
         while due:

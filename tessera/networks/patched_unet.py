@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.conditioning import Conditioning
 from tessera.errors import TesseraError
-from tessera.networks.layers import CoordinateInput, full_precision
+from tessera.networks.layers import CoordinateInput, Dropout, full_precision, group_norm
 
 GROUPS = 32
 DEFAULT_MULT = {
@@ -84,13 +84,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _group_norm(x, self.weight, self.bias, self.eps)
-
-
-def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if x.device.type == "cpu":  # the CPU kernel keeps statistics and affine in float32 itself
-        return F.group_norm(x, GROUPS, weight, bias, eps)
-    return F.group_norm(x.to(torch.float32), GROUPS, weight, bias, eps).to(x.dtype)
+        return group_norm(x, GROUPS, self.weight, self.bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -124,7 +118,7 @@ class ResBlock(nn.Module):
         self.classemb_proj = nn.Linear(class_channels, out_channels) if class_channels else None
         self.emb_layers = nn.Linear(emb_channels, 2 * out_channels)
         self.out_layers = nn.Sequential(
-            nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            nn.SiLU(), Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         )
         self.skip_connection = (
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -148,7 +142,7 @@ class ResBlock(nn.Module):
             if self.classemb_proj is not None and classes is not None:
                 gate = torch.sigmoid(self.classemb_proj(classes) + 2)[:, :, None, None].to(h.dtype)
             scale, shift = (1 + scale).to(h.dtype), shift.to(h.dtype)
-        h = self.out_layers(torch.addcmul(shift, _group_norm(h, None, None, 1e-3), scale))
+        h = self.out_layers(torch.addcmul(shift, group_norm(h, GROUPS, None, None, 1e-3), scale))
         skip = x if self.skip_connection is None else self.skip_connection(x)
         return skip + h if gate is None else torch.addcmul(skip, h, gate)
 
