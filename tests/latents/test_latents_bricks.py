@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_vae import latent_recipe, save_vae
@@ -25,7 +26,7 @@ def test_bricks_make_images_of_latents(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     pipe = Pipeline.from_denoiser(recipe, build_denoiser(recipe))
-    options = {"guidance": 2.0, "guidance_interval": (0.1, 10), "skip": 0.5}
+    options: dict[str, Any] = {"guidance": 2.0, "guidance_interval": (0.1, 10), "skip": 0.5}
     assert pipe.sample([0, 1], **options).shape == (2, 16, 16, 3)
     # Sizes are those of the latents, of half the side of the images here.
     wide = pipe.sample([0], size=(9, 21), layout="windows", **options)
