@@ -348,6 +348,17 @@ class Pipeline:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
+    def cut(self, schedule: BrickSchedule) -> Denoiser:
+        """The model's denoiser, running as many bricks as the schedule says; of all experts.
+
+        Raises:
+            TesseraError: see `Skipping`.
+        """
+        if isinstance(self.denoiser, Experts):
+            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
+            return Experts(experts, self.denoiser.thresholds)
+        return Skipping(self.denoiser, schedule)
+
     def cost(
         self,
         *,
@@ -391,7 +402,7 @@ class Pipeline:
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
         if schedule is not None:
-            model = Skipping(self.denoiser, schedule)
+            model = self.cut(schedule)
         if guidance != 1:
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
