@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -439,7 +440,9 @@ class Pipeline:
     def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
         """What part of the picture is made, and by which sampler."""
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
-        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
+        others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
+        section = choose_sampler(self.recipe.sampling, own, others)
+        return choose_canvas(self.recipe, **options), section
 
     def _classes(
         self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]

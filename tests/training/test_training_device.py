@@ -221,9 +221,7 @@ def test_trains_saves_and_samples_in_bf16(kind: str, tmp_path: Path) -> None:
 
 @gpu
 @pytest.mark.parametrize("kind", ["song_unet", "discrete"])
-def test_resumes_on_the_gpu(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumes_on_the_gpu(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     recipe = device_recipe(tmp_path, kind, training={"precision": "fp32"}, run={"preview": None})
     whole, parted = Trainer(recipe, tmp_path / "whole"), Trainer(recipe, tmp_path / "parted")
