@@ -212,7 +212,7 @@ def test_inheritance(tmp_path: Path) -> None:
     small = shipped()["cifar10-small"]()
     assert recipe.name == "my-leaf"
     assert recipe.training == small.training.model_copy(update={"batch": 32})
-    assert recipe.objective == EdmObjective(label_dropout=0.1)
+    assert recipe.objective == small.objective.model_copy(update={"label_dropout": 0.1})
     assert recipe.network == AdmUNetConfig(model_channels=64)
     assert load_recipe(tmp_path / "mid.yaml").name == "mid"
 
