@@ -361,7 +361,7 @@ def _sampled(path: Path, seeds: list[int], batch: int) -> Iterator[tuple[Tensor,
     import torch
 
     from tessera.distributed import device
-    from tessera.pipelines.pipeline import load
+    from tessera.pipelines.loading import load
 
     pipeline = load(path, device=device())
     for made in pipeline.sample_batches(seeds, batch=batch):
