@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -397,7 +398,8 @@ class Pipeline:
             self._warn_if_classes_are_needed()
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         canvas = choose_canvas(self.recipe, **options)
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, own))
+        others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
+        sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
         check_low_res(self.recipe, low_res)
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
