@@ -67,7 +67,7 @@ def convert(source: Path, dest: Path, *, snapshot: Path | None = None) -> Conver
     first = checkpoints[0]
     converter = _converter(first)
     recipe, images_seen = _recipe(first, converter)
-    # On the meta device it would import PyTorch's compiler, which takes longer than to draw weights.
+    # Not on the meta device, which imports the compiler: slower than drawing the weights.
     with torch.random.fork_rng(devices=[]):
         network = build_network(recipe)
     states: dict[str, Mapping[str, Tensor]] = {
