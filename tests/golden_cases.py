@@ -80,3 +80,17 @@ class RecordedDraws:
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
         return self.numbers[purpose].reshape(-1, *shape).to(torch.int64)
+
+
+class RecordedSteps:
+    """A sampler's `NoiseSource` that hands out the recorded noise of its steps."""
+
+    def __init__(self, steps: Tensor | None) -> None:
+        self.steps = iter(() if steps is None else steps)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        assert dtype == torch.float64
+        return next(self.steps)
+
+    def integers(self, high: int) -> Tensor:
+        raise AssertionError("a sampler draws no classes")

@@ -29,6 +29,13 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     return contextlib.nullcontext()
 
 
+def zero(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> None:
+    """Set the weight and the bias, if there is one, to 0."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class CoordinateInput(nn.Module):
     """Appends where its pixels lie in the full image to a network's input, as further channels.
 

@@ -102,7 +102,9 @@ class Lego(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.model.modules():
             if isinstance(module, DiTBlock | FinalLayer):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)  # type: ignore[arg-type]
+                modulation = module.adaLN_modulation[1]
+                assert isinstance(modulation, nn.Linear)
+                nn.init.zeros_(modulation.weight)
             if isinstance(module, FinalLayer):
                 nn.init.zeros_(module.linear.weight)
         embedders = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.map_augment]
@@ -162,7 +164,8 @@ class Lego(nn.Module):
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated transformer blocks, in the order of their use."""
         for brick in self.model:
-            yield from brick.blocks  # type: ignore[misc]
+            assert isinstance(brick, Brick)
+            yield from brick.blocks
 
     def forward(
         self, x: Tensor, noise: Tensor, cond: Conditioning, *, bricks: int | None = None

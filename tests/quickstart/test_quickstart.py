@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tessera
@@ -105,6 +106,15 @@ def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
         assert f"{value:.3g}" in page
     assert "not FID" in page
     assert f"tessera sample {result.out}/run" in page
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_of_it_runs_on_the_gpu(result: Result) -> None:
+    assert result.device == torch.cuda.get_device_name()
+    assert len(result.samples) == len(result.predicted) == 30
+    assert 0 < result.floor < result.ceiling
+    render(result)
 
 
 def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:

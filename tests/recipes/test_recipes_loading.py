@@ -253,3 +253,10 @@ def test_binary_file(tmp_path: Path) -> None:
 def test_text_that_looks_like_a_number_stays_text() -> None:
     for value in ("1e4", "2024-01-01", "true", "null", "1,2", "007"):
         assert read_yaml(write_yaml({"name": value}), "text") == {"name": value}
+
+
+def test_a_run_folder_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: cifar10-small\n")
+    with pytest.raises(RecipeError, match=r"(?s)the folder of a run.*--resume.*recipe\.yaml") as error:
+        load_recipe(str(tmp_path))
+    assert str(tmp_path / "recipe.yaml") in str(error.value)
