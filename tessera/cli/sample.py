@@ -181,7 +181,7 @@ def sample(
         options["window_noise"] = window_noise.value
     if mask_coords:
         options["mask_coords"] = True
-    options |= _larger(height, width, layout, overlap)
+    options |= _larger_options(height, width, layout, overlap)
     if skip:
         options["skip"] = skip
     if bricks is not None:
@@ -312,7 +312,7 @@ def parse_interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _larger(
+def _larger_options(
     height: int | None, width: int | None, layout: Layout | None, overlap: float | None
 ) -> dict[str, Any]:
     """The options of a larger picture, as far as they are given."""
