@@ -98,14 +98,18 @@ def sample(
         "--show-bricks",
         help="Also a picture of each brick's output for the first seed.",
     ),
-    height: int | None = _larger(None, min=1, help="In pixels."),
-    width: int | None = _larger(None, min=1, help="In pixels."),
-    layout: Layout = _larger(
-        Layout.tiles,
-        help="By the network as it is; the same, padded to a size that fits; or by overlapping "
-        "windows of the trained size, for any size.",
+    height: int | None = _larger(
+        None, min=1, help="In pixels; of latents where the model has any."
     ),
-    overlap: float = _larger(0.5, help="Share of a window that the next one sees, too."),
+    width: int | None = _larger(None, min=1, help="Likewise."),
+    layout: Layout | None = _larger(
+        None,
+        help="By the network as it is (tiles, the default); the same, padded to a size that fits; "
+        "or by overlapping windows of the trained size, for any size.",
+    ),
+    overlap: float | None = _larger(
+        None, help="Share of a window that the next one sees, too. (default: 0.5)"
+    ),
     x_start: int = _window(0, help="First column."),
     y_start: int = _window(0, help="First row."),
     image_size: str | None = _window(
@@ -114,9 +118,9 @@ def sample(
         help="Side, or WIDTHxHEIGHT. (default: the whole picture)",
     ),
     resolution: int | None = _window(None, help="Side of the whole picture. (default: as trained)"),
-    window_noise: WindowNoise = _window(
-        WindowNoise.crop,
-        help="Noise cut from the whole picture's, or the window's own.",
+    window_noise: WindowNoise | None = _window(
+        None,
+        help="Noise cut from the whole picture's (crop, the default), or the window's own.",
     ),
     mask_coords: bool = _window(False, "--mask-coords", help="Set all coordinates to 0."),
     low_res: Path | None = typer.Option(
@@ -167,16 +171,20 @@ def sample(
     }
     if guidance_interval is not None:
         options["guidance_interval"] = parse_interval(guidance_interval)
+    for given, name in ((guidance_interval, "--guidance-interval"), (guide, "--guide")):
+        if given is not None and guidance == 1:
+            raise TesseraError(f"{name} does nothing at --guidance 1. Give a weight, like 1.5")
     if image_size is not None or x_start or y_start:
         options["window"] = (x_start, y_start, *_size(image_size))
     if resolution is not None:
         options["resolution"] = resolution
-    if "window" in options or resolution is not None:
+    if window_noise is not None:
+        if "window" not in options and resolution is None:
+            raise TesseraError("--window-noise belongs to a window: give --image-size, too")
         options["window_noise"] = window_noise.value
     if mask_coords:
         options["mask_coords"] = True
-    if height is not None or width is not None:
-        options |= {"size": (height, width), "layout": layout.value, "overlap": overlap}
+    options |= _larger_options(height, width, layout, overlap)
     if skip:
         options["skip"] = skip
     if bricks is not None:
@@ -305,6 +313,27 @@ def parse_interval(text: str) -> tuple[float, float]:
             f"--guidance-interval {text!r}: give two noise levels like 0.3,5"
         ) from None
     return low, high
+
+
+def _larger_options(
+    height: int | None, width: int | None, layout: Layout | None, overlap: float | None
+) -> dict[str, Any]:
+    """The options of a larger picture, as far as they are given."""
+    if height is None and width is None:
+        if layout is not None or overlap is not None:
+            raise TesseraError(
+                "--layout and --overlap say how a larger picture is made: give --height or "
+                "--width, too"
+            )
+        return {}
+    options: dict[str, Any] = {"size": (height, width)}
+    if layout is not None:
+        options["layout"] = layout.value
+    if overlap is not None:
+        if layout != Layout.windows:
+            raise TesseraError("--overlap is that of windows: give --layout windows, too")
+        options["overlap"] = overlap
+    return options
 
 
 def _size(text: str | None) -> tuple[int, int]:

@@ -67,7 +67,8 @@ def convert(source: Path, dest: Path, *, snapshot: Path | None = None) -> Conver
     first = checkpoints[0]
     converter = _converter(first)
     recipe, images_seen = _recipe(first, converter)
-    with torch.device("meta"):
+    # Not on the meta device, which imports the compiler: slower than drawing the weights.
+    with torch.random.fork_rng(devices=[]):
         network = build_network(recipe)
     states: dict[str, Mapping[str, Tensor]] = {
         c.weights: _state(c, converter, recipe, network) for c in checkpoints

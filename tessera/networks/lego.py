@@ -9,7 +9,6 @@ the stack may be cut short after any of them.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -120,10 +119,6 @@ class Lego(nn.Module):
             side % spec.patch == 0 if side < spec.size else side % spec.size == 0
             for spec in self.specs
         )
-
-    def padded(self, side: int) -> int:
-        """The smallest height or width of at least `side` that a canvas may have."""
-        return next(size for size in itertools.count(side) if self.fits(size))
 
     def check_canvas(self, height: int, width: int) -> None:
         """Whether the bricks tile a canvas.

@@ -50,10 +50,15 @@ def list_seeds(seeds: Seeds) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> SamplerConfig:
+def choose_sampler(
+    section: SamplerConfig, options: Mapping[str, Any], others: Iterable[str] = ()
+) -> SamplerConfig:
     """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
 
     The option `sampler` chooses another one by its kind, with its own defaults.
+
+    Args:
+        others: what the caller takes beside these options, to suggest where a name is misspelt.
 
     Raises:
         TesseraError: an option is unknown or has a value that it cannot have.
@@ -73,7 +78,7 @@ def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> Sample
         kind = type(section)
     for name in options:
         if name not in kind.model_fields:
-            near = difflib.get_close_matches(name, kind.model_fields, 1)
+            near = difflib.get_close_matches(name, [*kind.model_fields, *others], 1)
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
             raise TesseraError(f"the sampler has no option {name!r}. {hint}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -419,6 +420,17 @@ class Pipeline:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
+    def cut(self, schedule: BrickSchedule) -> Denoiser:
+        """The model's denoiser, running as many bricks as the schedule says; of all experts.
+
+        Raises:
+            TesseraError: see `Skipping`.
+        """
+        if isinstance(self.denoiser, Experts):
+            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
+            return Experts(experts, self.denoiser.thresholds)
+        return Skipping(self.denoiser, schedule)
+
     def cost(
         self,
         *,
@@ -458,13 +470,14 @@ class Pipeline:
             self._warn_if_classes_are_needed()
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         canvas = choose_canvas(self.recipe, **options)
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, own))
+        others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
+        sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
         check_low_res(self.recipe, low_res)
         check_latents(latents, canvas.shape)
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
         if schedule is not None:
-            model = Skipping(self.denoiser, schedule)
+            model = self.cut(schedule)
         if guidance != 1:
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)

@@ -144,6 +144,7 @@ def test_the_command_writes_the_report(
     assert asked["overrides"] == ["a.b=1", "training.images=64"]
     assert (tmp_path / "quickstart-2" / "report.html").read_text("utf-8") == render(result)
     assert f"{result.recognised:.1%} of 30 samples" in outcome.output
+    assert f"{result.seconds['training']:.0f} of them to train on 192 images" in outcome.output
 
 
 def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:
