@@ -22,12 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from benchmarks.claims import common
 from benchmarks.harness import markdown, record, show
-=======
-from benchmarks.harness import RESULTS, device, markdown, record, show, synchronize
->>>>>>> main
 
 ARMS = {"full": "cifar10-small", "patch": "cifar10-small-patch"}
 LABELS = {"full": "full images", "patch": "patches, p = 0.5"}
@@ -38,16 +34,15 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
     """Train one arm for its time; a line of JSON on standard output for each evaluation."""
     from tessera.training.trainer import Trainer
 
-<<<<<<< HEAD
     trainer = Trainer(common.timed_recipe(ARMS[arm], options), folder / arm)
     reference = common.reference_of(folder / "reference.npz")
-    due = every = options.minutes * 60 / options.evaluations
-    for seconds in common.train_by_time(trainer, options.minutes * 60):
-        if seconds < due:
+    limit, done = options.minutes * 60, 0
+    for seconds in common.train_by_time(trainer, limit):
+        if seconds * options.evaluations < limit * (done + 1):
             continue
-        due += every
+        done = int(seconds * options.evaluations / limit)
         result = common.scored(
-            common.averaged(trainer), reference, options, steps=options.steps
+            common.averaged(trainer), reference, options, steps=options.steps, precision="bf16"
         ).score
         line = {
             "arm": arm, "seconds": round(seconds, 1), "images": trainer.images_seen,
@@ -55,50 +50,6 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
             "recognised": result.recognised,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
-=======
-    never = 10**12
-    recipe = load_recipe(
-        ARMS[arm],
-        [
-            f"data.path={options.data}", f"training.seed={options.seed}",
-            f"training.images={never}", "training.compile=false", "optimizer.decay=constant",
-            "run.preview=null", "run.tensorboard=false", f"run.log_every_images={never}",
-            f"run.checkpoint_every_images={never}", *options.overrides,
-        ],
-    )  # fmt: skip
-    reference = load_reference(options.reference or folder / "reference.npz", device())
-    trainer = Trainer(recipe, folder / arm)
-    due = [options.minutes * 60 * (k + 1) / options.evaluations for k in range(options.evaluations)]
-    seconds, images = 0.0, 0
-    with contextlib.closing(trainer.steps()) as steps:
-        while due:
-            begin = time.perf_counter()
-            images = next(steps).images
-            synchronize()
-            seconds += time.perf_counter() - begin
-            if seconds < due[0]:
-                continue
-            due = [later for later in due if later > seconds]
-            pipe = ema_pipeline(recipe, trainer.learner, images, None)
-            assert pipe is not None
-            batches = pipe.to(device()).sample_batches(
-                range(options.samples), "balanced", batch=options.batch, steps=options.steps,
-                precision="bf16",
-            )  # fmt: skip
-            result = score(
-                (
-                    (torch.from_numpy(b.images).permute(0, 3, 1, 2), torch.from_numpy(b.labels))
-                    for b in batches
-                ),
-                reference,
-            )
-            line = {
-                "arm": arm, "seconds": round(seconds, 1), "images": images,
-                "step": trainer.step, "distance": result.fd_classifier,
-                "recognised": result.recognised,
-            }  # fmt: skip
-            print(json.dumps(line), flush=True)
->>>>>>> main
 
 
 def start(arm: str, threads: int, folder: Path) -> subprocess.Popen[str]:
@@ -114,28 +65,15 @@ def start(arm: str, threads: int, folder: Path) -> subprocess.Popen[str]:
 
 def main() -> None:
     """Train both arms, print and keep the table, and draw the picture."""
-<<<<<<< HEAD
     parser = common.parser_for("patch_vs_full", __doc__)
     parser.add_argument("--minutes", type=float, default=20, help="training time of each arm")
-    parser.add_argument("--evaluations", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12, help="sampler steps, both arms")
-=======
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.patch_vs_full")
-    parser.add_argument("--data", required=True, help="CIFAR-10, as tessera reads it")
-    parser.add_argument(
-        "--reference", type=Path, help="made by `tessera eval reference`; by default made anew"
-    )
-    parser.add_argument("--minutes", type=float, default=20, help="training time of each arm")
     parser.add_argument("--evaluations", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=500, help="images of each evaluation")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps, both arms")
-    parser.add_argument("--batch", type=int, default=250, help="images sampled at once")
-    parser.add_argument("--seed", type=int, default=0)
->>>>>>> main
     parser.add_argument("--parallel", action="store_true", help="both at once, half the threads")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(samples=500)
     options = parser.parse_args()
     if options.arm is not None:
         train(options.arm, options, options.folder)
@@ -146,15 +84,9 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-<<<<<<< HEAD
         save_reference(
             folder / "reference.npz", common.reference_of(options.reference or options.data)
         )
-=======
-        if options.reference is None:
-            reference = build_reference(open_images(Path(options.data)), device=device())
-            save_reference(folder / "reference.npz", reference)
->>>>>>> main
         threads = max(1, options.threads // 2) if options.parallel else options.threads
         running: list[subprocess.Popen[str]] = []
         for arm in ARMS:

@@ -116,7 +116,7 @@ class EdmObjective(DenoisingObjective):
 
     def share_below(self, sigma: Tensor) -> Tensor:
         low, high = self._ends()
-        share = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        share: Tensor = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
         return (share - low) / (high - low)
 
     def _ends(self) -> tuple[float, float]:

@@ -79,7 +79,7 @@ def agree(values: list[Tensor], bad: Tensor) -> tuple[list[Tensor], Tensor]:
         shapes = [value.shape for value in values]
         packed = torch.cat([value.reshape(-1) for value in [*values, bad]])
         dist.all_reduce(packed)
-        *parts, bad = packed.split([*(shape.numel() for shape in shapes), 1])
+        *parts, bad = torch.split(packed, [*(shape.numel() for shape in shapes), 1])
         values = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
     return values, (bad.reshape(()) > 0).to(torch.float32)
 
