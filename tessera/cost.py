@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from tessera.diffusion.skipping import (
 from tessera.errors import TesseraError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
+    Objective,
     build_denoiser,
     build_preconditioning,
     build_sampler,
@@ -37,7 +39,7 @@ from tessera.recipes.build import (
     preconditioned,
     recipe_objective,
 )
-from tessera.recipes.schema import LegoConfig, Recipe
+from tessera.recipes.schema import DiscreteObjective, LegoConfig, Recipe
 from tessera.sampling.core import Sampler, step_sigmas
 from tessera.sampling.seeds import SeedNoise
 
@@ -134,11 +136,20 @@ def _train_flops(recipe: Recipe, denoiser: Denoiser) -> int:
     for size in sizes:
         patch = x[:, :, : size.side, : size.side]
         with FlopCounterMode(display=False) as train:
-            terms = recipe_objective(recipe)(denoiser, patch, cond, draws)
+            terms = _objective(recipe)(denoiser, patch, cond, draws)
             torch.autograd.backward(terms["loss"].sum())
         flops += size.probability * size.multiplier * train.get_total_flops()
         images += size.probability * size.multiplier
     return round(flops / images)
+
+
+def _objective(recipe: Recipe) -> Objective:
+    """What is minimised, at noise levels drawn in the simplest way: their choice costs nothing, but
+    looks at the values of tensors, which have none here."""
+    update: dict[str, Any] = {"expert": None}
+    if isinstance(recipe.objective, DiscreteObjective):
+        update["objective"] = recipe.objective.model_copy(update={"timesteps": "uniform"})
+    return recipe_objective(recipe.model_copy(update=update))
 
 
 def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
@@ -160,7 +171,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
         dtype = _AUTOCAST.get(recipe.training.precision)
         autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
         with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = recipe_objective(recipe)(denoiser, x, cond, draws)["loss"]
+            loss = _objective(recipe)(denoiser, x, cond, draws)["loss"]
         for parameter in denoiser.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)
         del loss

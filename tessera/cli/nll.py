@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tessera.errors import TesseraError
+
 
 def nll(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
@@ -29,21 +31,26 @@ def nll(
     import numpy as np
 
     from tessera.distributed import device
+    from tessera.files import atomic_file
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
     from tessera.pipelines.loading import load
     from tessera.progress import progress
 
+    if out is not None and out.suffix != ".npz":
+        raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
     pipe, images = load(pipeline, ema=ema, device=device()), open_images(data)
     count = min(num, len(images))
     with progress("bits per dimension", count, unit="images") as bar:
         bits = evaluate(
             pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
-            steps=steps, noise_schedule=noise_schedule, clip=clip, advance=bar.advance,
+            steps=steps, noise_schedule=noise_schedule, clip=clip,
+            low_resolution=pipe.recipe.low_resolution, advance=bar.advance,
         )  # fmt: skip
     if out is not None:
         names = ("vb", "mse", "noise_mse", "prior")
-        np.savez(out, **{name: getattr(bits, name).numpy() for name in names})
+        with atomic_file(out) as file:
+            np.savez(file, **{name: getattr(bits, name).numpy() for name in names})
     total = bits.total.mean().item()
     values = {
         "bits_per_dimension": total,

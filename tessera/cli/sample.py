@@ -38,6 +38,7 @@ Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Sampler = StrEnum("Sampler", ["edm", "ablation", "ddpm", "ddim"])
 Clip = StrEnum("Clip", ["auto", "none", "static", "dynamic"])
+Variance = StrEnum("Variance", ["learned", "large", "small"])
 Solver = StrEnum("Solver", ["heun", "euler"])
 Discretization = StrEnum("Discretization", ["edm", "vp", "ve", "iddpm"])
 Schedule = StrEnum("Schedule", ["linear", "vp", "ve"])
@@ -140,6 +141,8 @@ def sample(
     s_noise: float | None = _sampler(None, help="Scale of the noise added."),
     eta: float | None = _discrete(None, help="Noise of ddim; 0 is deterministic."),
     clip: Clip | None = _discrete(None, help="Estimates of the image; auto: dynamic if guided."),
+    quantile: float | None = _discrete(None, help="Of dynamic clipping. (default: 0.995)"),
+    variance: Variance | None = _discrete(None, help="Of ddpm's steps: as learned, β, or β̃."),
     noise_schedule: str | None = _discrete(
         None, help="For models of continuous noise: linear, cosine, ..."
     ),
@@ -159,7 +162,7 @@ def sample(
         "solver": solver, "s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise,
         "discretization": discretization, "schedule": schedule, "scaling": scaling,
         "alpha": alpha, "epsilon_s": epsilon_s, "sampler": sampler, "eta": eta, "clip": clip,
-        "noise_schedule": noise_schedule,
+        "noise_schedule": noise_schedule, "quantile": quantile, "variance": variance,
     }  # fmt: skip
     options = {
         name: value.value if isinstance(value, StrEnum) else value

@@ -33,6 +33,10 @@ class Codec(Protocol):
         """(C, H, W) of the image of a sample of `shape` in model space."""
         ...
 
+    def encode_mean(self, images: Tensor) -> Tensor:
+        """uint8 images [B, C', H', W'] to model space [B, C, H, W]; of latents, their mean."""
+        ...
+
     def decode(self, x: Tensor) -> Tensor:
         """Model space [B, C, H, W] to uint8 images [B, C', H', W']."""
         ...
@@ -51,6 +55,10 @@ class PixelCodec:
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The sample's own."""
         return shape
+
+    def encode_mean(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] to model space."""
+        return from_uint8(images)
 
     def decode(self, x: Tensor) -> Tensor:
         """Model space [B, C, H, W] to uint8 of the same shape."""
@@ -136,6 +144,11 @@ class VaeCodec:
                 for posterior in (vae.encode(from_uint8(chunk)).latent_dist,)
             ]
         return torch.cat(parts)
+
+    def encode_mean(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W] to the means of their latents, [B, C, H/f, W/f]."""
+        mean, _ = self.encode(images).chunk(2, dim=1)
+        return (mean - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

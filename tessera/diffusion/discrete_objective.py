@@ -132,7 +132,8 @@ class DiscreteObjective(nn.Module):
         """Loss terms of clean images x [B, C, H, W], each [B] and a mean over pixels.
 
         "loss" is optimised; "mse" and, with learned variances, "vb" (bits per dimension) are its
-        parts. Draws "timestep", "noise", and "label_dropout" if there is any.
+        parts. "quartile", 0 to 3 from the cleanest, is that of the step among those drawn from.
+        Draws "timestep", "noise", and "label_dropout" if there is any.
 
         Raises:
             TesseraError: the denoiser knows a continuous range of noise levels.
@@ -162,7 +163,9 @@ class DiscreteObjective(nn.Module):
             if self.training:
                 self.history.update(index, loss)
             loss = loss * importance
-        return {"loss": loss, "loss_per_pixel": loss, **terms}
+        first, count = tables.owned
+        quartile = (index - first) * 4 // count
+        return {"loss": loss, "loss_per_pixel": loss, **terms, "quartile": quartile}
 
     def _draw(self, tables: _Tables, draws: Draws) -> tuple[Tensor, Tensor]:
         """Steps [B], and the factors that make up for drawing some more often than others."""

@@ -57,13 +57,21 @@ class DenoisingObjective(ABC):
     def weight(self, sigma: Tensor) -> Tensor:
         """Weight of the squared error at noise levels σ, shaped like σ."""
 
+    @abstractmethod
+    def share_below(self, sigma: Tensor) -> Tensor:
+        """The share of the noise levels drawn that are lower than σ, shaped like σ."""
+
     def elementwise(
         self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws
     ) -> Tensor:
         """The weighted squared error of each pixel, float32 [B, C, H, W]."""
+        return self._elementwise(denoiser, x, cond, draws, self.sigma(draws))
+
+    def _elementwise(
+        self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws, sigma: Tensor
+    ) -> Tensor:
         if self.label_dropout > 0:
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
-        sigma = self.sigma(draws)
         z = GaussianCorruption()(x, sigma, draws)
         posterior = denoiser(z, sigma, cond)
         estimates = (*posterior.stages, posterior.mean)
@@ -75,10 +83,14 @@ class DenoisingObjective(ABC):
     ) -> dict[str, Tensor]:
         """Loss terms of clean images x [B, C, H, W], each [B].
 
-        "loss" is the sum over channels and pixels; its mean over the batch is optimised. Draws
+        "loss" is the sum over channels and pixels; its mean over the batch is optimised.
+        "quartile", 0 to 3 from the cleanest, is that of the noise level among those drawn. Draws
         "sigma", "noise", and "label_dropout" if there is any.
         """
-        return {"loss": self.elementwise(denoiser, x, cond, draws).sum(dim=(1, 2, 3))}
+        sigma = self.sigma(draws)
+        error = self._elementwise(denoiser, x, cond, draws, sigma)
+        quartile = (4 * self.share_below(sigma)).long().clamp(0, 3)
+        return {"loss": error.sum(dim=(1, 2, 3)), "quartile": quartile}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +109,22 @@ class EdmObjective(DenoisingObjective):
     def sigma(self, draws: Draws) -> Tensor:
         if self.sigma_range == EVERYWHERE:
             return torch.exp(draws.normal("sigma") * self.p_std + self.p_mean)
-        ends = [self._share_below(sigma) for sigma in self.sigma_range]
-        share = ends[0] + (ends[1] - ends[0]) * draws.uniform("sigma").to(torch.float64)
+        low, high = self._ends()
+        share = low + (high - low) * draws.uniform("sigma").to(torch.float64)
         log_sigma: Tensor = torch.special.ndtri(share) * self.p_std + self.p_mean
         return log_sigma.exp().clamp(*self.sigma_range).to(torch.float32)
 
-    def _share_below(self, sigma: float) -> float:
+    def share_below(self, sigma: Tensor) -> Tensor:
+        low, high = self._ends()
+        share = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        return (share - low) / (high - low)
+
+    def _ends(self) -> tuple[float, float]:
+        """Share of all levels below the lowest and below the highest of `sigma_range`."""
+        low, high = (self._below(sigma) for sigma in self.sigma_range)
+        return low, high
+
+    def _below(self, sigma: float) -> float:
         if sigma in EVERYWHERE:
             return float(sigma > 0)
         return 0.5 * math.erfc((self.p_mean - math.log(sigma)) / self.p_std / math.sqrt(2))
@@ -125,6 +147,16 @@ class VpObjective(DenoisingObjective):
     epsilon_t: float = 1e-5
 
     def sigma(self, draws: Draws) -> Tensor:
+        first, last = self._times()
+        t = last + draws.uniform("sigma") * (first - last)
+        return vp_sigma(t, self.beta_d, self.beta_min)
+
+    def share_below(self, sigma: Tensor) -> Tensor:
+        first, last = self._times()
+        return (vp_time(sigma, self.beta_d, self.beta_min) - first) / (last - first)
+
+    def _times(self) -> tuple[float, float]:
+        """First and last time that is drawn."""
         first, last = self.epsilon_t, 1.0
         if self.sigma_range != EVERYWHERE:
             ends = torch.tensor([first, last], dtype=torch.float64, device="cpu")
@@ -133,8 +165,7 @@ class VpObjective(DenoisingObjective):
             )
             levels = torch.tensor([low, high], dtype=torch.float64, device="cpu")
             first, last = vp_time(levels, self.beta_d, self.beta_min).tolist()
-        t = last + draws.uniform("sigma") * (first - last)
-        return vp_sigma(t, self.beta_d, self.beta_min)
+        return first, last
 
     def weight(self, sigma: Tensor) -> Tensor:
         return sigma.square().reciprocal()
@@ -155,6 +186,10 @@ class VeObjective(DenoisingObjective):
         low, high = within(self.sigma_range, self.sigma_min, self.sigma_max)
         sigma: Tensor = low * (high / low) ** draws.uniform("sigma")
         return sigma
+
+    def share_below(self, sigma: Tensor) -> Tensor:
+        low, high = within(self.sigma_range, self.sigma_min, self.sigma_max)
+        return (sigma / low).log() / math.log(high / low)
 
     def weight(self, sigma: Tensor) -> Tensor:
         return sigma.square().reciprocal()

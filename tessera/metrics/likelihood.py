@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
@@ -95,6 +96,7 @@ def evaluate(
     steps: str = "",
     noise_schedule: str | None = None,
     clip: bool = True,
+    low_resolution: int | None = None,
     advance: Callable[[float], object] = lambda _: None,
 ) -> Bits:
     """The bound for the first images of a set; their noise does not depend on the batch size.
@@ -103,6 +105,8 @@ def evaluate(
         advance: called with the number of images that are done.
         batch, seed, device: how, with which noise, and where.
         steps, noise_schedule, clip: see `bits_per_dimension`.
+        low_resolution: side of the small images that the model enlarges: the averaged pixels of the
+            large ones, as in training.
 
     Raises:
         TesseraError: the images are not those of the model.
@@ -116,13 +120,17 @@ def evaluate(
     parts: list[Bits] = []
     for indices, images in batches(data, np.arange(count), batch):
         draws = AddressedDraws(seed, torch.from_numpy(indices))
-        cond = Conditioning(None if labels is None else torch.from_numpy(labels[indices]))
+        x = from_uint8(images)
+        small = None if low_resolution is None else F.adaptive_avg_pool2d(x, low_resolution)
+        cond = Conditioning(
+            None if labels is None else torch.from_numpy(labels[indices]), image=small
+        )
 
         def noise(step: int, draws: AddressedDraws = draws) -> Tensor:
             return draws.normal(f"nll.{step}", *denoiser.shape)
 
         bits = bits_per_dimension(
-            denoiser, from_uint8(images).to(device), cond.to(device), noise,
+            denoiser, x.to(device), cond.to(device), noise,
             steps=steps, noise_schedule=noise_schedule, clip=clip,
         )  # fmt: skip
         parts.append(Bits(*(t.cpu() for t in (bits.vb, bits.mse, bits.noise_mse, bits.prior))))

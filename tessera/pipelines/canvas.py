@@ -65,6 +65,11 @@ class Canvas:
             return self.channels, self.resolution, self.resolution
         return self.channels, self.height, self.width
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what is sampled."""
+        return self.channels, self.height, self.width
+
     def coords(self, batch: int, device: torch.device) -> Tensor | None:
         """Coordinates [B, 2, H, W]; None where the network makes them itself."""
         if self.whole and not self.masked:

@@ -35,7 +35,7 @@ def load(
     folder = folders.find_folder(source)
     config = folders.read_config(folder)
     if config.kind == "experts":
-        return load_experts(folder, config, ema=ema, device=device)
+        return _with_vae(load_experts(folder, config, ema=ema, device=device), source, vae)
     if config.kind != "diffusion":
         raise CheckpointError(
             f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
@@ -58,8 +58,12 @@ def load(
         emas=[weights.name for weights in config.weights],
         checksum=entry.sha256,
     )
+    return _with_vae(pipe.to(device), source, vae)
+
+
+def _with_vae(pipe: Pipeline, source: str | Path, vae: str | Path | None) -> Pipeline:
     if vae is not None:
-        if isinstance(recipe.codec, PixelCodec):
+        if isinstance(pipe.recipe.codec, PixelCodec):
             raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
-        pipe.codec = build_codec(recipe.codec, str(vae))
-    return pipe.to(device)
+        pipe.codec = build_codec(pipe.recipe.codec, str(vae))
+    return pipe

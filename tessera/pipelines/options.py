@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch import Tensor
 
 from tessera.conditioning import NO_CLASS
 from tessera.errors import TesseraError
@@ -180,6 +181,33 @@ def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
         raise TesseraError(
             f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
             "Give them as low_res (--low-res)"
+        )
+
+
+def check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
+    """Check that images are uint8 [N, H, W, C] of `shape` (C, H, W).
+
+    Raises:
+        TesseraError: they are not, or there are none.
+    """
+    channels, height, width = shape
+    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels) or not len(images):
+        raise TesseraError(
+            f"images of shape {images.shape}, {images.dtype}: this model encodes uint8 images "
+            f"[N, {height}, {width}, {channels}]"
+        )
+
+
+def check_latents(latents: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """Check that latents, if there are any, are [N, *shape].
+
+    Raises:
+        TesseraError: they are not, or there are none of them.
+    """
+    if latents is not None and (latents.shape[1:] != shape or not len(latents)):
+        raise TesseraError(
+            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
+            f"{', '.join(map(str, shape))}]"
         )
 
 

@@ -33,6 +33,8 @@ from tessera.pipelines.options import (
     Precision,
     Seeds,
     autocast_for,
+    check_images,
+    check_latents,
     check_low_res,
     choose_labels,
     choose_sampler,
@@ -40,8 +42,9 @@ from tessera.pipelines.options import (
 )
 from tessera.recipes.build import build_codec, build_sampler
 from tessera.recipes.loading import dump_recipe
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import DdimSampler, Recipe
 from tessera.sampling.core import NoiseSource, Sampler, SamplerState
+from tessera.sampling.ddpm import encode_ddim
 from tessera.sampling.seeds import SeedNoise
 
 
@@ -249,6 +252,7 @@ class Pipeline:
         skip: float = 0.0,
         bricks: str | BrickSchedule | None = None,
         low_res: NDArray[np.uint8] | None = None,
+        latents: Tensor | None = None,
         batch: int = 64,
         precision: Precision = "fp32",
         on_step: OnStep | None = None,
@@ -272,6 +276,8 @@ class Pipeline:
                 "0-0.5:2,20-inf:1"; all run elsewhere.
             low_res: uint8 [N, h, w, C], the small images that a super-resolution model enlarges;
                 seed s enlarges number s modulo N.
+            latents: [N, C, H, W], unit normal numbers to begin with in place of the seeds' own,
+                like those of `encode`; seed s takes number s modulo N.
             batch: most images at once; the seeds are divided evenly.
             precision: "bf16" computes the network in bfloat16 where that is safe.
             on_step: called after every step of every batch.
@@ -290,21 +296,23 @@ class Pipeline:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
         plan = self._plan(
             seeds, labels, guidance=guidance, guidance_interval=guidance_interval, guide=guide,
-            skip=skip, bricks=bricks, low_res=low_res, precision=precision, **options,
+            skip=skip, bricks=bricks, low_res=low_res, latents=latents, precision=precision,
+            **options,
         )  # fmt: skip
         classes, canvas = plan.classes, plan.canvas
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
-            latents = noise.normal((canvas.channels, canvas.height, canvas.width))
+            start = noise.normal(canvas.shape)
+            if latents is not None:
+                start = latents[[seed % len(latents) for seed in ours]].to(start)
             cond = self._conditioning(noise, None if classes is None else classes[rows])
             cond = replace(cond, coords=canvas.coords(len(ours), self.device))
             if low_res is not None:
-                small = torch.from_numpy(low_res[[seed % len(low_res) for seed in ours]])
-                small = small.to(self.device).permute(0, 3, 1, 2)
-                cond = replace(cond, image=from_uint8(small))
+                small = low_res[[seed % len(low_res) for seed in ours]]
+                cond = replace(cond, image=from_uint8(self._from_numpy(small)))
             with plan.autocast:
-                for state in plan.sampler(plan.denoiser, latents, cond, noise):
+                for state in plan.sampler(plan.denoiser, start, cond, noise):
                     if on_step is not None:
                         on_step(ours, state)
             yield SampledBatch(
@@ -344,6 +352,69 @@ class Pipeline:
             noise.normal(shape)
             drawn[index] = noise.integers(self.denoiser.num_classes).item()
         return drawn
+
+    def encode(
+        self,
+        images: NDArray[np.uint8],
+        labels: Label | Iterable[Label] | None = None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        low_res: NDArray[np.uint8] | None = None,
+        batch: int = 64,
+        precision: Precision = "fp32",
+        **options: Any,
+    ) -> Tensor:
+        """The latents [N, C, H, W] that DDIM makes images of; float32 on the CPU.
+
+        DDIM without noise, backwards (Song et al. 2021). `sample(range(N), labels, sampler="ddim",
+        latents=...)` with the same options makes the images again, the better the more steps.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            labels: one class for all, or one for each image; None: they have none.
+            guidance, guidance_interval, guide, batch, precision: see `sample_batches`.
+            low_res: small images; image i was enlarged from number i modulo their number.
+            options: of the sampler ddim: steps, clip, quantile, noise_schedule.
+
+        Raises:
+            TesseraError: images, a class or options that this model cannot have.
+
+        Example:
+            >>> latents = pipe.encode(photos, steps="250")  # doctest: +SKIP
+            >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
+        """
+        check_images(images, self.codec.image_shape(self.recipe.shape))
+        section = choose_sampler(self.recipe.sampling, {**options, "sampler": "ddim"})
+        assert isinstance(section, DdimSampler)
+        if section.eta > 0:
+            raise TesseraError(
+                f"eta={section.eta:g}: only DDIM without noise can be gone backwards; set eta=0"
+            )
+        if labels is None and self.denoiser.num_classes:
+            labels = NO_CLASS
+        plan = self._plan(
+            range(len(images)), labels, guidance=guidance, guidance_interval=guidance_interval,
+            guide=guide, low_res=low_res, precision=precision, sampler="ddim", **options,
+        )  # fmt: skip
+        sampler = section.model_dump(exclude={"kind", "eta"})
+        parts: list[Tensor] = []
+        for rows in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
+            x = self.codec.encode_mean(self._from_numpy(images[rows]))
+            classes = None if plan.classes is None else torch.from_numpy(plan.classes[rows])
+            cond = Conditioning(classes).to(self.device)
+            if low_res is not None:
+                small = low_res[rows % len(low_res)]
+                cond = replace(cond, image=from_uint8(self._from_numpy(small)))
+            with plan.autocast:
+                *_, last = encode_ddim(plan.denoiser, x, cond, **sampler)
+            parts.append(last.x.to("cpu", torch.float32))
+        return torch.cat(parts)
+
+    def _from_numpy(self, images: NDArray[np.uint8]) -> Tensor:
+        """[N, H, W, C] as [N, C, H, W] where the model is."""
+        return torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
@@ -389,6 +460,7 @@ class Pipeline:
         skip: float = 0.0,
         bricks: str | BrickSchedule | None = None,
         low_res: NDArray[np.uint8] | None = None,
+        latents: Tensor | None = None,
         precision: Precision = "fp32",
         **options: Any,
     ) -> _Plan:
@@ -401,6 +473,7 @@ class Pipeline:
         others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
         sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
         check_low_res(self.recipe, low_res)
+        check_latents(latents, canvas.shape)
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
         if schedule is not None:

@@ -76,10 +76,12 @@ def agree(values: list[Tensor], bad: Tensor) -> tuple[list[Tensor], Tensor]:
     One small all-reduce; nothing for one process.
     """
     if distributed.active():
-        packed = torch.stack([*values, bad])
+        shapes = [value.shape for value in values]
+        packed = torch.cat([value.reshape(-1) for value in [*values, bad]])
         dist.all_reduce(packed)
-        *values, bad = packed.unbind()
-    return values, (bad > 0).to(torch.float32)
+        *parts, bad = packed.split([*(shape.numel() for shape in shapes), 1])
+        values = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return values, (bad.reshape(()) > 0).to(torch.float32)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from tessera.training.ema import Ema, local
 
 T = TypeVar("T")
 
-# (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised.
+# (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised, and
+# "quartile", int64, says to which quarter of the noise levels an image belongs.
 Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,12 +52,15 @@ class Update:
     Attributes:
         lr: learning rate of the step.
         terms: mean over the global batch of each term of the objective.
+        quartiles: sums [4] of each term over the images of each quarter of the noise levels, and
+            "images", their numbers; empty where the objective does not tell.
         grad_norm: norm of the whole gradient, before clipping.
         bad: 1 if the gradient or the loss was not finite, else 0.
     """
 
     lr: float
     terms: dict[str, Tensor]
+    quartiles: dict[str, Tensor]
     grad_norm: Tensor
     bad: Tensor
 
@@ -118,15 +122,16 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
+        quartiles: dict[str, Tensor] = {}
         for micro, final in _mark_final(rounds):
             torch.manual_seed(micro.network_seed)
             with parallel.round_of(self._module, final=final):
-                for name, value in self._backward(micro, images).items():
-                    terms[name] = terms[name] + value if name in terms else value
+                sums, quarters = self._backward(micro, images)
+            terms, quartiles = _added(terms, sums), _added(quartiles, quarters)
         gradients = local(p.grad for p in self.parameters if p.grad is not None)
         norm = guard.gradient_norm(gradients, self.sharded) / self.loss_scale.scale
         bad = (~(norm.isfinite() & terms["loss"].isfinite())).to(torch.float32)
-        sums, bad = guard.agree(list(terms.values()), bad)
+        totals, bad = guard.agree([*terms.values(), *quartiles.values()], bad)
 
         lr = optimizers.learning_rate(self._config, images_seen, self._training.images)
         optimizers.set_learning_rate(self.optimizer, lr)
@@ -134,11 +139,14 @@ class Learner:
         for ema in self.emas:
             ema.update(images_seen, images, skip)
         self.skips.update(bad)
-        means = {name: total / images for name, total in zip(terms, sums, strict=True)}
-        return Update(lr, means, norm, bad)
+        means = {name: total / images for name, total in zip(terms, totals, strict=False)}
+        quartiles = dict(zip(quartiles, totals[len(terms) :], strict=True))
+        return Update(lr, means, quartiles, norm, bad)
 
-    def _backward(self, micro: MicroBatch, images: int) -> dict[str, Tensor]:
-        """Add to the gradients; the sum of each term over the micro-batch."""
+    def _backward(
+        self, micro: MicroBatch, images: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add to the gradients; the sum of each term over the micro-batch, and by quartile."""
         x = micro.x
         if self._training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -148,8 +156,11 @@ class Learner:
         weight = micro.weight * distributed.world() / images
         loss = terms["loss"].float().sum() * weight
         torch.autograd.backward(loss * self.loss_scale.scale if self.loss_scale.active else loss)
-        sums = {name: value.detach().float().sum() for name, value in terms.items()}
-        return {"loss_per_pixel": sums["loss"] / x[0].numel(), **sums}
+        quartile = terms.pop("quartile", None)
+        values = {name: value.detach().float() for name, value in terms.items()}
+        sums = {name: value.sum() for name, value in values.items()}
+        sums = {"loss_per_pixel": sums["loss"] / x[0].numel(), **sums}
+        return sums, {} if quartile is None else _by_quartile(values, quartile)
 
     def _apply(self, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> Tensor:
         """Unscale, clip, and step unless `bad`; 1 if the step was skipped, else 0."""
@@ -225,6 +236,20 @@ class Learner:
         tensors = [*local(self.parameters), *(a for ema in self.emas for a in ema.local_weights)]
         finite = all(torch.stack([t.isfinite().all() for t in tensors]).tolist())
         return all(distributed.gather(finite))
+
+
+def _by_quartile(values: dict[str, Tensor], quartile: Tensor) -> dict[str, Tensor]:
+    """The sum [4] of each term [B] over the images of each quartile, and their numbers."""
+    # The log shows one loss in quartiles; a second one in other units would only crowd it.
+    names = [name for name in values if name != "loss_per_pixel"]
+    member = (quartile[:, None] == torch.arange(4, device=quartile.device)).to(torch.float32)
+    stacked = torch.stack([values[name] for name in names])
+    sums = (stacked[:, :, None] * member).sum(dim=1)
+    return {**dict(zip(names, sums, strict=True)), "images": member.sum(dim=0)}
+
+
+def _added(totals: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: totals[n] + value if n in totals else value for n, value in values.items()}
 
 
 def set_precision(training: TrainingConfig) -> None:

@@ -31,41 +31,52 @@ TIMING_FIELDS = ("seconds", "images_per_second", "memory_gb")
 class Meter:
     """Means over the images of a log interval, without waiting for the device to know them.
 
-    Skipped steps do not count.
+    Each term, and `<term>_q0` to `_q3` over the images of a quarter of the noise levels, from the
+    cleanest. Skipped steps do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         # Apple's GPUs have no float64.
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._device = device
-        self._sums: dict[str, Tensor] = {}
+        # Sum and count of each of some names, [N, 2]; together, as few operations a step.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._begin: dict[str, list[float]] = {}
 
     def add(self, update: Update, images: int) -> None:
         """Count a step over `images` images."""
-        good = 1 - update.bad.to(self._dtype)
-        for name, value in {**update.terms, "grad_norm": update.grad_norm}.items():
-            pair = torch.stack([value, torch.ones_like(value)]).to(self._dtype) * images
-            pair = torch.where(good > 0, pair, torch.zeros_like(pair))
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        terms = {**update.terms, "grad_norm": update.grad_norm}
+        values = torch.stack(list(terms.values())).to(self._dtype) * images
+        names, pairs = [*terms], [torch.stack([values, torch.full_like(values, images)], dim=1)]
+        for name, sums in update.quartiles.items():
+            if name != "images":
+                names += [f"{name}_q{quarter}" for quarter in range(4)]
+                pair = torch.stack([sums, update.quartiles["images"]], dim=1)
+                pairs.append(pair.to(self._dtype))
+        step, group = torch.cat(pairs), tuple(names)
+        step = torch.where(update.bad > 0, torch.zeros_like(step), step)
+        if group not in self._sums:
+            begin = [self._begin.pop(name, [0.0, 0.0]) for name in names]
+            self._sums[group] = torch.tensor(begin, dtype=self._dtype, device=self._device)
+        self._sums[group] = self._sums[group] + step
 
     def means(self) -> Metrics:
         """The mean of each term since the last call (None without a good step); waits."""
-        sums, self._sums = self.state(), {}
+        sums, self._sums, self._begin = self.state(), {}, {}
         return {name: total / count if count else None for name, (total, count) in sums.items()}
 
     def state(self) -> dict[str, list[float]]:
         """Sum and count of each term so far, as JSON values; waits for the device."""
-        if not self._sums:
-            return {}
-        values: list[list[float]] = torch.stack(list(self._sums.values())).tolist()
-        return dict(zip(self._sums, values, strict=True))
+        state = dict(self._begin)
+        for group, sums in self._sums.items():
+            for name, (total, count) in zip(group, sums.tolist(), strict=True):
+                before = state.get(name, (0.0, 0.0))
+                state[name] = [before[0] + total, before[1] + count]
+        return state
 
     def load(self, state: dict[str, list[float]]) -> None:
         """Put back what `state` gave."""
-        self._sums = {
-            name: torch.tensor(pair, dtype=self._dtype, device=self._device)
-            for name, pair in state.items()
-        }
+        self._sums, self._begin = {}, dict(state)
 
 
 class Tracker(Protocol):

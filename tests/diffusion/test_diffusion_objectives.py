@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from golden_cases import (
@@ -19,6 +22,7 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.corruption import GaussianCorruption
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.objectives import (
+    EVERYWHERE,
     DenoisingObjective,
     EdmObjective,
     VeObjective,
@@ -47,7 +51,7 @@ def test_losses_and_gradients(kind: str) -> None:
     expected = golden[f"out.{kind}.loss"]
     assert relative_error(objective.elementwise(*arguments), expected) <= 1e-4
     terms = objective(*arguments)
-    assert terms.keys() == {"loss"}
+    assert terms.keys() == {"loss", "quartile"}
     assert relative_error(terms["loss"].detach(), expected.sum(dim=(1, 2, 3))) <= 1e-4
 
     terms["loss"].mean().backward()
@@ -87,6 +91,18 @@ def test_label_dropout_drops_its_share_of_labels() -> None:
     assert torch.equal(denoiser.labels[~dropped], labels[~dropped])
     EdmObjective()(denoiser, x, Conditioning(labels), draws)
     assert torch.equal(denoiser.labels, labels)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("interval", [EVERYWHERE, (0.3, 2.0)])
+def test_quartiles_divide_the_noise_levels_drawn(kind: str, interval: tuple[float, float]) -> None:
+    objective = replace(OBJECTIVES[kind][0], sigma_range=interval)
+    draws, denoiser = AddressedDraws(0, torch.arange(8000)), Recorder()
+    terms = objective(denoiser, torch.zeros(8000, 1, 1, 1), Conditioning(), draws)
+    levels = [denoiser.sigma[terms["quartile"] == quarter] for quarter in range(4)]
+    for lower, higher in pairwise(levels):
+        assert lower.max() <= higher.min()
+    assert all(len(part) == pytest.approx(2000, abs=150) for part in levels)
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

@@ -19,6 +19,7 @@ from tessera.data.dataset import open_dataset
 from tessera.data.latents import channel_statistics, open_latents, sample_posterior, write_latents
 from tessera.errors import CheckpointError, DataError, RecipeError, TesseraError
 from tessera.images import from_uint8, to_uint8
+from tessera.pipelines.experts import assemble
 from tessera.pipelines.pipeline import Pipeline
 from tessera.randomness import AddressedDraws
 from tessera.recipes.loading import load_recipe
@@ -111,6 +112,11 @@ def test_decoding_inverts_scale_and_shift_in_chunks(
     assert (images.int() - expected).abs().max() <= 1
     monkeypatch.setattr("tessera.data.codec._PIXELS_AT_ONCE", 2 * 16 * 16)
     assert (codec.decode((z - 0.25) * 0.5).int() - expected).abs().max() <= 1
+    # Back: the posterior's mean in model space.
+    encoded = codec.encode_mean(images)
+    mean = codec.encode(images)[:, :4]
+    assert encoded.shape == (5, 4, 8, 8)
+    torch.testing.assert_close(encoded / 0.5 + 0.25, mean)
 
 
 def test_from_images_to_images(made: Path, tmp_path: Path) -> None:
@@ -127,6 +133,7 @@ def test_from_images_to_images(made: Path, tmp_path: Path) -> None:
     assert pixels[0].dtype == np.uint8
     assert (pixels[0] == pixels[1]).all()
     assert pixels[0].std() > 0
+    assert pipe.encode(pixels[0], steps="3", noise_schedule="cosine").shape == (4, 4, 8, 8)
     grid = tmp_path / "samples.npz"
     result = CliRunner().invoke(
         app, ["sample", str(tmp_path / "a"), "--seeds", "0-3", "--guidance", "1.5", "--out",
@@ -167,6 +174,9 @@ def test_another_place_of_the_vae(made: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Name a folder that holds"):
         Pipeline.load(run).sample([0])
     assert Pipeline.load(run, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
+    experts = tmp_path / "experts"
+    assemble([Pipeline.load(run)] * 2, [0.25]).save(experts)
+    assert Pipeline.load(experts, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
 
 
 def test_vaes_that_cannot_be_used(made: Path, tmp_path: Path) -> None:

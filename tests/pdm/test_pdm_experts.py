@@ -11,7 +11,7 @@ import pytest
 import torch
 from data_files import random_images, write_packed
 from test_pdm_network import numbers
-from torch import Tensor
+from torch import Tensor, nn
 from training_case import BASE
 from typer.testing import CliRunner
 
@@ -20,12 +20,13 @@ from tessera.cli import app
 from tessera.conditioning import Conditioning
 from tessera.cost import estimate
 from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.discrete import Discrete, DiscreteDenoiser, Process
 from tessera.diffusion.experts import Experts
 from tessera.errors import CheckpointError, RecipeError, TesseraError
-from tessera.pipelines.experts import assemble
+from tessera.pipelines.experts import ExpertsPipeline, assemble
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser
-from tessera.recipes.loading import parse_recipe
+from tessera.recipes.loading import load_recipe, parse_recipe
 from tessera.recipes.overrides import merge
 from tessera.recipes.schema import Recipe
 from tessera.training.trainer import Trainer
@@ -142,7 +143,13 @@ def test_experts_of_another_network_by_the_command(tmp_path: Path) -> None:
     assert "5 network evaluations per image" in out
     run("sample", tmp_path / "e", "--seeds", "0-3", "--out", tmp_path / "d.npz", "--device", "cpu",
         "--sampler", "ddim", "--steps", "6", "--eta", "0.3", "--noise-schedule", "cosine",
-        "--clip", "dynamic")  # fmt: skip
+        "--clip", "dynamic", "--quantile", "0.9")  # fmt: skip
+    for v in ("large", "small"):
+        run("sample", tmp_path / "0", "--seeds", "0-1", "--out", tmp_path / f"{v}.npz", "--device",
+            "cpu", "--sampler", "ddpm", "--steps", "4", "--variance", v, "--noise-schedule",
+            "linear")  # fmt: skip
+    large, small = (np.load(tmp_path / f"{v}.npz")["arr_0"] for v in ("large", "small"))
+    assert not np.array_equal(large, small)
     with pytest.raises(TesseraError, match="noise_schedule"):
         tessera.load(tmp_path / "e").sample("0", sampler="ddpm")
     with pytest.raises(TesseraError, match="numbers like"):
@@ -195,6 +202,11 @@ def test_super_resolution_trains_previews_and_samples(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s" / "sampling.json").read_text())["low_res"]
     with pytest.raises(TesseraError, match="none were given"):
         pipe.sample("0")
+    large = pipe.sample("0-2", low_res=low)
+    encoded = [pipe.encode(large, steps="5", low_res=small) for small in (low, low[::-1].copy())]
+    assert not torch.allclose(*encoded)
+    with pytest.raises(TesseraError, match="none were given"):
+        pipe.encode(large)
     with pytest.raises(TesseraError, match="does not enlarge"):
         pipeline(0).sample("0", low_res=low)
 
@@ -217,14 +229,26 @@ def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
     assert total == pytest.approx(found[0]["bits_per_dimension"], rel=1e-5)
     assert "bits per dimension" in run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors",
                                        "--steps", "3", "--num", "2")  # fmt: skip
+    with pytest.raises(TesseraError, match=r"terms\.txt"):
+        run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors", "--out", "terms.txt")
+    pipeline(0, low_resolution=4).save(tmp_path / "sr")
+    assert "bits per dimension" in run("eval", "nll", tmp_path / "sr", tmp_path / "d.safetensors",
+                                       "--steps", "3", "--num", "2")  # fmt: skip
 
 
-def test_costs_of_discrete_models() -> None:
-    for changes in ({}, {"low_resolution": 4}, {"training": {"precision": "bf16"}}):
+def test_costs_of_discrete_models_and_experts() -> None:
+    changes: dict[str, Any]
+    for changes in (
+        {}, {"low_resolution": 4}, {"training": {"precision": "bf16"}},
+        {"snr_splits": [0.25], "expert": 1}, {"objective": {"timesteps": "loss_second_moment"}},
+    ):  # fmt: skip
         cost = estimate(recipe(**changes), guidance=2.0)
         assert cost.evaluations == 10
         assert cost.train_flops > 2 * cost.forward_flops
         assert cost.activation_bytes > 0
+    vp = {"snr_splits": [0.25], "objective": {"kind": "vp"}, "preconditioning": {"kind": "vp"}}
+    expert, whole = (estimate(recipe(pdm=False, **vp, expert=k)) for k in (1, None))
+    assert expert == whole
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,9 @@ def test_costs_of_discrete_models() -> None:
         ({"objective": {"kind": "edm"}}, "objective.kind=discrete"),
         ({"data": {"resolution": 10}}, "multiple of 4"),
         ({"low_resolution": 3}, "low_resolution"),
+        ({"low_resolution": 4, "view": {"kind": "patches"}}, "whole images of pixels only"),
+        ({"low_resolution": 2, "codec": {"kind": "vae", "downsample": 2}}, "of pixels only"),
+        ({"low_resolution": 4, "evaluate": {}}, "evaluate cannot score"),
         ({"sampling": {"clip": "both"}}, "clip"),
     ],
 )
@@ -252,6 +279,62 @@ def test_recipes_that_do_not_fit_together(changes: dict[str, Any], message: str)
         recipe(**changes)
 
 
+@pytest.mark.parametrize(("text", "splits"), [("0.25", (0.25,)), ("4,0.25", (4, 0.25))])
+def test_thresholds_on_a_command_line(text: str, splits: tuple[float, ...]) -> None:
+    made = load_recipe("cifar10-small-pdm", [f"snr_splits={text}", "expert=1"])
+    assert (made.snr_splits, made.expert) == (splits, 1)
+    wide: Any = load_recipe("cifar10-small-pdm", ["network.channel_mult=1.5"]).network
+    assert wide.channel_mult == (1.5,)
+
+
 def test_list_options_may_have_blanks_and_quotes() -> None:
     assert recipe(network={"channel_mult": " '1, 1' "}).network.channel_mult == (1, 1)  # type: ignore[union-attr]
     assert numbers("1,1.5") == [1, 1.5]
+
+
+class Ideal(nn.Module):
+    """The perfect network for pixels of deviation 0.4 about 0.2 for class 1, 0 for others."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.alpha_bar = process.alpha_bar.float()
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        left = self.alpha_bar[noise.long()][:, None, None, None]
+        middle = 0.2 * (cond.labels == 1).float()[:, None, None, None]  # type: ignore[union-attr]
+        return middle + (x / left.sqrt() - middle) * 0.16 / (0.16 + (1 - left) / left)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.5}, {"steps": "ddim250", "clip": "none"}])
+def test_images_are_encoded_and_made_again(options: dict[str, Any]) -> None:
+    scaling = Discrete(timesteps=500)
+    made = recipe(network={"learn_variance": False}, preconditioning={"timesteps": 500})
+    denoiser = DiscreteDenoiser(Ideal(scaling.process), scaling, (3, 8, 8), 2)
+    pipe = ExpertsPipeline([Pipeline.from_denoiser(made, denoiser)] * 2, [0.25])
+    images = random_images(3).transpose(0, 2, 3, 1) // 2 + 70
+    latents = pipe.encode(images, 1, batch=2, **options)
+    assert latents.shape == (3, 3, 8, 8)
+    again = pipe.sample("0-2", 1, sampler="ddim", latents=latents, **options)
+    assert np.abs(again.astype(int) - images).max() <= 3
+    # Seeds choose among the latents; images do not depend on their batch, but on their class.
+    other = pipe.sample("5", 1, sampler="ddim", latents=latents, **options)
+    assert np.abs(other[0].astype(int) - again[2]).max() <= 1
+    torch.testing.assert_close(pipe.encode(images[1:2], 1, **options)[0], latents[1])
+    assert not torch.allclose(pipe.encode(images, **options), latents, atol=0.1)
+
+
+def test_what_cannot_be_encoded_is_named() -> None:
+    pipe, images = pipeline(0), np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(TesseraError, match=r"eta=0\.5"):
+        pipe.encode(images, eta=0.5)
+    with pytest.raises(TesseraError, match=r"\[N, 8, 8, 3\]"):
+        pipe.encode(images[:, :4])
+    with pytest.raises(TesseraError, match="uint8"):
+        pipe.encode(images.astype(np.float32))
+    with pytest.raises(TesseraError, match="2 classes were given for"):
+        pipe.encode(images[:1], [0, 1])
+    with pytest.raises(TesseraError, match="no option 's_churn'"):
+        pipe.encode(images, s_churn=1)
+    with pytest.raises(TesseraError, match="N, 3, 8, 8"):
+        pipe.sample("0", latents=torch.zeros(1, 3, 4, 4))

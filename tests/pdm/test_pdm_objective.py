@@ -15,7 +15,7 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser, Process
 from tessera.diffusion.discrete_objective import DiscreteObjective, LossHistory, owned
 from tessera.diffusion.experts import sigma_range
-from tessera.diffusion.objectives import EdmObjective, VeObjective, VpObjective
+from tessera.diffusion.objectives import EVERYWHERE, EdmObjective, VeObjective, VpObjective
 from tessera.diffusion.preconditioning import Edm, Iddpm, Preconditioned
 from tessera.diffusion.variational import Bound
 from tessera.errors import TesseraError
@@ -164,6 +164,19 @@ def test_experts_see_their_own_levels_only() -> None:
         sigma_range(thresholds, 3)
     with pytest.raises(TesseraError, match="fall"):
         sigma_range((0.25, 4.0), 0)
+
+
+@pytest.mark.parametrize("interval", [EVERYWHERE, (2.0, math.inf)])
+def test_quartiles_are_those_of_the_steps_drawn(interval: tuple[float, float]) -> None:
+    denoiser, objective = tiny(), DiscreteObjective(100, sigma_range=interval)
+    _, count = owned(denoiser.levels, interval)
+    drawn = torch.arange(64) * 7 % count  # from the first of its steps
+    numbers = {"timestep": drawn, "noise": torch.zeros(64, 3, 4, 4)}
+    draws = RecordedDraws({**numbers, "label_dropout": torch.ones(64)})
+    terms = objective(denoiser, torch.zeros(64, 3, 4, 4), Conditioning(), draws)
+    # The release logs floor(4 t / T), and knows whole processes only.
+    assert torch.equal(terms["quartile"], (4 * drawn / count).floor().long())
+    assert terms["quartile"].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_labels_are_dropped_one_time_in_ten() -> None:

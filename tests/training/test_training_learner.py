@@ -17,6 +17,7 @@ from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.training import optimizers, parallel
 from tessera.training.ema import decay
 from tessera.training.learner import Learner, MicroBatch, TrainStep, Update
+from tessera.training.tracking import Meter
 
 CPU = torch.device("cpu")
 
@@ -85,6 +86,33 @@ def test_accumulation_changes_nothing(size: int) -> None:
         torch.testing.assert_close(one.terms, other.terms)
         torch.testing.assert_close(one.grad_norm, other.grad_norm)
     torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_terms_by_quartile_of_the_noise_levels(size: int) -> None:
+    def objective(denoiser, x, cond, draws):
+        loss = denoiser(x).square().sum((1, 2, 3))
+        return {"loss": loss, "mse": 2 * loss, "quartile": draws.images % 3}
+
+    update = learner(objective).update(micro_batches(size=size), 8, 0)
+    losses = torch.cat([m.x.square().sum((1, 2, 3)) for m in micro_batches()])
+    expected = torch.stack([losses[q::3].sum() for q in range(4)])
+    expected[3] = 0  # no image of number 3 modulo 3
+    torch.testing.assert_close(update.quartiles["loss"], expected)
+    torch.testing.assert_close(update.quartiles["mse"], 2 * expected)
+    assert update.quartiles["images"].tolist() == [3, 3, 2, 0]
+    assert set(update.terms) == {"loss", "mse", "loss_per_pixel"}
+    meter = Meter(CPU)
+    meter.add(update, 8)
+    half = Meter(CPU)
+    half.load(meter.state())
+    for target in (meter, half):
+        target.add(update, 8)
+        means = target.means()
+        assert means["loss_q1"] == pytest.approx(float(losses[1::3].mean()))
+        assert means["loss"] == pytest.approx(float(losses.mean()))
+        assert means["loss_q3"] is None
+        assert target.means() == {}
 
 
 def test_dropout_draws_depend_on_the_images_alone() -> None:

@@ -11,7 +11,7 @@ def _listed(value: Any) -> Any:
     """`1,2,2` and a single number for a list, as people type them on a command line."""
     if isinstance(value, str):
         return [part.strip(" '\"") for part in value.split(",")]
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 Listed = BeforeValidator(_listed)

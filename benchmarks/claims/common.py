@@ -1,0 +1,204 @@
+"""What the claims share: training for a given time, scores of samples, options, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.harness import RESULTS, device, synchronize
+from tessera.errors import TesseraError
+from tessera.images import grid, save_png
+from tessera.metrics.images import open_images
+from tessera.metrics.reference import Reference, build_reference, open_reference
+from tessera.metrics.score import Score, score
+from tessera.pipelines.generate import Job, counted
+from tessera.pipelines.pipeline import Pipeline, SampledBatch
+from tessera.recipes.loading import load_recipe
+from tessera.recipes.schema import Recipe
+from tessera.training.preview import ema_pipeline
+from tessera.training.trainer import Trainer
+
+NEVER = 10**12
+COLUMNS = 10
+
+
+def parser_for(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that all claims have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.claims.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", required=True, help="CIFAR-10, as tessera reads it")
+    parser.add_argument("--reference", help="file of `tessera eval reference`; else made first")
+    parser.add_argument("--samples", type=int, default=2000, help="images of each score")
+    parser.add_argument("--batch", type=int, default=250, help="images sampled at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--no-record", action="store_true", help="leave RESULTS.md as it is")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS.parent, help="folder of pictures (default: benchmarks)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipes")
+    return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """The program, with the library's errors as a line for people."""
+    try:
+        main()
+    except TesseraError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def timed_recipe(name: str, options: argparse.Namespace, *overrides: str) -> Recipe:
+    """A recipe for training by the clock.
+
+    The learning rate is constant, because the number of images that fit into the time is not known
+    before; nothing is compiled, drawn or saved, because that would count as training.
+    """
+    return load_recipe(
+        name,
+        [
+            f"data.path={options.data}", f"training.seed={options.seed}",
+            f"training.images={NEVER}", "training.compile=false", "optimizer.decay=constant",
+            "run.preview=null", "run.tensorboard=false", f"run.log_every_images={NEVER}",
+            f"run.checkpoint_every_images={NEVER}", *options.overrides, *overrides,
+        ],
+    )  # fmt: skip
+
+
+def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
+    """Train for so long; the seconds so far after each step.
+
+    What the caller does between the steps does not count.
+
+    Raises:
+        KeyboardInterrupt: the training was stopped by a signal.
+    """
+    spent = 0.0
+    with contextlib.closing(trainer.steps()) as steps:
+        while spent < seconds:
+            synchronize()
+            begin = time.perf_counter()
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            synchronize()
+            spent += time.perf_counter() - begin
+            yield spent
+
+
+def trained(recipe: Recipe, folder: Path, minutes: float) -> tuple[Pipeline, Trainer]:
+    """The model after so many minutes of training, with averaged weights."""
+    trainer = Trainer(recipe, folder)
+    for _ in train_by_time(trainer, 60 * minutes):
+        pass
+    print(
+        f"{folder.name}: {trainer.images_seen:,} images in {minutes:g} minutes on "
+        f"{trainer.device_name}",
+        flush=True,
+    )
+    return averaged(trainer), trainer
+
+
+def averaged(trainer: Trainer) -> Pipeline:
+    """The model of a training as it is now, with averaged weights."""
+    names = trainer.dataset.class_names
+    pipe = ema_pipeline(trainer.recipe, trainer.learner, trainer.images_seen, names)
+    assert pipe is not None
+    return pipe.to(device())
+
+
+def reference_of(path: str | Path) -> Reference:
+    """A reference file, or the in-domain classifier trained now on a set of images."""
+    if Path(path).suffix == ".npz":
+        return open_reference(path, device=device())
+    return build_reference(open_images(path), device=device())
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples and what they are worth.
+
+    Attributes:
+        score: of all of them.
+        first: the first ones, uint8 [N, H, W, C].
+        evaluations: of the network for each image.
+        seconds: for all images.
+    """
+
+    score: Score
+    first: NDArray[np.uint8]
+    evaluations: float
+    seconds: float
+
+
+def scored(
+    pipe: Pipeline, reference: Reference, options: argparse.Namespace, **sampling: Any
+) -> Scored:
+    """Score samples of seeds 0, 1, ..., of all classes in turn."""
+    label = "balanced" if pipe.denoiser.num_classes else None
+    job = Job(pipe, range(options.samples), label, options.batch, sampling)
+    first: list[SampledBatch] = []
+    seconds = 0.0
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        nonlocal seconds
+        begin = time.perf_counter()
+        for made in pipe.sample_batches(job.seeds, label, batch=options.batch, **sampling):
+            seconds += time.perf_counter() - begin  # the images are on the CPU by now
+            if not first:
+                first.append(made)
+            labels = None if made.labels is None else torch.from_numpy(made.labels)
+            yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
+            begin = time.perf_counter()
+
+    with counted(job) as evaluated:
+        result = score(batches(), reference)
+    return Scored(result, first[0].images, evaluated[0] / options.samples, seconds)
+
+
+def percent(value: float | None) -> str:
+    """A share, or a dash."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def save_grid(path: Path, images: NDArray[np.uint8], rows: int = 5) -> None:
+    """A picture of the first images, one class in each column where there are ten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, grid(images[: rows * COLUMNS], columns=COLUMNS))
+
+
+def plot(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    xlabel: str,
+    xscale: str = "linear",
+) -> None:
+    """Distances of several arms against something, as a PNG file."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for label, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=label)
+    axes.set(
+        xlabel=xlabel, ylabel="Fréchet distance (classifier)", yscale="log", xscale=xscale,
+        title=title,
+    )  # fmt: skip
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
