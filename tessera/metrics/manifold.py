@@ -16,7 +16,7 @@ from tessera.progress import progress
 
 _BLOCK = {"cpu": 1024}  # rows and columns of distances at once
 _BLOCK_GPU = 8192
-_CANDIDATES = 12  # kept for each row beside its k nearest
+_CANDIDATES = 8  # kept for each row beside its k nearest
 _AT_ONCE = 1 << 24  # numbers in the rows of distances that are done over in full
 
 
@@ -182,15 +182,25 @@ def _keep_smallest(nearest: Tensor, which: Tensor, bounds: Tensor, start: int) -
 
     Their columns, counted from `start` in `bounds`, go into `which` [B, C].
     """
-    count = nearest.shape[1]
-    # Few rows have anything to gain once some blocks have been seen.
-    better = (bounds.amin(dim=1) < nearest.amax(dim=1)).nonzero().squeeze(1)
-    if len(better) == 0:
-        return
-    values = bounds[better]
-    size = min(count, values.shape[1])
-    values, columns = values.topk(size, dim=1, largest=False, sorted=False)
-    both = torch.cat([nearest[better], values], dim=1)
-    numbers = torch.cat([which[better], columns + start], dim=1)
-    nearest[better], order = both.topk(count, dim=1, largest=False, sorted=False)
-    which[better] = numbers.gather(1, order)
+    count, limit = nearest.shape[1], nearest.amax(dim=1)
+    if bool(limit.isinf().any()):  # the first block
+        values, columns = bounds.topk(min(count, bounds.shape[1]), dim=1, largest=False)
+        rows = torch.arange(len(bounds), device=bounds.device)
+    else:
+        # Once some blocks have been seen, a row has one or two numbers to gain, if any.
+        gained = (bounds < limit[:, None]).nonzero()
+        if len(gained) == 0:
+            return
+        rows, place, counts = torch.unique_consecutive(
+            gained[:, 0], return_inverse=True, return_counts=True
+        )
+        first = counts.cumsum(0) - counts
+        column = torch.arange(len(gained), device=bounds.device) - first[place]
+        values = nearest.new_full((len(rows), int(counts.max())), torch.inf)
+        columns = torch.zeros(values.shape, dtype=torch.int64, device=bounds.device)
+        values[place, column] = bounds[gained[:, 0], gained[:, 1]]
+        columns[place, column] = gained[:, 1]
+    both = torch.cat([nearest[rows], values], dim=1)
+    numbers = torch.cat([which[rows], columns + start], dim=1)
+    nearest[rows], order = both.topk(count, dim=1, largest=False, sorted=False)
+    which[rows] = numbers.gather(1, order)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 24  # numbers that are widened to float64 at once
+_CHUNK = 1 << 18  # numbers that are widened to float64 at once, so that they stay in the cache
+_COLUMNS = 4096  # of a product in float64
 _PAIRS_A_ROW = 64  # above that many exact distances to a row, a product of matrices is faster
 
 
@@ -94,9 +95,8 @@ class Screen:
         origin = other.features.mean(dim=0, dtype=torch.float64)
         a = self.features[rows].to(torch.float64) - origin
         exact = a.new_full(wanted.shape, torch.inf)
-        size = max(1, _CHUNK // a.shape[1])
-        for start in range(0, len(other), size):
-            columns = slice(start, start + size)
+        for start in range(0, len(other), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
             b = other.features[columns].to(torch.float64) - origin
             sums = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
             exact[:, columns] = torch.addmm(sums, a, b.T, alpha=-2).clamp_(min=0)
@@ -105,7 +105,7 @@ class Screen:
     def distances_of_pairs(self, rows: Tensor, other: Screen, columns: Tensor) -> Tensor:
         """Exact |a_i - b_j|² of rows [P] and columns [P], float64 [P]."""
         result = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        size = max(1, _CHUNK // (8 * self.features.shape[1]))
+        size = max(1, _CHUNK // self.features.shape[1])
         for part in (slice(s, s + size) for s in range(0, len(rows), size)):
             difference = self.features[rows[part]].to(torch.float64)
             difference -= other.features[columns[part]]
