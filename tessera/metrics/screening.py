@@ -1,4 +1,4 @@
-"""Squared distances of many features: cheap lower bounds of all, exact values of the few that count.
+"""Squared distances of features: cheap lower bounds of all, exact values of those that count.
 
 Nearest neighbours need the exact distances of a few pairs, and of the rest only that they are
 farther. Products in the fastest precision of the machine say that, because their error is bounded.

@@ -22,12 +22,12 @@ from tessera.metrics.inception_score import (
     equal_splits,
     inception_score,
 )
+from tessera.metrics.kernels import Gaussian, Polynomial
 from tessera.metrics.kid import (
+    _membership,
     _sums_over_subsets,
     _sums_over_whole_sets,
-    gaussian,
     kernel_distance,
-    polynomial,
     subsets,
 )
 from tessera.metrics.manifold import precision_recall, squared_radii
@@ -135,11 +135,16 @@ def test_kid() -> None:
     found = kernel_distance(SAMPLE, REFERENCE, **how)
     assert found == pytest.approx((numbers["kid_mean"], numbers["kid_std"]), abs=1e-6)
     # The other way of computing the same sums, which large sets take.
-    sums = (_sums_over_subsets(SAMPLE, REFERENCE, drawn, polynomial),
-            _sums_over_whole_sets(SAMPLE, REFERENCE, drawn, polynomial))  # fmt: skip
+    kernel = Polynomial(REFERENCE.mean(dim=0, dtype=torch.float64))
+    x, y = kernel.operand(SAMPLE), kernel.operand(REFERENCE)
+    members = (
+        _membership(f, rows)
+        for f, rows in zip((SAMPLE, REFERENCE), zip(*drawn, strict=True), strict=True)
+    )
+    sums = (_sums_over_subsets(x, y, drawn, kernel), _sums_over_whole_sets(x, y, *members, kernel))
     for one, two in zip(*sums, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
-    found = kernel_distance(SAMPLE, REFERENCE, kernel=gaussian(3), **how)
+    found = kernel_distance(SAMPLE, REFERENCE, kernel=Gaussian(3), **how)
     assert found == pytest.approx((numbers["kid_rbf3_mean"], numbers["kid_rbf3_std"]), abs=1e-6)
     with pytest.raises(DataError, match="subsets of 1,000 images, but there are only 300"):
         kernel_distance(SAMPLE, REFERENCE)
