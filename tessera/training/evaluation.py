@@ -23,6 +23,7 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
+from tessera.recipes.build import build_codec
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
 from tessera.training.preview import ema_pipeline
@@ -154,7 +155,9 @@ def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
 
     Raises:
         RecipeError: there is no reference, or it would need images of a set of latents.
+        CheckpointError: the autoencoder that decodes the samples cannot be had.
     """
+    build_codec(recipe.codec).prepare()
     path = Path(config.reference or str(recipe.data.path))
     if not path.exists():
         raise RecipeError(f"evaluate.reference: there is nothing at {path}")
