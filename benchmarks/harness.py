@@ -112,8 +112,16 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
+def section(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """Print a table, and return it as Markdown below its title."""
+    show(title, columns, rows)
+    return f"{title}:\n\n{markdown(columns, rows)}"
+
+
 def record(name: str, text: str) -> None:
-    """Replace the section `name` of RESULTS.md, keeping all others."""
+    """Replace the section `name` of RESULTS.md, keeping all others; one for each accelerator."""
+    if torch.cuda.is_available():
+        name = f"{name} ({torch.cuda.get_device_name()})"
     body = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     section = f"## {name}\n\n{date.today().isoformat()}; {machine()}\n\n{text.strip()}\n"
     pattern = re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.M | re.S)

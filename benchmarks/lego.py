@@ -7,39 +7,40 @@ compared with the machine's best matrix product in the same run, because machine
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.harness import ceilings, device, interleaved, markdown, record, show
+from benchmarks.harness import ceilings, device, interleaved, record, section
+from benchmarks.models import (
+    Precision,
+    autocast,
+    learner,
+    sampling,
+    training_step,
+    variant,
+    without_zeros,
+)
 from tessera.conditioning import Conditioning
 from tessera.cost import forward_flops
-from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import Skipping, last_brick_schedule
-from tessera.randomness import AddressedDraws
+from tessera.networks.lego import Brick, Lego
 from tessera.recipes.build import build_denoiser, build_objective, build_sampler
 from tessera.recipes.lego import STACKS
 from tessera.recipes.schema import (
     BrickConfig,
     DataConfig,
     EdmSampler,
-    EmaConfig,
     LegoConfig,
-    OptimizerConfig,
     Recipe,
-    TrainingConfig,
 )
 from tessera.sampling.core import step_sigmas
-from tessera.sampling.seeds import SeedNoise
-from tessera.training.learner import Learner, MicroBatch, TrainStep
 
 SHAPE = (3, 64, 64)
 STEPS = 10
 RATIOS = (0.0, 0.2, 0.4, 0.6)
-
-Precision = Literal["fp32", "bf16"]
 
 LEGO = "LEGO-S-PG-64"
 DIT = "DiT-S/2"
@@ -53,55 +54,27 @@ def recipe(name: str) -> Recipe:
     return Recipe(name=name, data=DataConfig(resolution=64), network=NETWORKS[name])
 
 
-def learner(name: str, precision: Precision, compiled: bool) -> Learner:
-    """The trainer's own learner; weights are random, so that no product is with zeros."""
+def denoiser_of(name: str) -> Preconditioned:
+    """A denoiser with random weights."""
     torch.manual_seed(0)
     denoiser = build_denoiser(recipe(name))
-    for parameter in denoiser.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    training = TrainingConfig(precision=precision, compile=compiled)
-    step = TrainStep(denoiser, build_objective(recipe(name).objective))
-    return Learner(step, OptimizerConfig(lr=1e-4), [EmaConfig()], training, device())
+    without_zeros(denoiser)
+    return denoiser
 
 
-def training_step(target: Learner, batch: int) -> Callable[[], Any]:
-    """One optimiser step over `batch` images."""
-    steps = count()
-    images = torch.rand(batch, *SHAPE, device=device()) * 2 - 1
-
-    def step() -> Any:
-        number = next(steps)
-        numbers = number * batch + torch.arange(batch, device=device())
-        micro = MicroBatch(images, Conditioning(), AddressedDraws(0, numbers), number)
-        return target.update([micro], batch, number * batch)
-
-    return step
-
-
-def sampling(denoiser: Denoiser, batch: int, precision: Precision) -> Callable[[], Any]:
-    """`STEPS` steps of Heun's sampler for `batch` images."""
-    sampler = build_sampler(EdmSampler(steps=STEPS))
-    latents = SeedNoise(range(batch)).normal(SHAPE).to(device())
-
-    def sample() -> Any:
-        autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), autocast:
-            *_, last = sampler(denoiser, latents, Conditioning(), SeedNoise(range(batch)))
-        return last.x
-
-    return sample
-
-
-def brick_call(network: nn.Module, index: int, batch: int, precision: Precision) -> Any:
+def brick_call(
+    network: nn.Module, index: int, batch: int, precision: Precision
+) -> Callable[[], Any]:
     """Forward pass of one brick alone."""
-    brick = network.model[index]  # type: ignore[index,union-attr]
-    channels = brick.x_embedder.proj.in_channels  # type: ignore[union-attr]
+    assert isinstance(network, Lego)
+    brick = network.model[index]
+    assert isinstance(brick, Brick)
+    channels = brick.x_embedder.proj.in_channels
     x = torch.randn(batch, channels, *SHAPE[1:], device=device())
     c = torch.randn(batch, 384, device=device())
 
     def call() -> Any:
-        autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(precision):
             return brick(x, c)
 
     return call
@@ -128,39 +101,46 @@ def run(rounds: int, record_figures: bool) -> None:
         (LEGO, "fp32", False), (DIT, "fp32", False), (LEGO, "fp32", True),
         (LEGO, "bf16", False), (LEGO, "bf16", True), (DIT, "bf16", True),
     )  # fmt: skip
-    learners = {_label(*v): learner(*v) for v in variants}
-    times = interleaved({k: training_step(v, batch) for k, v in learners.items()}, rounds)
+    denoisers = {v: denoiser_of(v[0]) for v in variants}
+    objective = build_objective(recipe(LEGO).objective)
+    steps = {
+        v: training_step(learner(denoisers[v], objective, *v[1:]), SHAPE, batch, Conditioning())
+        for v in variants
+    }
+    times = interleaved(steps, rounds)
     rows = []
-    for name, precision, compiled in variants:
-        label = _label(name, precision, compiled)
-        rate = 3 * flops[name] * batch / times[label]
+    for key, seconds in times.items():
+        name, precision, _ = key
+        rate = 3 * flops[name] * batch / seconds
         rows.append(
             [
-                label,
-                f"{batch / times[label]:.2f}",
+                variant(*key),
+                f"{batch / seconds:.2f}",
                 f"{rate / 1e9:.0f}",
                 f"{rate / tops[precision]:.0%}",
                 f"{rate / tops['fp32']:.2f}",
             ]
         )
     columns = ["variant", "images/s", "GFLOP/s", "of its ceiling", "/ fp32 ceiling"]
-    sections.append(_table(f"Training step, batch {batch}", columns, rows))
+    sections.append(section(f"Training step, batch {batch}", columns, rows))
 
-    model = learners[_label(LEGO, "fp32", False)].step.denoiser.eval()
+    model = denoisers[LEGO, "fp32", False].eval()
     sections.append(_skipping(model, max(1, batch // 2), rounds))
     sections.append(_bricks(model, batch, rounds, tops))
     if record_figures:
         record("LEGO bricks: training, skipping", "\n\n".join(sections))
 
 
-def _skipping(model: Any, batch: int, rounds: int) -> str:
+def _skipping(model: Preconditioned, batch: int, rounds: int) -> str:
     """Sampling in float32 at several ratios: time saved against FLOPs saved."""
     sizes = [brick.size for brick in NETWORKS[LEGO].bricks]
     levels = step_sigmas(build_sampler(EdmSampler(steps=STEPS)), model)
     schedules = {ratio: last_brick_schedule(sizes, ratio, levels) for ratio in RATIOS}
     times = interleaved(
         {
-            str(ratio): sampling(Skipping(model, schedule), batch, "fp32")
+            str(ratio): sampling(
+                Skipping(model, schedule), SHAPE, batch, Conditioning(), STEPS, "fp32"
+            )
             for ratio, schedule in schedules.items()
         },
         rounds,
@@ -181,10 +161,10 @@ def _skipping(model: Any, batch: int, rounds: int) -> str:
             [f"{ratio:.1f}", f"{times[str(ratio)]:.2f}", f"{flops:.1%}", f"{seconds:.1%}", quotient]
         )
     columns = ["skip", "s", "FLOPs saved", "time saved", "time / FLOPs"]
-    return _table(f"Sampling, {STEPS} steps, batch {batch}, fp32", columns, rows)
+    return section(f"Sampling, {STEPS} steps, batch {batch}, fp32", columns, rows)
 
 
-def _bricks(model: Any, batch: int, rounds: int, tops: dict[str, float]) -> str:
+def _bricks(model: Preconditioned, batch: int, rounds: int, tops: dict[str, float]) -> str:
     """The rate of each brick's forward pass by itself."""
     rows = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
@@ -205,13 +185,4 @@ def _bricks(model: Any, batch: int, rounds: int, tops: dict[str, float]) -> str:
                 ]
             )
     columns = ["brick", "tokens attended", "GFLOP", "GFLOP/s", "of its ceiling"]
-    return _table(f"Bricks, forward, eager, batch {batch}", columns, rows)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    show(title, columns, rows)
-    return f"{title}:\n\n{markdown(columns, rows)}"
-
-
-def _label(name: str, precision: str, compiled: bool) -> str:
-    return f"{name} {precision} {'compiled' if compiled else 'eager'}"
+    return section(f"Bricks, forward, eager, batch {batch}", columns, rows)

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from benchmarks.harness import device, interleaved, markdown, record, show
+from benchmarks.harness import ceilings, device, interleaved, record, section
+from benchmarks.models import (
+    Precision,
+    autocast,
+    learner,
+    training_step,
+    variant,
+    without_zeros,
+)
 from tessera.conditioning import Conditioning
 from tessera.cost import forward_flops
-from tessera.randomness import AddressedDraws
 from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.pdm import LSUN_NETWORKS, imagenet256, lsun256
-from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
-from tessera.training.learner import Learner, MicroBatch, TrainStep
+from tessera.recipes.schema import Recipe
+from tessera.training.learner import Learner
 
-Precision = Literal["fp32", "bf16"]
 UNPATCHED = "256x256, P=1"
 MEMORY_GB = 48
 """What a training step of the unpatched network needs, for one image and in float32."""
@@ -50,51 +55,37 @@ IMAGENET = {
 }
 
 
-def learner(recipe: Recipe, precision: Precision, compiled: bool = False) -> Learner:
+def learner_of(recipe: Recipe, precision: Precision, compiled: bool = False) -> Learner:
     """The trainer's own learner; weights are random, so that no product is with zeros."""
     torch.manual_seed(0)
     denoiser = build_denoiser(recipe)
-    for parameter in denoiser.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    step = TrainStep(denoiser, recipe_objective(recipe.model_copy(update={"expert": None})))
-    training = TrainingConfig(precision=precision, compile=compiled)
-    return Learner(step, OptimizerConfig(rampup_images=0), [EmaConfig()], training, device())
+    without_zeros(denoiser)
+    objective = recipe_objective(recipe.model_copy(update={"expert": None}))
+    return learner(denoiser, objective, precision, compiled)
 
 
-def inputs(recipe: Recipe, batch: int) -> tuple[torch.Tensor, Conditioning]:
-    x = torch.rand(batch, *recipe.shape, device=device()) * 2 - 1
+def conditioning(recipe: Recipe, batch: int) -> Conditioning:
     classes = recipe.data.num_classes
-    labels = torch.arange(batch, device=device()) % classes if classes else None
-    return x, Conditioning(labels)
+    return Conditioning(torch.arange(batch, device=device()) % classes if classes else None)
 
 
 def forward(recipe: Recipe, target: Learner, batch: int, precision: Precision) -> Callable[[], Any]:
     """A function that evaluates the denoiser for `batch` images."""
-    x, cond = inputs(recipe, batch)
+    x = torch.rand(batch, *recipe.shape, device=device()) * 2 - 1
     x = x.contiguous(memory_format=torch.channels_last)
+    cond = conditioning(recipe, batch)
     sigma = torch.full((batch,), 1.0, device=device())
-    autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
 
     def evaluate() -> Any:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(precision):
             return target.step.denoiser(x, sigma, cond).mean
 
     return evaluate
 
 
-def training_step(recipe: Recipe, target: Learner, batch: int) -> Callable[[], Any]:
+def step_of(recipe: Recipe, target: Learner, batch: int) -> Callable[[], Any]:
     """A function that makes one optimiser step over `batch` images."""
-    x, cond = inputs(recipe, batch)
-    steps = count()
-
-    def step() -> Any:
-        number = next(steps)
-        numbers = number * batch + torch.arange(batch, device=device())
-        micro = MicroBatch(x, cond, AddressedDraws(0, numbers), number)
-        return target.update([micro], batch, number * batch)
-
-    return step
+    return training_step(target, recipe.shape, batch, conditioning(recipe, batch))
 
 
 def _memory_gb() -> float:
@@ -103,11 +94,15 @@ def _memory_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 1e9
 
 
-def compare(
-    title: str, recipes: dict[str, Recipe], base: str, batch: int, rounds: int
-) -> list[str]:
-    """Tables of forward pass and training step, each in float32 and bfloat16; as Markdown."""
+def compare(title: str, recipes: dict[str, Recipe], base: str, rounds: int) -> list[str]:
+    """Tables of forward pass and training step, each in float32 and bfloat16; as Markdown.
+
+    The unpatched network fits into memory with few images only, and is busy with one; the others
+    get more, lest the reading of weights counts as work.
+    """
     sections = []
+    many, few = (16, 2) if device().type == "cuda" else (4, 1)
+    batches = {name: few if name == UNPATCHED else many for name in recipes}
     flops = {name: forward_flops(recipe) for name, recipe in recipes.items()}
     for kind in ("forward", "training step"):
         chosen = dict(recipes)
@@ -116,26 +111,27 @@ def compare(
         first = base if base in chosen else next(iter(chosen))
         rows = []
         for precision in ("fp32", "bf16"):
-            learners = {name: learner(recipe, precision) for name, recipe in chosen.items()}
+            learners = {name: learner_of(recipe, precision) for name, recipe in chosen.items()}
             calls = {
-                name: forward(recipe, learners[name], batch, precision)
+                name: forward(recipe, learners[name], batches[name], precision)
                 if kind == "forward"
-                else training_step(recipe, learners[name], batch)
+                else step_of(recipe, learners[name], batches[name])
                 for name, recipe in chosen.items()
             }
-            times = interleaved(calls, rounds)
+            total = interleaved(calls, rounds)
+            times = {name: seconds / batches[name] for name, seconds in total.items()}
             for name, seconds in times.items():
                 gain, saved = times[first] / seconds, flops[first] / flops[name]
+                macs, rate = flops[name] / 2e9, 1 / seconds
                 rows.append(
-                    [name, precision, f"{flops[name] / 2e9:.2f}", f"{batch / seconds:.3g}",
+                    [name, precision, str(batches[name]), f"{macs:.2f}", f"{rate:.3g}",
                      f"{saved:.2f}x", f"{gain:.2f}x", f"{gain / saved:.0%}"]
                 )  # fmt: skip
             del learners, calls
-        columns = ["images", "precision", "GMAC", "images/s", f"FLOPs against {first}",
+        columns = ["images", "precision", "batch", "GMAC", "images/s", f"FLOPs against {first}",
                    "time", "of what FLOPs promise"]  # fmt: skip
-        heading = f"{title}: {kind}, batch {batch}"
-        show(heading, columns, rows)
-        sections.append(f"{heading}:\n\n" + markdown(columns, rows))
+        heading = f"{title}: {kind}"
+        sections.append(section(heading, columns, rows))
     return sections
 
 
@@ -145,27 +141,31 @@ def settings(batch: int, rounds: int) -> str:
     variants: list[tuple[Precision, bool]] = [("fp32", False), ("fp32", True), ("bf16", False)]
     variants.append(("bf16", True))
     calls = {
-        f"{precision} {'compiled' if compiled else 'eager'}": training_step(
-            recipe, learner(recipe, precision, compiled), batch
+        variant("", precision, compiled).strip(): step_of(
+            recipe, learner_of(recipe, precision, compiled), batch
         )
         for precision, compiled in variants
     }
-    for name, seconds in interleaved(calls, rounds).items():
+    times = interleaved(calls, rounds)
+    tops = {"fp32": ceilings(torch.float32), "bf16": ceilings(torch.bfloat16)}
+    for name, seconds in times.items():
         rate = 3 * forward_flops(recipe) * batch / seconds
-        rows.append([name, f"{batch / seconds:.3g}", f"{rate / 1e9:.0f}"])
-    columns = ["setting", "images/s", "GFLOP/s"]
+        share = rate / tops[name.split()[0]]["convolution"]
+        gain = times["fp32 eager"] / seconds
+        rows.append(
+            [name, f"{batch / seconds:.3g}", f"{rate / 1e9:.0f}", f"{share:.0%}", f"{gain:.2f}x"]
+        )
+    columns = ["setting", "images/s", "GFLOP/s", "of convolution", "gain"]
     title = f"LSUN, P=4: settings of the training step, batch {batch}"
-    show(title, columns, rows)
-    return f"{title}:\n\n" + markdown(columns, rows)
+    return section(title, columns, rows)
 
 
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants, print the tables, and keep them if asked to."""
-    batch = 16 if device().type == "cuda" else 1
     sections = [
-        settings(4 * batch, rounds),
-        *compare("LSUN's networks", LSUN, UNPATCHED, batch, rounds),
-        *compare("ImageNet's network", IMAGENET, "64x64, P=1", batch, rounds),
+        settings(64 if device().type == "cuda" else 4, rounds),
+        *compare("LSUN's networks", LSUN, UNPATCHED, rounds),
+        *compare("ImageNet's network", IMAGENET, "64x64, P=1", rounds),
     ]
     if record_figures:
         record("Patched U-Nets", "\n\n".join(sections))

@@ -8,30 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import ceilings, device, interleaved, markdown, record, show
+from benchmarks.harness import ceilings, device, interleaved, record, section
+from benchmarks.models import Precision, learner, sampling, training_step, variant
 from tessera.conditioning import Conditioning
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.errors import require_extra
 from tessera.networks.song_unet import SongUNet
-from tessera.randomness import AddressedDraws
 from tessera.recipes.build import build_objective
-from tessera.recipes.schema import EdmObjective, EmaConfig, OptimizerConfig, TrainingConfig
-from tessera.sampling.edm import sample_edm
-from tessera.sampling.seeds import SeedNoise
-from tessera.training.learner import Learner, MicroBatch, TrainStep
+from tessera.recipes.schema import EdmObjective
 
 SHAPE = (3, 32, 32)
 CLASSES = 10
 STEPS = 2  # of the sampler: three evaluations of the network
 
-Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,7 +40,7 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         """In words."""
-        return f"{self.network} {self.precision} {'compiled' if self.compiled else 'eager'}"
+        return variant(*self)
 
 
 class DiffusersUNet(nn.Module):
@@ -92,74 +87,37 @@ def forward_flops(make: Callable[[], nn.Module]) -> float:
     return float(counter.get_total_flops())
 
 
-def conditioning(batch: int) -> Conditioning:
-    return Conditioning(labels=torch.arange(batch, device=device()) % CLASSES)
-
-
-def learner(name: str, precision: Precision, compiled: bool) -> Learner:
-    """The trainer's own learner around a freshly made network."""
+def denoiser(name: str) -> Preconditioned:
+    """A freshly made network with EDM's preconditioning."""
     torch.manual_seed(0)
-    denoiser = Preconditioned(NETWORKS[name](), Edm(), SHAPE, CLASSES)
-    training = TrainingConfig(precision=precision, compile=compiled)
-    step = TrainStep(denoiser, build_objective(EdmObjective()))
-    optimizer = OptimizerConfig(rampup_images=0)
-    return Learner(step, optimizer, [EmaConfig()], training, device())
-
-
-def training_step(target: Learner, batch: int) -> Callable[[], Any]:
-    """A function that makes one optimiser step over `batch` images, new ones at each call."""
-    steps = count()
-    images = torch.rand(batch, *SHAPE, device=device()) * 2 - 1
-
-    def step() -> Any:
-        number = next(steps)
-        numbers = number * batch + torch.arange(batch, device=device())
-        micro = MicroBatch(images, conditioning(batch), AddressedDraws(0, numbers), number)
-        return target.update([micro], batch, number * batch)
-
-    return step
-
-
-def sampling(target: Learner, batch: int, precision: Precision) -> Callable[[], Any]:
-    """A function that samples `batch` images with a few steps."""
-    latents = SeedNoise(range(batch)).normal(SHAPE, torch.float32).to(device())
-
-    def sample() -> Any:
-        target.step.eval()
-        autocast = torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
-        with torch.inference_mode(), autocast:
-            states = sample_edm(
-                target.step.denoiser,  # type: ignore[arg-type]
-                latents,
-                conditioning(batch),
-                SeedNoise(range(batch)),
-                steps=STEPS,
-            )
-            for state in states:
-                result = state.x
-        target.step.train()
-        return result
-
-    return sample
+    return Preconditioned(NETWORKS[name](), Edm(), SHAPE, CLASSES)
 
 
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants, print the tables, and keep them if asked to."""
     batch = 512 if device().type == "cuda" else 8
+    cond = Conditioning(labels=torch.arange(batch, device=device()) % CLASSES)
     flops = {name: forward_flops(make) for name, make in NETWORKS.items()}
     tops: dict[str, dict[str, float]] = {}
     training: dict[Variant, float] = {}
     generation: dict[Variant, float] = {}
     for precision, dtype in DTYPES.items():
         tops[precision] = ceilings(dtype)
-        learners = {
-            Variant(name, precision, compiled): learner(name, precision, compiled)
-            for name in NETWORKS
-            for compiled in (False, True)
+        variants = [
+            Variant(name, precision, compiled) for name in NETWORKS for compiled in (False, True)
+        ]
+        denoisers = {key: denoiser(key.network) for key in variants}
+        objective = build_objective(EdmObjective())
+        steps = {
+            key: training_step(
+                learner(denoisers[key], objective, precision, key.compiled), SHAPE, batch, cond
+            )
+            for key in variants
         }
-        steps = {key: training_step(target, batch) for key, target in learners.items()}
         training |= interleaved(steps, rounds)
-        samples = {key: sampling(target, batch, precision) for key, target in learners.items()}
+        samples = {
+            key: sampling(denoisers[key], SHAPE, batch, cond, STEPS, precision) for key in variants
+        }
         generation |= interleaved(samples, rounds)
 
     def rows(times: dict[Variant, float], images: int, passes: int) -> list[list[str]]:
@@ -194,12 +152,10 @@ def run(rounds: int, record_figures: bool) -> None:
             rows(generation, batch * evaluations, 1),
         ),
     ]
-    for title, head, body in tables:
-        show(title, head, body)
+    sections = [section(*table) for table in tables]
     if record_figures:
         note = (
             f"Forward pass of an image: DDPM++ {flops['tessera'] / 1e9:.1f} GFLOP, UNet2DModel "
             f"{flops['diffusers'] / 1e9:.1f} GFLOP. `python -m benchmarks unet --rounds {rounds}`"
         )
-        sections = [f"{title}:\n\n{markdown(head, body)}" for title, head, body in tables]
         record("U-Net: training and sampling", "\n\n".join([note, *sections]))

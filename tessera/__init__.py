@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from tessera._version import __version__
 
 if TYPE_CHECKING:
-    from tessera.pipelines.pipeline import Pipeline, load
+    from tessera.pipelines.loading import load
+    from tessera.pipelines.pipeline import Pipeline
 
 __all__ = ["Pipeline", "__version__", "load"]
 
@@ -13,7 +14,7 @@ __all__ = ["Pipeline", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # PyTorch is imported by the first use, not by `import tessera`.
     if name in ("Pipeline", "load"):
-        from tessera.pipelines import pipeline
+        from tessera.pipelines import loading
 
-        return getattr(pipeline, name)
+        return getattr(loading, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,10 +39,6 @@ class Conditioning:
         """Move every tensor to `device`."""
         return self.map(lambda tensor: tensor.to(device))
 
-    def without_labels(self) -> Conditioning:
-        """The same conditioning with no class for any image (the null condition of guidance)."""
-        return replace(self, labels=None)
-
     def drop_labels(self, drop: Tensor) -> Conditioning:
         """Replace labels by `NO_CLASS` where `drop` (bool [B]) is set."""
         if self.labels is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
+from tessera.convert.edm import network_section
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.song_unet import SongUNet
 
@@ -53,26 +54,16 @@ def recorded_conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
 
 def recorded_network(config: dict[str, Any], out_channels: int | None = None) -> nn.Module:
     """The network that a case describes, with fresh weights."""
-    names = ["model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "dropout"]
-    options = {name: config[name] for name in [*names, "attn_resolutions"]}
+    section = network_section(config["model_type"], config)
     channels = config["img_channels"]
     if config.get("precond", "").startswith("Patch"):
         channels -= 2
-        options["coord_frequencies"] = 0
+        section["coord_frequencies"] = 0
     dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
-    if config["model_type"] == "DhariwalUNet":
-        return AdmUNet(config["img_resolution"], *dims, **options)
-    options["implicit_mlp"] = config.get("implicit_mlp", False)
-    return SongUNet(
-        config["img_resolution"],
-        *dims,
-        **options,
-        embedding=config["embedding_type"],
-        channel_mult_noise=config["channel_mult_noise"],
-        encoder=config["encoder_type"],
-        decoder=config["decoder_type"],
-        resample_filter=config["resample_filter"],
-    )
+    if section.pop("kind") == "adm_unet":
+        return AdmUNet(config["img_resolution"], *dims, **section)
+    implicit = config.get("implicit_mlp", False)
+    return SongUNet(config["img_resolution"], *dims, **section, implicit_mlp=implicit)
 
 
 class RecordedDraws:
@@ -89,3 +80,17 @@ class RecordedDraws:
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
         return self.numbers[purpose].reshape(-1, *shape).to(torch.int64)
+
+
+class RecordedSteps:
+    """A sampler's `NoiseSource` that hands out the recorded noise of its steps."""
+
+    def __init__(self, steps: Tensor | None) -> None:
+        self.steps = iter(() if steps is None else steps)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        assert dtype == torch.float64
+        return next(self.steps)
+
+    def integers(self, high: int) -> Tensor:
+        raise AssertionError("a sampler draws no classes")

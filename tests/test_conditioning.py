@@ -30,12 +30,6 @@ def test_drop_labels_leaves_the_rest() -> None:
     assert Conditioning().drop_labels(torch.tensor([True])) == Conditioning()
 
 
-def test_without_labels_keeps_other_fields() -> None:
-    cond = Conditioning(labels=torch.tensor([1]), coords=torch.zeros(1, 2, 4, 4))
-    assert cond.without_labels().labels is None
-    assert cond.without_labels().coords is cond.coords
-
-
 def test_indexing_and_mapping_reach_every_field() -> None:
     cond = Conditioning(
         torch.arange(4), torch.rand(4, 3), torch.rand(4, 2, 5, 5), torch.rand(4, 3, 2, 2)

@@ -113,6 +113,20 @@ def test_command() -> None:
     assert 35 < json.loads(plain.stdout)["evaluations"] < 70
 
 
+def test_command_with_skipped_bricks() -> None:
+    runner = CliRunner(env={"COLUMNS": "80"})
+    costs = [
+        json.loads(runner.invoke(app, ["cost", "quickstart-digits-lego", "--json", *skip]).stdout)
+        for skip in ([], ["--skip", "0.5"], ["--bricks", "0-inf:1"])
+    ]
+    flops = [cost["sample_flops"] for cost in costs]
+    assert flops[0] > flops[1] > flops[2]
+    table = runner.invoke(app, ["cost", "quickstart-digits-lego", "--skip", "0.5"])
+    assert f"23 evaluations, {1 - flops[1] / flops[0]:.1%} skipped" in table.output
+    refused = runner.invoke(app, ["cost", "quickstart-digits", "--skip", "0.5"])
+    assert isinstance(refused.exception, TesseraError)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (999, "999"), (999.6, "1.00 k"), (42.38e9, "42.4 G"), (123456, "123 k"),

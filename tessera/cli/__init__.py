@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
 from tessera.cli.eval import eval_app
@@ -51,6 +52,7 @@ app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.command()(experts)
+app.command()(convert)
 app.add_typer(eval_app, name="eval")
 
 

@@ -19,6 +19,12 @@ def cost(
     guidance_interval: str | None = typer.Option(
         None, metavar="LOW,HIGH", help="Noise levels where guidance acts."
     ),
+    skip: float = typer.Option(
+        0.0, min=0, max=1, help="Share of the sampler's steps without the last brick (LEGO)."
+    ),
+    bricks: str | None = typer.Option(
+        None, metavar="LOW-HIGH:N", help="Instead: run N bricks at these noise levels."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
 ) -> None:
     """Count parameters, FLOPs and memory of a recipe, without training anything."""
@@ -28,7 +34,7 @@ def cost(
 
     loaded = load_recipe(recipe, overrides or ())
     interval = parse_interval(guidance_interval) if guidance_interval is not None else None
-    result = estimate(loaded, guidance, interval)
+    result = estimate(loaded, guidance, interval, skip, bricks)
     if as_json:
         print(json.dumps(dataclasses.asdict(result) | {"train_bytes": result.train_bytes}))
         return
@@ -42,6 +48,8 @@ def cost(
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
     guided = f" with guidance {guidance:g}" if guidance != 1 else ""
+    full = result.evaluations * result.forward_flops
+    skipped = f", {1 - result.sample_flops / full:.1%} skipped" if skip or bricks else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
     kept = f"{result.micro_batch:,} images x {per_image}, {training.precision}, estimated"
     rows = [
@@ -53,7 +61,7 @@ def cost(
         (
             "sampling, an image",
             human(result.sample_flops, "FLOP"),
-            f"{result.evaluations} evaluations{guided}",
+            f"{result.evaluations} evaluations{guided}{skipped}",
         ),
         ("", "", ""),
         ("weights", human(result.weight_bytes, "B"), "float32"),

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from tessera.errors import DataError
 
 if TYPE_CHECKING:
-    from tessera.data.convert import Report
+    from tessera.data.convert import Format, Report
     from tessera.data.dataset import ImageDataset
     from tessera.data.inspect import ClassCount, Summary
-    from tessera.data.latents import LatentReport
+    from tessera.data.latents import LatentReport, Precision
+    from tessera.data.transforms import Filter, Transform
 
 data_app = typer.Typer(
     help="Make image sets for training, and look into them.", no_args_is_help=True
@@ -23,6 +24,8 @@ data_app = typer.Typer(
 _LISTED = 10
 
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")]
 
 
 @data_app.command()
@@ -64,12 +67,8 @@ def convert(
         str | None,
         typer.Option("--format", help="zip, packed or folder; otherwise told by the name DEST."),
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DEST if it exists.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Threads; by default one per core.")
     ] = None,
@@ -96,15 +95,16 @@ def convert(
 
     if channels == 2:
         raise DataError("--channels: 1 (grey) or 3 (RGB)")
+    # What is no transform, filter or format is refused by the conversion, in words of its own.
     report = run(
         source,
         target,
         resolution=None if resolution is None else parse_size(resolution),
-        transform=transform,  # type: ignore[arg-type]
-        resample=filter_,  # type: ignore[arg-type]
+        transform=cast("Transform", transform),
+        resample=cast("Filter", filter_),
         channels=channels,
         max_images=max_images,
-        form=form,  # type: ignore[arg-type]
+        form=cast("Format | None", form),
         skip_bad=skip_bad,
         overwrite=overwrite,
         upright=not ignore_orientation,
@@ -143,12 +143,8 @@ def latents(
     max_images: Annotated[
         int | None, typer.Option(min=1, help="Encode a random subset of this size.")
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DEST if it exists.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Encode a set of images by a VAE, once, for training on latents.
 
@@ -169,7 +165,7 @@ def latents(
         batch=batch,
         device=device or distributed.device(),
         xflip=xflip,
-        precision=precision.value,  # type: ignore[arg-type]
+        precision=cast("Precision", precision.value),
         overwrite=overwrite,
     )
     _print_latents(report)
@@ -189,9 +185,7 @@ def inspect(
         int | None, typer.Option(min=1, help="Look at a random subset of this size.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples and the subset.")] = 0,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")
-    ] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Print what is in a set, and write a picture of samples (of images, not of latents)."""
     from tessera.data.latents import is_latents
@@ -213,16 +207,12 @@ def inspect(
 
 
 def _print_latents(report: LatentReport) -> None:
-
     table, info = _table(), report.info
     table.add_row("VAE", _plain(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
     table.add_row("latents", f"{report.count:,} of {_latent_text(report.shape)}")
     table.add_row("mirrored", "encoded, too" if report.flips else "no")
-    table.add_row(
-        "labels", _counted(report.num_classes, "class", "classes") if report.num_classes else "none"
-    )
-    speed = report.count / max(report.seconds, 1e-9)
-    table.add_row("time", f"{report.seconds:.1f} s ({speed:,.0f} images/s)")
+    table.add_row("labels", _classes(report.num_classes))
+    table.add_row("time", _duration(report))
     size = _size_text(report.path.stat().st_size)
     table.add_row("written", _plain(f"{report.path} ({size})"))
     _console().print(table)
@@ -243,9 +233,7 @@ def _inspect_latents(path: Path, max_images: int | None, seed: int) -> None:
     table.add_row("mirrored", "encoded, too" if dataset.flips else "no")
     table.add_row("mean", " ".join(f"{value:7.3f}" for value in mean) + "  scaled")
     table.add_row("std", " ".join(f"{value:7.3f}" for value in std))
-    table.add_row(
-        "labels", _counted(dataset.num_classes, "class", "classes") if classes else "none"
-    )
+    table.add_row("labels", _classes(dataset.num_classes if classes else 0))
     console = _console()
     console.print(table)
     if classes:
@@ -262,9 +250,7 @@ def _print_report(report: Report) -> None:
     table = _table()
     table.add_row("source", report.kind)
     table.add_row("images", f"{report.count:,} of {shape_text(report.shape)}")
-    table.add_row(
-        "labels", _counted(report.num_classes, "class", "classes") if report.num_classes else "none"
-    )
+    table.add_row("labels", _classes(report.num_classes))
     if report.too_small:
         table.add_row("left out", f"{report.too_small:,} smaller than the resolution")
     if report.bad:
@@ -275,8 +261,7 @@ def _print_report(report: Report) -> None:
         _add_listed(table, report.ignored)
     for note in report.notes:
         table.add_row("[yellow]note", _plain(note))
-    speed = report.count / max(report.seconds, 1e-9)
-    table.add_row("time", f"{report.seconds:.1f} s ({speed:,.0f} images/s)")
+    table.add_row("time", _duration(report))
     table.add_row("written", _plain(f"{report.path} ({report.format})"))
     _console().print(table)
 
@@ -303,8 +288,7 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
         absent = summary.num_classes - len(counts)
         table.add_row(
             "labels",
-            f"{_counted(summary.num_classes, 'class', 'classes')}, {balance}"
-            + (f"; {absent} empty" if absent else ""),
+            f"{_classes(summary.num_classes)}, {balance}" + (f"; {absent} empty" if absent else ""),
         )
     if dataset.skipped:
         table.add_row("left out", f"{len(dataset.skipped):,} that cannot be used:")
@@ -369,6 +353,15 @@ def _console() -> Any:
 
 def _counted(count: int, one: str, more: str) -> str:
     return f"{count:,} {one if count == 1 else more}"
+
+
+def _classes(count: int) -> str:
+    return _counted(count, "class", "classes") if count else "none"
+
+
+def _duration(report: Report | LatentReport) -> str:
+    speed = report.count / max(report.seconds, 1e-9)
+    return f"{report.seconds:.1f} s ({speed:,.0f} images/s)"
 
 
 def _size_text(size: float) -> str:

@@ -331,7 +331,8 @@ def _session() -> Iterator[torch.device]:
     from tessera import distributed
 
     with distributed.session() as device, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         try:
             yield device
         finally:
@@ -360,7 +361,7 @@ def _sampled(path: Path, seeds: list[int], batch: int) -> Iterator[tuple[Tensor,
     import torch
 
     from tessera.distributed import device
-    from tessera.pipelines.pipeline import load
+    from tessera.pipelines.loading import load
 
     pipeline = load(path, device=device())
     for made in pipeline.sample_batches(seeds, batch=batch):

@@ -31,7 +31,7 @@ def nll(
     from tessera.distributed import device
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
-    from tessera.pipelines.pipeline import load
+    from tessera.pipelines.loading import load
     from tessera.progress import progress
 
     pipe, images = load(pipeline, ema=ema, device=device()), open_images(data)

@@ -40,7 +40,8 @@ def quickstart(
         f"a classifier that is right on {facts.accuracy:.1%} of held-out real digits\n"
         f"{result.score.fd_classifier:.3g} is their Fréchet distance (in-domain classifier); "
         f"real digits {result.floor:.3g}, untrained network {result.ceiling:.3g}\n"
-        f"{sum(result.seconds.values()):.0f} seconds in all; the report is {report}"
+        f"{sum(result.seconds.values()):.0f} seconds in all, {result.seconds['training']:.0f} of "
+        f"them to train on {result.images_seen:,} images; the report is {report}"
     )
 
 

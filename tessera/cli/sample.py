@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
     from tessera.pipelines.generate import Job, Summary
     from tessera.sampling.output import Trajectory
 
-_SAMPLER = "Sampler (default: the recipe's)"
-_DISCRETE = "Samplers ddpm and ddim"
-_ABLATION = "Sampler of EDM's ablations (any of these selects it)"
-_GUIDANCE = "Guidance"
-_BRICKS = "Bricks (LEGO models)"
-_LARGER = "Larger pictures"
-_WINDOW = "Part of the picture (models that know coordinates)"
-
+# Options of one group, by its heading in the help.
+_guidance = partial(typer.Option, rich_help_panel="Guidance")
+_bricks = partial(typer.Option, rich_help_panel="Bricks (LEGO models)")
+_larger = partial(typer.Option, rich_help_panel="Larger pictures")
+_window = partial(
+    typer.Option, rich_help_panel="Part of the picture (models that know coordinates)"
+)
+_sampler = partial(typer.Option, rich_help_panel="Sampler (default: the recipe's)")
+_discrete = partial(typer.Option, rich_help_panel="Samplers ddpm and ddim")
+_ablation = partial(
+    typer.Option, rich_help_panel="Sampler of EDM's ablations (any of these selects it)"
+)
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
 WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
@@ -66,121 +71,83 @@ def sample(
     ),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
-    guidance: float = typer.Option(1.0, rich_help_panel=_GUIDANCE, help="Weight; 1 is none."),
-    guidance_interval: str | None = typer.Option(
-        None, metavar="LOW,HIGH", rich_help_panel=_GUIDANCE, help="Noise levels where it acts."
+    guidance: float = _guidance(1.0, help="Weight; 1 is none."),
+    guidance_interval: str | None = _guidance(
+        None, metavar="LOW,HIGH", help="Noise levels where it acts."
     ),
-    guide: str | None = typer.Option(
+    guide: str | None = _guidance(
         None,
         metavar="PIPELINE",
-        rich_help_panel=_GUIDANCE,
         help="Guide by this weaker model instead of by the model without class.",
     ),
-    skip: float = typer.Option(
+    skip: float = _bricks(
         0.0,
         min=0,
         max=1,
-        rich_help_panel=_BRICKS,
         help="Share of the steps without the last brick: the last ones if it is the largest, "
         "the first ones if the smallest.",
     ),
-    bricks: str | None = typer.Option(
+    bricks: str | None = _bricks(
         None,
         metavar="LOW-HIGH:N",
-        rich_help_panel=_BRICKS,
         help="Instead: run N bricks at these noise levels, like 0-0.5:2,20-inf:1.",
     ),
-    show_bricks: bool = typer.Option(
+    show_bricks: bool = _bricks(
         False,
         "--show-bricks",
-        rich_help_panel=_BRICKS,
         help="Also a picture of each brick's output for the first seed.",
     ),
-    height: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
-    width: int | None = typer.Option(None, min=1, rich_help_panel=_LARGER, help="In pixels."),
-    layout: Layout = typer.Option(
-        Layout.tiles,
-        rich_help_panel=_LARGER,
-        help="By the network as it is; the same, padded to a size that fits; or by overlapping "
-        "windows of the trained size, for any size.",
+    height: int | None = _larger(
+        None, min=1, help="In pixels; of latents where the model has any."
     ),
-    overlap: float = typer.Option(
-        0.5, rich_help_panel=_LARGER, help="Share of a window that the next one sees, too."
+    width: int | None = _larger(None, min=1, help="Likewise."),
+    layout: Layout | None = _larger(
+        None,
+        help="By the network as it is (tiles, the default); the same, padded to a size that fits; "
+        "or by overlapping windows of the trained size, for any size.",
     ),
-    x_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First column."),
-    y_start: int = typer.Option(0, rich_help_panel=_WINDOW, help="First row."),
-    image_size: str | None = typer.Option(
+    overlap: float | None = _larger(
+        None, help="Share of a window that the next one sees, too. (default: 0.5)"
+    ),
+    x_start: int = _window(0, help="First column."),
+    y_start: int = _window(0, help="First row."),
+    image_size: str | None = _window(
         None,
         metavar="SIZE",
-        rich_help_panel=_WINDOW,
         help="Side, or WIDTHxHEIGHT. (default: the whole picture)",
     ),
-    resolution: int | None = typer.Option(
-        None, rich_help_panel=_WINDOW, help="Side of the whole picture. (default: as trained)"
+    resolution: int | None = _window(None, help="Side of the whole picture. (default: as trained)"),
+    window_noise: WindowNoise | None = _window(
+        None,
+        help="Noise cut from the whole picture's (crop, the default), or the window's own.",
     ),
-    window_noise: WindowNoise = typer.Option(
-        WindowNoise.crop,
-        rich_help_panel=_WINDOW,
-        help="Noise cut from the whole picture's, or the window's own.",
-    ),
-    mask_coords: bool = typer.Option(
-        False, "--mask-coords", rich_help_panel=_WINDOW, help="Set all coordinates to 0."
-    ),
+    mask_coords: bool = _window(False, "--mask-coords", help="Set all coordinates to 0."),
     low_res: Path | None = typer.Option(
         None, help="Small images to enlarge (folder, archive or NPZ); seed s takes number s mod N."
     ),
-    sampler: Sampler | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Another sampler, with its own defaults."
-    ),
-    steps: str | None = typer.Option(
+    sampler: Sampler | None = _sampler(None, help="Another sampler, with its own defaults."),
+    steps: str | None = _sampler(
         None,
-        rich_help_panel=_SAMPLER,
         help="Number of steps; of ddpm and ddim also 90,60,60,20,20 or ddim50.",
     ),
-    sigma_min: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Last noise."),
-    sigma_max: float | None = typer.Option(None, rich_help_panel=_SAMPLER, help="First noise."),
-    rho: float | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Larger: shorter steps at low noise."
+    sigma_min: float | None = _sampler(None, help="Last noise."),
+    sigma_max: float | None = _sampler(None, help="First noise."),
+    rho: float | None = _sampler(None, help="Larger: shorter steps at low noise."),
+    solver: Solver | None = _sampler(None, help="Order 2 or 1."),
+    s_churn: float | None = _sampler(None, help="Noise added while sampling; 0 is deterministic."),
+    s_min: float | None = _sampler(None, help="Lowest noise level at which noise is added."),
+    s_max: float | None = _sampler(None, help="Highest noise level at which noise is added."),
+    s_noise: float | None = _sampler(None, help="Scale of the noise added."),
+    eta: float | None = _discrete(None, help="Noise of ddim; 0 is deterministic."),
+    clip: Clip | None = _discrete(None, help="Estimates of the image; auto: dynamic if guided."),
+    noise_schedule: str | None = _discrete(
+        None, help="For models of continuous noise: linear, cosine, ..."
     ),
-    solver: Solver | None = typer.Option(None, rich_help_panel=_SAMPLER, help="Order 2 or 1."),
-    s_churn: float | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Noise added while sampling; 0 is deterministic."
-    ),
-    s_min: float | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Lowest noise level at which noise is added."
-    ),
-    s_max: float | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Highest noise level at which noise is added."
-    ),
-    s_noise: float | None = typer.Option(
-        None, rich_help_panel=_SAMPLER, help="Scale of the noise added."
-    ),
-    eta: float | None = typer.Option(
-        None, rich_help_panel=_DISCRETE, help="Noise of ddim; 0 is deterministic."
-    ),
-    clip: Clip | None = typer.Option(
-        None, rich_help_panel=_DISCRETE, help="Estimates of the image; auto: dynamic if guided."
-    ),
-    noise_schedule: str | None = typer.Option(
-        None, rich_help_panel=_DISCRETE, help="For models of continuous noise: linear, cosine, ..."
-    ),
-    discretization: Discretization | None = typer.Option(
-        None,
-        rich_help_panel=_ABLATION,
-        help="Where the steps are.",
-    ),
-    schedule: Schedule | None = typer.Option(
-        None,
-        rich_help_panel=_ABLATION,
-        help="Noise level σ(t).",
-    ),
-    scaling: Scaling | None = typer.Option(None, rich_help_panel=_ABLATION, help="Scale s(t)."),
-    alpha: float | None = typer.Option(
-        None, rich_help_panel=_ABLATION, help="Second evaluation: 1 Heun's, 0.5 the midpoint."
-    ),
-    epsilon_s: float | None = typer.Option(
-        None, rich_help_panel=_ABLATION, help="Last time of VP's steps."
-    ),
+    discretization: Discretization | None = _ablation(None, help="Where the steps are."),
+    schedule: Schedule | None = _ablation(None, help="Noise level σ(t)."),
+    scaling: Scaling | None = _ablation(None, help="Scale s(t)."),
+    alpha: float | None = _ablation(None, help="Second evaluation: 1 Heun's, 0.5 the midpoint."),
+    epsilon_s: float | None = _ablation(None, help="Last time of VP's steps."),
 ) -> None:
     """Make images, the same one for a seed whatever the batch size and number of processes.
 
@@ -201,16 +168,20 @@ def sample(
     }
     if guidance_interval is not None:
         options["guidance_interval"] = parse_interval(guidance_interval)
+    for given, name in ((guidance_interval, "--guidance-interval"), (guide, "--guide")):
+        if given is not None and guidance == 1:
+            raise TesseraError(f"{name} does nothing at --guidance 1. Give a weight, like 1.5")
     if image_size is not None or x_start or y_start:
         options["window"] = (x_start, y_start, *_size(image_size))
     if resolution is not None:
         options["resolution"] = resolution
-    if "window" in options or resolution is not None:
+    if window_noise is not None:
+        if "window" not in options and resolution is None:
+            raise TesseraError("--window-noise belongs to a window: give --image-size, too")
         options["window_noise"] = window_noise.value
     if mask_coords:
         options["mask_coords"] = True
-    if height is not None or width is not None:
-        options |= {"size": (height, width), "layout": layout.value, "overlap": overlap}
+    options |= _larger_options(height, width, layout, overlap)
     if skip:
         options["skip"] = skip
     if bricks is not None:
@@ -339,6 +310,27 @@ def parse_interval(text: str) -> tuple[float, float]:
             f"--guidance-interval {text!r}: give two noise levels like 0.3,5"
         ) from None
     return low, high
+
+
+def _larger_options(
+    height: int | None, width: int | None, layout: Layout | None, overlap: float | None
+) -> dict[str, Any]:
+    """The options of a larger picture, as far as they are given."""
+    if height is None and width is None:
+        if layout is not None or overlap is not None:
+            raise TesseraError(
+                "--layout and --overlap say how a larger picture is made: give --height or "
+                "--width, too"
+            )
+        return {}
+    options: dict[str, Any] = {"size": (height, width)}
+    if layout is not None:
+        options["layout"] = layout.value
+    if overlap is not None:
+        if layout != Layout.windows:
+            raise TesseraError("--overlap is that of windows: give --layout windows, too")
+        options["overlap"] = overlap
+    return options
 
 
 def _size(text: str | None) -> tuple[int, int]:

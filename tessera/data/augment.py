@@ -211,8 +211,8 @@ def resample(images: Tensor, G: Tensor) -> Tensor:
     height, width = images.shape[2:]
     x0, x1, y0, y1 = _margins(G, width, height)
     # Reflection, zero insertion and filtering are linear along each axis: two small matrices.
-    up_x = _upsampling(width, x0, x1).to(images)
-    up_y = _upsampling(height, y0, y1).to(images)
+    up_x = _upsampling(width, x0, x1, images.device)
+    up_y = _upsampling(height, y0, y1, images.device)
     images = up_y @ (images @ up_x.T)
 
     height_in, width_in = images.shape[2:]
@@ -230,7 +230,8 @@ def resample(images: Tensor, G: Tensor) -> Tensor:
         [coordinates(0, (x0 - x1) / 2, width_in), coordinates(1, (y0 - y1) / 2, height_in)], dim=3
     )
     images = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
-    return _downsampling(height).to(images) @ (images @ _downsampling(width).to(images).T)
+    down_x, down_y = _downsampling(width, images.device), _downsampling(height, images.device)
+    return down_y @ (images @ down_x.T)
 
 
 def recolour(images: Tensor, M: Tensor) -> Tensor:
@@ -278,23 +279,26 @@ def _margins(G: Tensor, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def _upsampling(length: int, before: int, after: int) -> Tensor:
-    """Reflect, insert zeros, filter: the matrix [2 (before + length + after), length]."""
+def _upsampling(length: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Reflect, insert zeros, filter: the matrix [2 (before + length + after), length].
+
+    Kept for each device, because a copy from the host would make every step wait.
+    """
     source = _reflected(torch.arange(-before, length + after, device="cpu"), length)
     padded = torch.eye(length, device="cpu")[source]
     spread = torch.zeros(length, 1, 2 * len(source) - 1, device="cpu")
     spread[:, 0, ::2] = padded.T
     taps = torch.tensor(SYM6[::-1], device="cpu").reshape(1, 1, -1)
-    return F.conv1d(spread, taps, padding=len(SYM6) // 2)[:, 0].T.contiguous()
+    return F.conv1d(spread, taps, padding=len(SYM6) // 2)[:, 0].T.contiguous().to(device)
 
 
 @lru_cache(maxsize=16)
-def _downsampling(length: int) -> Tensor:
+def _downsampling(length: int, device: torch.device) -> Tensor:
     """Filter, drop every second sample and the ends: the matrix [length, 2 (length + 2 REACH)]."""
     samples = torch.eye(2 * (length + 2 * REACH), device="cpu")[:, None]
     taps = torch.tensor(SYM6, device="cpu").reshape(1, 1, -1)
     filtered = F.conv1d(samples, taps, stride=2, padding=(len(SYM6) - 1) // 2)[:, 0]
-    return filtered[:, REACH:-REACH].T.contiguous()
+    return filtered[:, REACH:-REACH].T.contiguous().to(device)
 
 
 def _reflected(index: Tensor, length: int) -> Tensor:

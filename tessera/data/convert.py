@@ -34,7 +34,7 @@ from tessera.progress import progress
 
 Format = Literal["zip", "packed", "folder"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-_SUFFIXES = {"zip": ".zip", "packed": ".safetensors"}
+_SUFFIXES: dict[Format, str] = {"zip": ".zip", "packed": ".safetensors"}
 # Images handed to a thread at once: enough to hide the cost of handing over, few enough to hold.
 _CHUNK = 8
 
@@ -243,9 +243,9 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 def _format(target: Path, form: Format | None) -> Format:
     by_suffix = {suffix: name for name, suffix in _SUFFIXES.items()}
-    guess = by_suffix.get(target.suffix.lower(), "folder")
+    guess: Format = by_suffix.get(target.suffix.lower(), "folder")
     if form is None:
-        return guess  # type: ignore[return-value]
+        return guess
     if form not in FORMATS:
         raise DataError(f"format {form!r}: choose one of {', '.join(FORMATS)}")
     if form != guess:

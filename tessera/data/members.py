@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -73,6 +74,7 @@ class ZipMembers:
             with zipfile.ZipFile(path) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the object
+            self._close = weakref.finalize(self, self._file.close)
         except zipfile.BadZipFile as error:
             raise DataError(f"{path}: not a whole ZIP archive ({error})") from error
         except OSError as error:
@@ -131,8 +133,8 @@ class ZipMembers:
             return self._file.read(size)
 
     def close(self) -> None:
-        """Close the archive."""
-        self._file.close()
+        """Close the archive, which otherwise happens when nobody uses the object any more."""
+        self._close()
 
 
 def open_members(path: Path) -> Members:

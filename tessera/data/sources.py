@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import io
-import pickle
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +21,7 @@ from tessera.data.labels import LABELS_FILE, Label, find_labels
 from tessera.data.members import Members, ZipMembers, open_members
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, require_extra
+from tessera.pickles import NUMPY, load_pickle
 
 Pixels = NDArray[np.uint8]
 
@@ -140,44 +139,6 @@ def _packed(path: Path) -> Source:
 # ----------------------------------------------------------------------------------------- CIFAR-10
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Rebuilds plain values and numpy arrays; anything else in the pickle is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        core = module in ("numpy.core.multiarray", "numpy._core.multiarray")
-        if core and name == "_reconstruct":
-            return _empty_array
-        if module == "numpy" and name == "ndarray":
-            return np.ndarray
-        if module == "numpy" and name == "dtype":
-            return np.dtype
-        if module == "_codecs" and name == "encode":  # how Python 3 writes bytes for Python 2
-            return _latin1
-        raise DataError(f"it wants to run {module}.{name}, which no CIFAR-10 archive needs")
-
-
-def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> NDArray[Any]:
-    return np.ndarray(0, np.int8)  # filled by the state that follows in the pickle
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-def load_plain_pickle(file: IO[bytes]) -> Any:
-    """Read a pickle of plain values and numpy arrays (also Python 2's) without running any code.
-
-    Raises:
-        DataError: damaged, or it holds anything else.
-    """
-    try:
-        return _PlainUnpickler(file, encoding="bytes").load()
-    except DataError:
-        raise
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise DataError(f"not a pickle of plain values ({error})") from error
-
-
 def _cifar(path: Path) -> Source:
     batches: dict[str, dict[bytes, Any]] = {}
     wanted = {"batches.meta", *(f"data_batch_{i}" for i in range(1, 6))}
@@ -188,7 +149,7 @@ def _cifar(path: Path) -> Source:
                 file = archive.extractfile(member) if name in wanted else None
                 if file is not None:
                     try:
-                        batches[name] = load_plain_pickle(io.BytesIO(file.read()))
+                        batches[name] = load_pickle(file, NUMPY, encoding="bytes")
                     except DataError as error:
                         raise DataError(f"{path}: {name}: {error}") from error
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:

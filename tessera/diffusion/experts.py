@@ -138,4 +138,4 @@ class Experts(Denoiser):
         return part
 
     def _denoisers(self) -> list[Denoiser]:
-        return list(self.experts)  # type: ignore[arg-type]
+        return [expert for expert in self.experts if isinstance(expert, Denoiser)]

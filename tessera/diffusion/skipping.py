@@ -8,6 +8,7 @@ stack are denoisers, because every brick was trained to see the output of the on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def parse_schedule(text: str) -> BrickSchedule:
     for part in text.split(","):
         try:
             levels, bricks = part.split(":")
-            low, high = map(float, levels.split("-"))
+            # Not at the minus of 1e-5.
+            low, high = map(float, re.split(r"(?<![eE])-", levels))
             ranges.append(Range(low, high, int(bricks)))
         except ValueError:
             raise TesseraError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,12 +79,17 @@ class Windows(Denoiser):
             corners = self.corners[first : first + group]
             count = len(corners)
             parts = torch.cat([z[:, :, y : y + height, x : x + width] for y, x in corners])
-            repeated = cond.map(lambda t, n=count: t.repeat(n, *[1] * (t.ndim - 1)))  # type: ignore[misc]
+            repeated = cond.map(partial(_repeat, count=count))
             means = self.denoiser(parts, levels.repeat(count), repeated).mean
             for (y, x), mean in zip(corners, means.chunk(count), strict=True):
                 total[:, :, y : y + height, x : x + width] += weight * mean
                 mass[y : y + height, x : x + width] += weight
         return Posterior(total / mass)
+
+
+def _repeat(batch: Tensor, count: int) -> Tensor:
+    """The batch [B, ...] so many times over, [count B, ...]."""
+    return batch.repeat(count, *[1] * (batch.ndim - 1))
 
 
 def _starts(side: int, window: int, overlap: float) -> list[int]:

@@ -5,7 +5,6 @@ None of them is ever allowed to run code: pickles may only rebuild NumPy arrays 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -27,20 +26,10 @@ from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
 from tessera.metrics.statistics import Moments
+from tessera.pickles import NUMPY, load_pickle
 
 FORMAT = 2
 NAMES = {2048: "inception", 1024: "dinov2"}
-
-# What the pickles of NumPy arrays refer to, old and new names.
-_ALLOWED = {
-    (module, name)
-    for core in ("numpy.core", "numpy._core")
-    for module, name in (
-        (f"{core}.multiarray", "_reconstruct"),
-        (f"{core}.multiarray", "scalar"),
-        (f"{core}.numeric", "_frombuffer"),
-    )
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
 
 @dataclass(frozen=True)
@@ -219,15 +208,6 @@ def _moments(path: Path, arrays: Mapping[str, Any], mu_name: str, sigma_name: st
     return Moments(mean, covariance)
 
 
-class _Arrays(pickle.Unpickler):
-    """Rebuilds NumPy arrays and plain values, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
-        return super().find_class(module, name)
-
-
 def read_array_pickle(path: Path) -> Any:
     """What a pickle of NumPy arrays and plain values holds.
 
@@ -235,10 +215,11 @@ def read_array_pickle(path: Path) -> Any:
         DataError: the file is missing or damaged, or holds anything else.
     """
     try:
-        return _Arrays(io.BytesIO(path.read_bytes())).load()
+        with open(path, "rb") as file:
+            return load_pickle(file, NUMPY)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except (DataError, OSError) as error:
         raise DataError(f"{path}: not a readable pickle of arrays ({error})") from error
 
 

@@ -301,11 +301,6 @@ def rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def to_channels_last(spatial: Tensor) -> Tensor:
-    """Spatial features [..., 2023] from the order C, H, W (RDM's) to H, W, C (ADM's)."""
-    return spatial[..., channels_last_order(spatial.shape[-1])]
-
-
 def channels_last_order(dim: int, channels: int = SPATIAL_CHANNELS) -> Tensor:
     """For each place of an H, W, C vector, where its number stands in the C, H, W one."""
     return torch.arange(dim).view(channels, dim // channels).T.flatten()

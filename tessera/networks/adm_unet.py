@@ -16,6 +16,7 @@ from tessera.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     full_precision,
+    zero,
 )
 
 CHANNELS_PER_HEAD = 64
@@ -60,8 +61,7 @@ class AdmUNet(nn.Module):
         super().__init__()
         self.coords = CoordinateInput(coord_frequencies)
         self.num_classes = num_classes
-        self.num_blocks = num_blocks
-        self.levels = [f"{s}x{s}" for s in (resolution >> i for i in range(len(channel_mult)))]
+        levels = [f"{s}x{s}" for s in (resolution >> i for i in range(len(channel_mult)))]
         emb_channels = model_channels * channel_mult_emb
 
         self.map_noise = PositionalEmbedding(model_channels)
@@ -83,7 +83,7 @@ class AdmUNet(nn.Module):
         self.enc = nn.ModuleDict()
         channels = model_channels * channel_mult[0]
         skips = [channels]
-        for level, name in enumerate(self.levels):
+        for level, name in enumerate(levels):
             attention = resolution >> level in attn_resolutions
             if level == 0:
                 self.enc[f"{name}_conv"] = Conv(in_channels + self.coords.channels, channels, 3)
@@ -97,9 +97,9 @@ class AdmUNet(nn.Module):
                 skips.append(channels)
 
         self.dec = nn.ModuleDict()
-        for level, name in reversed(list(enumerate(self.levels))):
+        for level, name in reversed(list(enumerate(levels))):
             attention = resolution >> level in attn_resolutions
-            if level == len(self.levels) - 1:
+            if level == len(levels) - 1:
                 self.dec[f"{name}_in0"] = block(channels, channels, attention=True)
                 self.dec[f"{name}_in1"] = block(channels, channels)
             else:
@@ -118,9 +118,7 @@ class AdmUNet(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d) and name.endswith(
                 (".conv1", ".proj", "map_augment", "out_conv")
             ):
-                nn.init.zeros_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                zero(module)
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
@@ -133,23 +131,13 @@ class AdmUNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W]."""
         emb = self._embed(noise, cond)
-        enc, dec = self.enc, self.dec
-        x = enc[f"{self.levels[0]}_conv"](self.coords(x, cond))
-        skips = [x]
-        for level, name in enumerate(self.levels):
-            if level > 0:
-                x = enc[f"{name}_down"](x, emb)
-                skips.append(x)
-            for index in range(self.num_blocks):
-                x = enc[f"{name}_block{index}"](x, emb)
-                skips.append(x)
-        x = dec[f"{self.levels[-1]}_in0"](x, emb)
-        x = dec[f"{self.levels[-1]}_in1"](x, emb)
-        for name in reversed(self.levels):
-            if name != self.levels[-1]:
-                x = dec[f"{name}_up"](x, emb)
-            for index in range(self.num_blocks + 1):
-                x = dec[f"{name}_block{index}"](torch.cat([x, skips.pop()], dim=1), emb)
+        x = self.coords(x, cond)
+        skips = []
+        for module in self.enc.values():
+            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
         return out
 

@@ -9,7 +9,6 @@ the stack may be cut short after any of them.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -102,7 +101,9 @@ class Lego(nn.Module):
                 nn.init.zeros_(module.bias)
         for module in self.model.modules():
             if isinstance(module, DiTBlock | FinalLayer):
-                nn.init.zeros_(module.adaLN_modulation[1].weight)  # type: ignore[arg-type]
+                modulation = module.adaLN_modulation[1]
+                assert isinstance(modulation, nn.Linear)
+                nn.init.zeros_(modulation.weight)
             if isinstance(module, FinalLayer):
                 nn.init.zeros_(module.linear.weight)
         embedders = [self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.map_augment]
@@ -118,10 +119,6 @@ class Lego(nn.Module):
             side % spec.patch == 0 if side < spec.size else side % spec.size == 0
             for spec in self.specs
         )
-
-    def padded(self, side: int) -> int:
-        """The smallest height or width of at least `side` that a canvas may have."""
-        return next(size for size in itertools.count(side) if self.fits(size))
 
     def check_canvas(self, height: int, width: int) -> None:
         """Whether the bricks tile a canvas.
@@ -162,7 +159,8 @@ class Lego(nn.Module):
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated transformer blocks, in the order of their use."""
         for brick in self.model:
-            yield from brick.blocks  # type: ignore[misc]
+            assert isinstance(brick, Brick)
+            yield from brick.blocks
 
     def forward(
         self, x: Tensor, noise: Tensor, cond: Conditioning, *, bricks: int | None = None

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.conditioning import Conditioning
 from tessera.errors import TesseraError
-from tessera.networks.layers import CoordinateInput, full_precision
+from tessera.networks.layers import CoordinateInput, Dropout, full_precision, group_norm, zero
 
 GROUPS = 32
 DEFAULT_MULT = {
@@ -84,13 +84,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _group_norm(x, self.weight, self.bias, self.eps)
-
-
-def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    if x.device.type == "cpu":  # the CPU kernel keeps statistics and affine in float32 itself
-        return F.group_norm(x, GROUPS, weight, bias, eps)
-    return F.group_norm(x.to(torch.float32), GROUPS, weight, bias, eps).to(x.dtype)
+        return group_norm(x, GROUPS, self.weight, self.bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -123,15 +117,13 @@ class ResBlock(nn.Module):
         )
         self.classemb_proj = nn.Linear(class_channels, out_channels) if class_channels else None
         self.emb_layers = nn.Linear(emb_channels, 2 * out_channels)
-        self.out_layers = nn.Sequential(
-            nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        )
+        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.out_layers = nn.Sequential(nn.SiLU(), Dropout(dropout), last)
         self.skip_connection = (
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
-        for module in (self.emb_layers, self.out_layers[2]):
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        zero(self.emb_layers)
+        zero(last)
 
     def forward(self, x: Tensor, emb: Tensor, classes: Tensor | None) -> Tensor:
         """x [B, C, H, W], emb [B, E] and class embedding [B, K] to [B, C', H', W']."""
@@ -148,7 +140,7 @@ class ResBlock(nn.Module):
             if self.classemb_proj is not None and classes is not None:
                 gate = torch.sigmoid(self.classemb_proj(classes) + 2)[:, :, None, None].to(h.dtype)
             scale, shift = (1 + scale).to(h.dtype), shift.to(h.dtype)
-        h = self.out_layers(torch.addcmul(shift, _group_norm(h, None, None, 1e-3), scale))
+        h = self.out_layers(torch.addcmul(shift, group_norm(h, GROUPS, None, None, 1e-3), scale))
         skip = x if self.skip_connection is None else self.skip_connection(x)
         return skip + h if gate is None else torch.addcmul(skip, h, gate)
 
@@ -171,9 +163,7 @@ class Attention(nn.Module):
         self.norm = Norm(channels, eps)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        assert self.proj_out.bias is not None
-        nn.init.zeros_(self.proj_out.bias)
+        zero(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] to the same."""
@@ -344,9 +334,7 @@ class PatchedUNet(nn.Module):
 
         patch_channels = out_channels * patch_size**2
         head = nn.Conv2d(first, patch_channels, 3, padding=1)
-        nn.init.zeros_(head.weight)
-        assert head.bias is not None
-        nn.init.zeros_(head.bias)
+        zero(head)
         self.out = nn.Sequential(Norm(first, eps), nn.SiLU(), head)
         self.learn_variance = learn_variance
         if learn_variance:
@@ -382,11 +370,12 @@ class PatchedUNet(nn.Module):
         h = to_patches(self.coords(x, cond), self.patch_size)
         if x.is_contiguous(memory_format=torch.channels_last):
             h = h.contiguous(memory_format=torch.channels_last)
-        h = self.input_blocks[0][0](h)  # type: ignore[index]
+        first, *units = self.input_blocks
+        h = self._run(first, h, emb, classes)
         position = position_embedding(h.shape[1], h.shape[2], h.shape[3], h.device)
         stem = h = h + position.to(h.dtype)
         skips = [h]
-        for unit in list(self.input_blocks)[1:]:
+        for unit in units:
             h = self._run(unit, h, emb, classes)
             skips.append(h)
         h = self._run(self.middle_block, h, emb, classes)
@@ -402,7 +391,8 @@ class PatchedUNet(nn.Module):
         return torch.cat([mean, from_patches(value, self.patch_size)], dim=1)
 
     def _run(self, unit: nn.Module, h: Tensor, emb: Tensor, classes: Tensor | None) -> Tensor:
-        for layer in unit:  # type: ignore[attr-defined]
+        assert isinstance(unit, nn.ModuleList)
+        for layer in unit:
             if not isinstance(layer, ResBlock):
                 h = layer(h)
             elif self.recompute and self.training:

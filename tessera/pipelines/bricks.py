@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.cost import forward_flops
+from tessera.diffusion.skipping import BrickSchedule, Range
 from tessera.errors import TesseraError
 from tessera.images import to_pil
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
@@ -117,7 +119,7 @@ def brick_picture(
 ) -> NDArray[np.uint8]:
     """What each brick makes of a sample at a few noise levels, as a labelled grid.
 
-    A row is a step of the sampler with its noise level σ, from noise to image; the columns are the
+    A row is a step of the sampler with its noise level, from noise to image; the columns are the
     noisy image and the estimates of the stack cut after each brick.
 
     Args:
@@ -150,18 +152,18 @@ def brick_picture(
     cond = Conditioning(
         None if labels is None else torch.from_numpy(labels).to(pipe.device, torch.int64)
     )
+    counts = range(1, len(network.bricks) + 1)
+    cuts = [pipe.cut(BrickSchedule((Range(0.0, math.inf, count),))) for count in counts]
     rows = []
     chosen = np.linspace(0, len(states) - 1, min(levels, len(states))).round().astype(int)
     for sigma, x in (states[index] for index in chosen):
         sigmas = torch.full((1,), sigma)
         with torch.no_grad():
-            estimates = [
-                pipe.denoiser(x, sigmas, cond, bricks=count + 1).mean
-                for count in range(len(network.bricks))
-            ]
+            estimates = [cut(x, sigmas, cond).mean for cut in cuts]
         # Scaled to the spread of images, so that noise does not drown what is there.
         noisy = x / (1 + sigma**2) ** 0.5
-        rows.append((f"σ = {sigma:.3g}", [pipe.to_pixels(v)[0] for v in (noisy, *estimates)]))
+        # In words: the font that Pillow carries has no Greek letters.
+        rows.append((f"noise {sigma:.3g}", [pipe.to_pixels(v)[0] for v in (noisy, *estimates)]))
     names = [f"brick {k + 1}: {b.size} px" for k, b in enumerate(network.bricks)]
     return _table(["noisy image", *names], rows)
 

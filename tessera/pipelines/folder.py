@@ -143,6 +143,11 @@ def find_folder(source: str | Path) -> Path:
             f"{path} holds no pipeline: neither config.json nor pipeline/config.json is there. "
             "Name a pipeline folder, or the folder of a run that has saved a checkpoint"
         )
+    if path.suffix in (".pkl", ".pt") and path.is_file():
+        raise CheckpointError(
+            f"{path} is not a pipeline. If it is a checkpoint of EDM's released code, make a "
+            f"pipeline of it once: tessera convert {path} {path.with_suffix('')}"
+        )
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return _download(str(source))
     raise CheckpointError(
@@ -166,8 +171,8 @@ def read_config(folder: Path) -> FolderConfig:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not the configuration of a tessera pipeline. Models of other tools "
-            "cannot be opened"
+            f"{path} is not the configuration of a tessera pipeline. Of other tools' models, "
+            "checkpoints of EDM's released code can be made into one: tessera convert"
         )
     version = config.get("version")
     if version != VERSION:
@@ -243,7 +248,7 @@ def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Save or download the pipeline again"
         ) from error
-    problems = _mismatches(state, network.state_dict())
+    problems = mismatches(state, network.state_dict())
     if problems:
         raise CheckpointError(
             f"{path} does not fit the network of the recipe: "
@@ -253,8 +258,8 @@ def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
     network.load_state_dict(state)
 
 
-def _mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What differs in names and shapes, a few examples each."""
+def mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """What differs between two state dicts in names and shapes, a few examples each."""
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [

@@ -1,13 +1,14 @@
-"""What a caller may say about sampling: the classes of the images, the sampler and its options."""
+"""What a caller may say about sampling: seeds, classes, small images, the sampler, precision."""
 
 from __future__ import annotations
 
 import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -18,10 +19,14 @@ from tessera.recipes.schema import (
     DdimSampler,
     DdpmSampler,
     EdmSampler,
+    Recipe,
     SamplerConfig,
 )
+from tessera.sampling.seeds import parse_seeds
 
+Seeds = Iterable[int] | int | str
 Label = SupportsIndex | str
+Precision = Literal["fp32", "bf16"]
 
 ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
 """Options whose presence selects the ablation sampler."""
@@ -35,10 +40,24 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> SamplerConfig:
+def list_seeds(seeds: Seeds) -> list[int]:
+    """Seeds in any of the forms that callers may give, as a list."""
+    if isinstance(seeds, str):
+        return parse_seeds(seeds)
+    if isinstance(seeds, int):
+        return [seeds]
+    return [int(seed) for seed in seeds]
+
+
+def choose_sampler(
+    section: SamplerConfig, options: Mapping[str, Any], others: Iterable[str] = ()
+) -> SamplerConfig:
     """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
 
     The option `sampler` chooses another one by its kind, with its own defaults.
+
+    Args:
+        others: what the caller takes beside these options, to suggest where a name is misspelt.
 
     Raises:
         TesseraError: an option is unknown or has a value that it cannot have.
@@ -58,7 +77,7 @@ def choose_sampler(section: SamplerConfig, options: Mapping[str, Any]) -> Sample
         kind = type(section)
     for name in options:
         if name not in kind.model_fields:
-            near = difflib.get_close_matches(name, kind.model_fields, 1)
+            near = difflib.get_close_matches(name, [*kind.model_fields, *others], 1)
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
             raise TesseraError(f"the sampler has no option {name!r}. {hint}")
     try:
@@ -142,3 +161,34 @@ def _known(num_classes: int, names: list[str]) -> str:
     if names:
         known += f": {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
     return known
+
+
+def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
+    """Check that small images are given exactly where the model enlarges them.
+
+    Raises:
+        TesseraError: they are missing, of another shape, or not wanted.
+    """
+    side, channels = recipe.low_resolution, recipe.shape[0]
+    if side is None and low_res is not None:
+        raise TesseraError(
+            "small images were given, but this model does not enlarge images. Leave them out, "
+            "or train with low_resolution"
+        )
+    if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
+        given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
+        raise TesseraError(
+            f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
+            "Give them as low_res (--low-res)"
+        )
+
+
+def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which the network computes in `precision`.
+
+    Raises:
+        TesseraError: there is no such precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

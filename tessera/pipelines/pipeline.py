@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,20 +23,26 @@ from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Skipping
-from tessera.errors import CheckpointError, TesseraError
+from tessera.errors import TesseraError
 from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import Canvas, choose_canvas
-from tessera.pipelines.options import Label, choose_labels, choose_sampler
-from tessera.recipes.build import build_codec, build_denoiser, build_sampler
-from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.schema import PixelCodec, Recipe, SamplerConfig
+from tessera.pipelines.options import (
+    Label,
+    Precision,
+    Seeds,
+    autocast_for,
+    check_low_res,
+    choose_labels,
+    choose_sampler,
+    list_seeds,
+)
+from tessera.recipes.build import build_codec, build_sampler
+from tessera.recipes.loading import dump_recipe
+from tessera.recipes.schema import Recipe
 from tessera.sampling.core import NoiseSource, Sampler, SamplerState
-from tessera.sampling.seeds import SeedNoise, parse_seeds
-
-Seeds = Iterable[int] | int | str
-Precision = Literal["fp32", "bf16"]
+from tessera.sampling.seeds import SeedNoise
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,24 @@ class SampledBatch:
     seeds: list[int]
     labels: NDArray[np.int64] | None
     images: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What makes the images of one call.
+
+    Attributes:
+        classes: of all images; None where each seed draws its own.
+        canvas: the part of the picture that is made.
+        denoiser: with all wrappers that were asked for.
+        autocast: the arithmetic of the network.
+    """
+
+    classes: NDArray[np.int64] | None
+    canvas: Canvas
+    sampler: Sampler
+    denoiser: Denoiser
+    autocast: torch.autocast
 
 
 OnStep = Callable[[Sequence[int], SamplerState], None]
@@ -125,58 +150,18 @@ class Pipeline:
         pipe._others = dict(zip(names[1:], other_emas, strict=True))
         return pipe
 
-    @classmethod
+    @staticmethod
     def load(
-        cls,
         source: str | Path,
         *,
         ema: str | int | None = None,
         device: torch.device | str = "cpu",
         vae: str | Path | None = None,
-    ) -> Self:
-        """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
+    ) -> Pipeline:
+        """Open a saved pipeline; see `tessera.load`."""
+        from tessera.pipelines.loading import load
 
-        Args:
-            ema: name of another average than the default, see `emas`.
-            vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged or of a kind not known here.
-            TesseraError: a VAE for a model of pixels.
-        """
-        folder = folders.find_folder(source)
-        config = folders.read_config(folder)
-        if config.kind == "experts":
-            from tessera.pipelines.experts import load_experts
-
-            return load_experts(folder, config, ema=ema, device=device)  # type: ignore[return-value]
-        if config.kind != "diffusion":
-            raise CheckpointError(
-                f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
-                "know. Install a newer tessera"
-            )
-        entry = folders.choose_weights(config, None if ema is None else str(ema))
-        recipe = parse_recipe(config.recipe)
-        # A model that is built draws initial weights; the caller's random state is not ours.
-        with torch.random.fork_rng(devices=[]):
-            denoiser = build_denoiser(recipe)
-        folders.load_weights(folder, entry, denoiser.network)
-        if recipe.training.channels_last:
-            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pipe = cls(
-            recipe,
-            denoiser,
-            images_seen=config.images_seen,
-            class_names=config.class_names,
-            ema=entry.name,
-            emas=[weights.name for weights in config.weights],
-            checksum=entry.sha256,
-        )
-        if vae is not None:
-            if isinstance(recipe.codec, PixelCodec):
-                raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
-            pipe.codec = build_codec(recipe.codec, str(vae))
-        return pipe.to(device)
+        return load(source, ema=ema, device=device, vae=vae)
 
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced.
@@ -303,13 +288,11 @@ class Pipeline:
             return
         if batch < 1:
             raise TesseraError(f"a batch of {batch} images: give at least 1")
-        classes = self._classes(labels, seeds)
-        canvas, section = self._sampling(options)
-        self._check_low_res(low_res)
-        sampler = build_sampler(section)
-        model = self.skipping(sampler, skip, bricks)
-        denoiser = canvas.wrap(self.guided(guidance, guidance_interval, guide, model))
-        self.codec.prepare()
+        plan = self._plan(
+            seeds, labels, guidance=guidance, guidance_interval=guidance_interval, guide=guide,
+            skip=skip, bricks=bricks, low_res=low_res, precision=precision, **options,
+        )  # fmt: skip
+        classes, canvas = plan.classes, plan.canvas
         for rows in np.array_split(np.arange(len(seeds)), math.ceil(len(seeds) / batch)):
             ours = [seeds[row] for row in rows]
             noise = canvas.noise(SeedNoise(ours, self.device))
@@ -320,8 +303,8 @@ class Pipeline:
                 small = torch.from_numpy(low_res[[seed % len(low_res) for seed in ours]])
                 small = small.to(self.device).permute(0, 3, 1, 2)
                 cond = replace(cond, image=from_uint8(small))
-            with _autocast(self.device, precision):
-                for state in sampler(denoiser, latents, cond, noise):
+            with plan.autocast:
+                for state in plan.sampler(plan.denoiser, latents, cond, noise):
                     if on_step is not None:
                         on_step(ours, state)
             yield SampledBatch(
@@ -331,27 +314,14 @@ class Pipeline:
             )
 
     def check(
-        self,
-        seeds: Seeds,
-        labels: Label | Iterable[Label] | None = None,
-        *,
-        guidance: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guide: Pipeline | Denoiser | None = None,
-        skip: float = 0.0,
-        bricks: str | BrickSchedule | None = None,
-        low_res: NDArray[np.uint8] | None = None,
-        precision: Precision = "fp32",
-        **options: Any,
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
     ) -> None:
-        """Raise the errors that `sample_batches` would raise with the same arguments."""
-        self._classes(labels, list_seeds(seeds))
-        _, section = self._sampling(options)
-        self._check_low_res(low_res)
-        self.skipping(build_sampler(section), skip, bricks)
-        self.guided(guidance, guidance_interval, guide)
-        self.codec.prepare()
-        _autocast(self.device, precision)
+        """Raise the errors that `sample_batches` would raise with the same arguments.
+
+        Args:
+            options: those of `sample_batches`, but for `batch` and `on_step`.
+        """
+        self._plan(list_seeds(seeds), labels, **options)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -379,29 +349,16 @@ class Pipeline:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    def guided(
-        self,
-        guidance: float = 1.0,
-        interval: tuple[float, float] | None = None,
-        guide: Pipeline | Denoiser | None = None,
-        model: Denoiser | None = None,
-    ) -> Denoiser:
-        """`model` (by default the denoiser), with guidance around it if `guidance` is not 1."""
-        model = model or self.denoiser
-        if guidance == 1:
-            return model
-        weak = guide.denoiser if isinstance(guide, Pipeline) else guide
-        result = Guided(model, guidance, interval, weak)
-        if weak is None:
-            self._warn_if_classes_are_needed()
-        return result
+    def cut(self, schedule: BrickSchedule) -> Denoiser:
+        """The model's denoiser, running as many bricks as the schedule says; of all experts.
 
-    def skipping(
-        self, sampler: Sampler, skip: float = 0.0, bricks: str | BrickSchedule | None = None
-    ) -> Denoiser:
-        """The model's denoiser, leaving out bricks as in `sample_batches` if that is asked for."""
-        schedule = choose_bricks(self.recipe, self.denoiser, sampler, skip, bricks)
-        return self.denoiser if schedule is None else Skipping(self.denoiser, schedule)
+        Raises:
+            TesseraError: see `Skipping`.
+        """
+        if isinstance(self.denoiser, Experts):
+            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
+            return Experts(experts, self.denoiser.thresholds)
+        return Skipping(self.denoiser, schedule)
 
     def cost(
         self,
@@ -421,33 +378,41 @@ class Pipeline:
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
 
-    def _check_low_res(self, low_res: NDArray[np.uint8] | None) -> None:
-        """Raise unless small images are given exactly where the model enlarges them."""
-        side, channels = self.recipe.low_resolution, self.recipe.shape[0]
-        if side is None and low_res is not None:
-            raise TesseraError(
-                "small images were given, but this model does not enlarge images. Leave them out, "
-                "or train with low_resolution"
-            )
-        if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
-            given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
-            raise TesseraError(
-                f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
-                "Give them as low_res (--low-res)"
-            )
-
-    def _sampling(self, options: Mapping[str, Any]) -> tuple[Canvas, SamplerConfig]:
-        """What part of the picture is made, and by which sampler."""
-        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
-        return choose_canvas(self.recipe, **options), choose_sampler(self.recipe.sampling, own)
-
-    def _classes(
-        self, labels: Label | Iterable[Label] | None, seeds: Sequence[int]
-    ) -> NDArray[np.int64] | None:
+    def _plan(
+        self,
+        seeds: Sequence[int],
+        labels: Label | Iterable[Label] | None,
+        *,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Pipeline | Denoiser | None = None,
+        skip: float = 0.0,
+        bricks: str | BrickSchedule | None = None,
+        low_res: NDArray[np.uint8] | None = None,
+        precision: Precision = "fp32",
+        **options: Any,
+    ) -> _Plan:
+        """What `sample_batches` was asked for, checked and ready to run."""
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()
-        return classes
+        own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
+        canvas = choose_canvas(self.recipe, **options)
+        others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
+        sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
+        check_low_res(self.recipe, low_res)
+        model: Denoiser = self.denoiser
+        schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
+        if schedule is not None:
+            model = self.cut(schedule)
+        if guidance != 1:
+            weak = guide.denoiser if isinstance(guide, Pipeline) else guide
+            model = Guided(model, guidance, guidance_interval, weak)
+            if weak is None:
+                self._warn_if_classes_are_needed()
+        self.codec.prepare()
+        autocast = autocast_for(self.device, precision)
+        return _Plan(classes, canvas, sampler, canvas.wrap(model), autocast)
 
     def _warn_if_classes_are_needed(self) -> None:
         if self.recipe.objective.label_dropout > 0 or self._warned:
@@ -467,26 +432,6 @@ class Pipeline:
         return Conditioning(drawn if classes is None else torch.from_numpy(classes).to(self.device))
 
 
-def load(
-    source: str | Path,
-    *,
-    ema: str | int | None = None,
-    device: torch.device | str = "cpu",
-    vae: str | Path | None = None,
-) -> Pipeline:
-    """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub."""
-    return Pipeline.load(source, ema=ema, device=device, vae=vae)
-
-
-def list_seeds(seeds: Seeds) -> list[int]:
-    """Seeds in any of the forms that callers may give, as a list."""
-    if isinstance(seeds, str):
-        return parse_seeds(seeds)
-    if isinstance(seeds, int):
-        return [seeds]
-    return [int(seed) for seed in seeds]
-
-
 def ema_names(recipe: Recipe) -> list[str]:
     """A name for each average of the recipe: its half-life in images, numbered if that repeats."""
     names: list[str] = []
@@ -494,9 +439,3 @@ def ema_names(recipe: Recipe) -> list[str]:
         name = f"{ema.halflife_images:.0f}"
         names.append(name if name not in names else f"{name}-{len(names)}")
     return names
-
-
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -76,6 +76,11 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> Data:
     if source in recipes:
         return dump_recipe(recipes[source]())
     path = Path(source)
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"{path} is the folder of a run. To go on with it: tessera train --resume {path}\n"
+            f"To begin another one with its recipe, name the file {path / 'recipe.yaml'}"
+        )
     if not (path.suffix in _SUFFIXES or path.is_file() or os.sep in source):
         raise RecipeError(
             f"no recipe is called {source!r}{suggestion(source, recipes)}\n"

@@ -21,6 +21,7 @@ from tessera.sampling.core import (
     NoiseSource,
     Refine,
     SamplerState,
+    churned,
     denoise,
     round_sigmas,
     state_dtype,
@@ -93,14 +94,8 @@ def sample_ablation(
     else:
         levels = schedules.edm_steps(steps, sigma_min, sigma_max, rho)
     t = [*map(curve.time, round_sigmas(denoiser, levels)), 0.0]
-    gamma = min(s_churn / steps, math.sqrt(2) - 1)
     sigmas = [curve.sigma(time) for time in t[:-1]]
-    t_hat = [
-        curve.time(level)
-        for level in round_sigmas(
-            denoiser, [s * (1 + gamma * (s_min <= s <= s_max)) for s in sigmas]
-        )
-    ]
+    t_hat = [*map(curve.time, churned(denoiser, sigmas, s_churn, s_min, s_max))]
     # Without churn a step starts where the last one ended, also in the last digit.
     sigmas_hat = [curve.sigma(time) for time in t_hat]
 

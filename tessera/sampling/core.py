@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,15 +68,32 @@ def state_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def denoise(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Tensor:
-    """The denoiser's estimate of x at one noise level for the whole batch, in z's dtype.
+def evaluate(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Posterior:
+    """What the denoiser says at one noise level for the whole batch.
 
     σ is handed over on the CPU: a wrapper that decides by it (guidance in an interval, experts)
     then needs no synchronisation with the device.
     """
     sigmas = torch.full((len(z),), sigma, dtype=torch.float64)
     posterior: Posterior = denoiser(z, sigmas, cond)
-    return posterior.mean.to(z.dtype)
+    return posterior
+
+
+def denoise(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Tensor:
+    """The denoiser's estimate of x at one noise level for the whole batch, in z's dtype."""
+    return evaluate(denoiser, z, sigma, cond).mean.to(z.dtype)
+
+
+def churned(
+    denoiser: Denoiser, sigmas: Sequence[float], s_churn: float, s_min: float, s_max: float
+) -> list[float]:
+    """The noise levels t̂ that steps from `sigmas` start at, once noise was added.
+
+    Karras et al. 2022, algorithm 2, lines 4 and 5: raised by γ = min(s_churn / steps, √2 - 1)
+    within [s_min, s_max].
+    """
+    gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
+    return round_sigmas(denoiser, [s * (1 + gamma * (s_min <= s <= s_max)) for s in sigmas])
 
 
 def step_sigmas(sampler: Sampler, denoiser: Denoiser) -> list[float]:

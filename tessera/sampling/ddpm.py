@@ -17,11 +17,18 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process, spaced_steps
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
-from tessera.sampling.core import NoiseSource, Refine, SamplerState, state_dtype
+from tessera.sampling.core import (
+    NoiseSource,
+    Refine,
+    SamplerState,
+    denoise,
+    evaluate,
+    state_dtype,
+)
 
 Clip = Literal["auto", "none", "static", "dynamic"]
 """What is done to the estimate of the image at every step.
@@ -66,7 +73,7 @@ def sample_ddpm(
     z = _start(latents, levels)
     for index in reversed(range(len(levels))):
         sigma, rho = levels[index], levels[index - 1] if index else 0.0
-        posterior = _posterior(denoiser, z, sigma, cond)
+        posterior = evaluate(denoiser.for_step(sigma), z, sigma, cond)
         x0 = clipped(posterior.mean.to(z.dtype), clip, quantile, denoiser)
         z = x0 + (rho / sigma) ** 2 * (z - x0)
         if index:
@@ -105,7 +112,7 @@ def sample_ddim(
     z = _start(latents, levels)
     for index in reversed(range(len(levels))):
         sigma, rho = levels[index], levels[index - 1] if index else 0.0
-        mean = _posterior(denoiser, z, sigma, cond).mean.to(z.dtype)
+        mean = denoise(denoiser.for_step(sigma), z, sigma, cond)
         x0 = clipped(mean, clip, quantile, denoiser)
         u = eta * rho * math.sqrt(1 - (rho / sigma) ** 2)
         z = x0 + math.sqrt(max(rho**2 - u**2, 0.0)) * (z - x0) / sigma
@@ -135,7 +142,7 @@ def encode_ddim(
     levels = process.sigmas.tolist()
     z = images.to(state_dtype(images.device)) * math.sqrt(1 + levels[0] ** 2)
     for index, sigma in enumerate(levels):
-        mean = _posterior(denoiser, z, sigma, cond).mean.to(z.dtype)
+        mean = denoise(denoiser.for_step(sigma), z, sigma, cond)
         x0 = clipped(mean, clip, quantile, denoiser)
         direction = (z - x0) / sigma
         final = index + 1 == len(levels)
@@ -183,9 +190,3 @@ def clipped(x0: Tensor, clip: Clip, quantile: float, denoiser: Denoiser | None =
 def _start(latents: Tensor, levels: list[float]) -> Tensor:
     """z of the first step: x_T is unit normal, and z = x_T / √ᾱ_T."""
     return latents.to(state_dtype(latents.device)) * math.sqrt(1 + levels[-1] ** 2)
-
-
-def _posterior(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Posterior:
-    current = denoiser.for_step(sigma)
-    posterior: Posterior = current(z, torch.full((len(z),), sigma, dtype=torch.float64), cond)
-    return posterior

@@ -20,6 +20,7 @@ from tessera.sampling.core import (
     NoiseSource,
     Refine,
     SamplerState,
+    churned,
     denoise,
     round_sigmas,
     state_dtype,
@@ -60,8 +61,7 @@ def sample_edm(
     """
     sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
     t = [*round_sigmas(denoiser, edm_steps(steps, sigma_min, sigma_max, rho)), 0.0]
-    gamma = min(s_churn / steps, math.sqrt(2) - 1)
-    t_hat = round_sigmas(denoiser, [s * (1 + gamma * (s_min <= s <= s_max)) for s in t[:-1]])
+    t_hat = churned(denoiser, t[:-1], s_churn, s_min, s_max)
 
     x = latents.to(state_dtype(latents.device)) * t[0]
     for i in range(steps):

@@ -86,8 +86,9 @@ def parse_seeds(text: str) -> list[int]:
                 "Split the work into several commands"
             )
         seeds.extend(range(first, last + 1))
-    if len(set(seeds)) < len(seeds):
-        seen: set[int] = set()
-        twice = next(seed for seed in seeds if seed in seen or seen.add(seed))  # type: ignore[func-returns-value]
-        raise TesseraError(f"seeds {text!r}: seed {twice} occurs twice. Name each seed once")
+    seen: set[int] = set()
+    for seed in seeds:
+        if seed in seen:
+            raise TesseraError(f"seeds {text!r}: seed {seed} occurs twice. Name each seed once")
+        seen.add(seed)
     return seeds

@@ -49,9 +49,14 @@ class Ema:
                 device, so that nobody waits for it.
         """
         share = (1 - keep) * (1 - decay(self.config, images_seen, batch))
-        torch._foreach_lerp_(
-            self.local_weights, self._parameters, [share] * len(self.local_weights)
-        )
+        if share.device.type == "cpu":
+            shares = [share] * len(self.local_weights)
+            torch._foreach_lerp_(self.local_weights, self._parameters, shares)
+            return
+        # With a share on the device, the above would start a kernel for each tensor.
+        moves = torch._foreach_sub(self._parameters, self.local_weights)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(self.local_weights, moves)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

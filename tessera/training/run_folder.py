@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,9 @@ _CHANGEABLE = (
     "data.cache",
     "data.workers",
 )
+
+
+_NONE = object()  # of a key that is not there
 
 
 def create(recipe: Recipe, run_dir: str | Path | None) -> Path:
@@ -106,7 +108,8 @@ def check_same(recipe: Recipe, changed: Recipe) -> None:
         RecipeError: names the keys.
     """
     before, after = _flatten(dump_recipe(recipe)), _flatten(dump_recipe(changed))
-    differ = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+    # Values, not their spelling: a default may be 0 where a file gives 0.0.
+    differ = [k for k in sorted({*before, *after}) if before.get(k, _NONE) != after.get(k, _NONE)]
     wrong = [k for k in differ if not any(k == c or k.startswith(c + ".") for c in _CHANGEABLE)]
     if wrong:
         raise RecipeError(
@@ -115,10 +118,10 @@ def check_same(recipe: Recipe, changed: Recipe) -> None:
         )
 
 
-def _flatten(data: Any, prefix: str = "") -> dict[str, str]:
+def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(data, dict):
-        return {prefix: json.dumps(data)}
-    flat: dict[str, str] = {}
+        return {prefix: data}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.errors import require_extra
+from tessera.errors import TrainingError, require_extra
 from tessera.files import atomic_file
 from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
@@ -176,21 +176,32 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a Weights & Biases project; a resumed run continues it."""
+    """A run of a Weights & Biases project; a resumed run continues it.
+
+    Raises:
+        TrainingError: the project cannot be reached, or nobody is logged in.
+    """
 
     def __init__(self, run_dir: Path, project: str, recipe: Recipe) -> None:
         self._wandb: Any = require_extra("wandb", "log", "run.wandb")
         marker = run_dir / "wandb-id"
         if not marker.exists():
             marker.write_text(secrets.token_hex(4))
-        self._run = self._wandb.init(
-            project=project,
-            name=run_dir.name,
-            id=marker.read_text(),
-            resume="allow",
-            dir=str(run_dir),
-            config=dump_recipe(recipe),
-        )
+        try:
+            self._run = self._wandb.init(
+                project=project,
+                name=run_dir.name,
+                id=marker.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=dump_recipe(recipe),
+            )
+        except self._wandb.Error as error:
+            raise TrainingError(
+                f"run.wandb: Weights & Biases does not take the run ({error}). Log in with `wandb "
+                "login`, keep it on this machine with WANDB_MODE=offline, or set run.wandb=null; "
+                f"then go on with: tessera train --resume {run_dir}"
+            ) from error
         self._run.define_metric("*", step_metric="images")
 
     def log(self, metrics: Metrics) -> None:

@@ -231,10 +231,12 @@ class Trainer:
             )
 
     def _last_good(self) -> str:
-        advice = "Try a lower optimizer.lr, optimizer.clip_norm=1, or training.precision=bf16"
+        advice = "try a lower optimizer.lr"
+        advice += " or optimizer.clip_norm=1" if self.recipe.optimizer.clip_norm is None else ""
+        advice += " or training.precision=bf16" if self.recipe.training.precision == "fp16" else ""
         if self._saved is None:
-            return f"No checkpoint had been written yet. {advice}"
-        return f"The last good checkpoint is {self._saved}; {advice[0].lower()}{advice[1:]}"
+            return f"No checkpoint had been written yet; {advice}, in a new run"
+        return f"The last good checkpoint is {self._saved}; {advice}, in a new run"
 
     # ---------------------------------------------------------------------- saving and resuming
 

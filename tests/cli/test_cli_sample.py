@@ -184,9 +184,11 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
         (["--seeds", "1-x"], "'1-x'"),
         (["--class", "dog"], "no class 'dog'"),
         (["--guidance-interval", "3"], "two noise levels"),
+        (["--guidance-interval", "1,3"], "does nothing at --guidance 1"),
+        (["--guide", "runs/a"], "does nothing at --guidance 1"),
         (["--trajectory", "x.mp4"], ".gif or .webp"),
         (["--ema", "5"], "What it has: 1000"),
-        (["--guide", "nowhere"], "there is no pipeline 'nowhere'"),
+        (["--guidance", "2", "--guide", "nowhere"], "there is no pipeline 'nowhere'"),
         (["--out", "x.npz", "--grid"], "belong to PNGs"),
     ],
 )

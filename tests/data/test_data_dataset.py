@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -270,6 +272,17 @@ def test_encrypted_and_misplaced_members_are_named(tmp_path):
     path.write_bytes(misplaced)
     with pytest.raises(DataError, match=r"img00000001\.png is damaged \(no header"):
         open_dataset(path).read(np.array([1]))
+
+
+def test_an_archive_that_nobody_uses_any_more_is_closed(tmp_path):
+    path = write_archive(tmp_path / "set.zip", random_images(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = open_dataset(path)
+        file = dataset._reader._members._file
+        del dataset
+        gc.collect()
+    assert file.closed
 
 
 def test_threads_read_a_zip_at_once(tmp_path):

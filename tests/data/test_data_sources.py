@@ -14,7 +14,7 @@ import pytest
 from data_files import last, random_images, write_archive, write_folder, write_packed, write_zip
 
 from tessera.data.dataset import open_dataset
-from tessera.data.sources import load_plain_pickle, open_source
+from tessera.data.sources import open_source
 from tessera.errors import DataError
 from tessera.images import png_bytes
 
@@ -37,29 +37,9 @@ PYTHON2 = (
 )
 
 
-def test_python2_pickle():
-    content = load_plain_pickle(io.BytesIO(PYTHON2))
-    assert content[b"labels"] == [3]
-    np.testing.assert_array_equal(content[b"data"], np.array([[1, 2]], np.uint8))
-
-
 class Attack:
     def __reduce__(self):
         return os.mkdir, ("attacked",)
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickles_never_run_code(tmp_path, monkeypatch, protocol):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="wants to run"):
-        load_plain_pickle(io.BytesIO(pickle.dumps({"data": Attack()}, protocol)))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("data", [b"", b"\x80\x02}", b"cos\nsystem\n(S'x'\ntR.", PYTHON2[:-9]])
-def test_damaged_pickles(data):
-    with pytest.raises(DataError):
-        load_plain_pickle(io.BytesIO(data))
 
 
 def write_cifar(path, batches, meta=None):
@@ -101,7 +81,7 @@ def test_incomplete_and_evil_cifar10(tmp_path):
     evil = {**batches, "data_batch_2": pickle.dumps(Attack(), 2)}
     for content, message in (
         ({k: v for k, v in batches.items() if k != "data_batch_3"}, "data_batch_3 missing"),
-        (evil, "data_batch_2: it wants to run"),
+        (evil, r"data_batch_2: it refers to \w+\.mkdir, which may run code"),
         ({**batches, "data_batch_4": {b"data": [1], b"labels": [1]}}, "data_batch_4: should hold"),
         ({**batches, "data_batch_5": [1]}, "data_batch_5: should hold"),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def test_formula_in_one_doubled_batch() -> None:
     result = guided(Z, SIGMA, COND)
     assert denoiser.batches == [6]
     conditional = denoiser(Z, SIGMA, COND)
-    unconditional = denoiser(Z, SIGMA, COND.without_labels()).mean
+    unconditional = denoiser(Z, SIGMA, replace(COND, labels=None)).mean
     expected = unconditional + 2.5 * (conditional.mean - unconditional)
     assert torch.allclose(result.mean, expected)
     assert torch.equal(result.log_variance, conditional.log_variance)
@@ -71,7 +73,7 @@ def test_interval_is_inclusive_and_saves_calls() -> None:
 def test_nothing_to_guide_costs_one_call() -> None:
     denoiser = Labelled()
     Guided(denoiser, 1.0)(Z, SIGMA, COND)
-    Guided(denoiser, 3.0)(Z, SIGMA, COND.without_labels())
+    Guided(denoiser, 3.0)(Z, SIGMA, replace(COND, labels=None))
     assert denoiser.batches == [3, 3]
 
 
@@ -91,7 +93,7 @@ def test_is_a_denoiser_and_nests() -> None:
     assert outer.shape == (1, 2, 2)
     assert (outer.num_classes, outer.sigma_min, outer.sigma_max) == (5, 0.01, 50.0)
     assert outer.round_sigma(torch.tensor(1.4)) == 1
-    unconditional = Labelled()(Z, SIGMA, COND.without_labels()).mean
+    unconditional = Labelled()(Z, SIGMA, replace(COND, labels=None)).mean
     difference = Labelled()(Z, SIGMA, COND).mean - unconditional
     expected = unconditional + 3.0 * difference
     assert torch.allclose(outer(Z, SIGMA, COND).mean, expected, atol=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import RecordedDraws, case, load, recorded_conditioning
+from golden_cases import RecordedDraws, RecordedSteps, case, load, recorded_conditioning
 from lego_case import recorded
 from torch import Tensor, nn
 
@@ -147,19 +147,6 @@ def test_loss_and_every_gradient(name: str) -> None:
         assert_near(gradient, expected, atol=floor, rtol=5e-4)
 
 
-class Recorded:
-    """A noise source that hands out recorded step noise."""
-
-    def __init__(self, steps: Tensor | None) -> None:
-        self.steps = iter(steps if steps is not None else ())
-
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return next(self.steps)
-
-    def integers(self, high: int) -> Tensor:
-        raise AssertionError("a sampler draws no classes")
-
-
 class Watched(Denoiser):
     """Notes the estimate at the first evaluation of each step."""
 
@@ -195,7 +182,7 @@ def test_trajectories(name: str) -> None:
         if options["cfg_scale"] is not None:
             denoiser = Guided(denoiser, options["cfg_scale"])
         churn = {k.lower(): v for k, v in (options["churn"] or {}).items()}
-        noise = Recorded(golden["in.churn_noise"] if churn else None)
+        noise = RecordedSteps(golden["in.churn_noise"] if churn else None)
         estimates: list[Tensor] = []
         states = list(
             sample_edm(

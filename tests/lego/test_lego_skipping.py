@@ -27,6 +27,8 @@ from tessera.diffusion.skipping import (
 )
 from tessera.diffusion.windows import Windows
 from tessera.errors import TesseraError
+from tessera.pipelines.bricks import brick_picture
+from tessera.pipelines.experts import ExpertsPipeline
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import load_recipe
@@ -65,7 +67,8 @@ def test_no_rule_for_other_stacks(sizes: tuple[int, ...]) -> None:
 def test_schedule_as_text() -> None:
     schedule = parse_schedule("0-0.5:2, 20-inf:1")
     assert [schedule.bricks(s) for s in (0, 0.49, 0.5, 19, 20, 1e9)] == [2, 2, None, None, 1, 1]
-    assert parse_schedule(str(schedule)) == schedule
+    small = BrickSchedule((Range(0.0, 2e-5, 1),))
+    assert all(parse_schedule(str(given)) == given for given in (schedule, small))
     for text in ("0-0.5", "0.5-0:1", "a-1:1", "0-1:x", ""):
         with pytest.raises(TesseraError, match="bricks"):
             parse_schedule(text)
@@ -83,11 +86,16 @@ def test_steps_of_a_sampler(section: EdmSampler | AblationSampler) -> None:
 def prefixes_of(pipe: Pipeline, **options: Any) -> list[tuple[int, int | None]]:
     """(images, bricks) of each call of the network while sampling two images."""
     calls: list[tuple[int, int | None]] = []
-    handle = pipe.denoiser.network.register_forward_pre_hook(
-        lambda _m, inputs, kw: calls.append((len(inputs[0]), kw.get("bricks"))), with_kwargs=True
-    )
+    handles = [
+        network.register_forward_pre_hook(
+            lambda _m, inputs, kw: calls.append((len(inputs[0]), kw.get("bricks"))),
+            with_kwargs=True,
+        )
+        for network in pipe.networks()
+    ]
     pipe.sample([0, 1], labels=3, **options)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     return calls
 
 
@@ -100,6 +108,40 @@ def test_both_evaluations_of_late_steps_skip_also_under_guidance() -> None:
     assert [count for count, _ in limited] == [2, 2, 2, 2, 2, 4, 4, 2, 2]
     assert [bricks for _, bricks in limited] == [None] * 6 + [1] * 3
     assert prefixes_of(pipe, bricks="50-inf:1") == [(2, 1)] * 2 + [(2, None)] * 7
+
+
+def test_skipped_bricks_compute_nothing() -> None:
+    pipe = tiny_pipeline()
+    images = [0, 0]
+    for index, brick in enumerate(pipe.denoiser.network.model):
+
+        def count(_module: Any, inputs: tuple[Tensor, ...], index: int = index) -> None:
+            images[index] += len(inputs[0])
+
+        brick.register_forward_pre_hook(count)
+    pipe.sample([0, 1], 3, skip=0.4)
+    assert images == [9 * 2, 6 * 2]
+    images[:] = 0, 0
+    pipe.sample([0, 1], 3, skip=0.4, guidance=2.0)
+    assert images == [9 * 4, 6 * 4]
+
+
+def test_experts_of_bricks_skip_and_show() -> None:
+    pipe = ExpertsPipeline([tiny_pipeline(), tiny_pipeline()], [1.0])
+    assert prefixes_of(pipe, skip=0.4) == [(2, None)] * 6 + [(2, 1)] * 3
+    assert brick_picture(pipe, 0, 3, levels=2).shape[2] == 3
+
+
+def test_labels_of_the_picture_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(
+        "PIL.ImageDraw.ImageDraw.text", lambda _self, _place, text, *_: written.append(text)
+    )
+    brick_picture(tiny_pipeline(), 0, 3, levels=2)
+    assert written[:3] == ["noisy image", "brick 1: 4 px", "brick 2: 16 px"]
+    # Pillow's own font draws a box for any other letter.
+    assert all(text.isascii() for text in written)
+    assert written[-1] == "noise 0.002"
 
 
 def test_skipping_changes_the_picture_and_nothing_else() -> None:
@@ -241,6 +283,12 @@ def test_command(tmp_path: Path) -> None:
     picture = Image.open(tmp_path / "a-bricks.png")
     assert picture.width > 3 * 112
     assert picture.height > 4 * 112
+
+    for alone in (["--layout", "windows"], ["--overlap", "0.5"], ["--window-noise", "own"]):
+        run = CliRunner().invoke(app, [*arguments, *alone, "--out", str(tmp_path / "none")])
+        assert isinstance(run.exception, TesseraError)
+        assert ", too" in str(run.exception)
+    assert not (tmp_path / "none").exists()
 
     run = CliRunner().invoke(
         app,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from tessera.cli import app
+from tessera.cli.eval import _session
 from tessera.errors import DataError, TesseraError
 from tessera.images import save_png
 from tessera.pipelines.pipeline import Pipeline
@@ -87,6 +91,17 @@ def test_npz_samples(reference: Path, tmp_path: Path) -> None:
     score = json.loads(result.stdout)
     assert score["n"] == 20
     assert score["recognised"] is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scores_on_the_gpu(real: Path, tmp_path: Path) -> None:
+    samples = write_images(tmp_path / "samples", 30)
+    options = ("--features", "classifier", "--training-images", 600, "--metrics", "fd,pr", "--json")
+    result = evaluate("score", samples, real, *options)
+    assert result.exit_code == 0, result.output
+    assert torch.cuda.max_memory_allocated() > 0
+    assert {"fd", "precision"} <= set(re.findall(r"[a-z]+", result.output))
 
 
 def refused(*arguments: object) -> str:
@@ -167,3 +182,12 @@ def test_a_pipeline_is_sampled_on_the_fly(reference: Path, tmp_path: Path) -> No
     assert score["n"] == 12
     assert 0 <= score["recognised"] <= 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_warnings_for_users_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with _session():
+        warnings.warn("few images", UserWarning, stacklevel=1)
+        warnings.warn("few images", UserWarning, stacklevel=1)
+        warnings.warn("unclosed file", ResourceWarning, stacklevel=1)
+        warnings.warn("old name", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: few images\n"

@@ -137,7 +137,7 @@ def test_stem_with_explicit_weights() -> None:
 
 def test_orders_of_spatial_features() -> None:
     maps = torch.arange(7 * 17 * 17).view(7, 17, 17)
-    last = module.to_channels_last(maps.flatten())
+    last = maps.flatten()[module.channels_last_order(2023)]
     assert torch.equal(last, maps.permute(1, 2, 0).flatten())
     assert torch.equal(last[module.channels_first_order(2023)], maps.flatten())
 

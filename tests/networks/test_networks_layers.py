@@ -14,6 +14,7 @@ from torch import nn
 from tessera.conditioning import one_hot
 from tessera.networks.layers import (
     Conv,
+    Dropout,
     FourierEmbedding,
     GroupNorm,
     PositionalEmbedding,
@@ -100,17 +101,47 @@ def test_block_keeps_bfloat16_and_channels_last(kind: str) -> None:
     assert relative_error(y.float(), exact) < 0.02
 
 
-def test_group_norm_is_float32_inside() -> None:
+@pytest.mark.parametrize("size", [8, 32])
+def test_group_norm_is_float32_inside(size: int) -> None:
     """Statistics of bfloat16 inputs are those of float32; only the result is rounded."""
     torch.manual_seed(0)
     norm = GroupNorm(16).requires_grad_(False)
-    x = (torch.randn(2, 16, 32, 32) + 3).bfloat16()
+    x = (torch.randn(2, 16, size, size) + 3).bfloat16()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         with torch.autocast("cpu", torch.bfloat16):
             y = norm(x.to(memory_format=memory_format))
         expected = norm(x.float())
         assert y.dtype == torch.bfloat16
+        assert y.is_contiguous(memory_format=memory_format)
         assert (y.float() - expected).abs().max() <= expected.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Zeros with the probability, the others scaled; the gradient is masked alike; seeded."""
+    layer = Dropout(0.13)
+    x = torch.ones(5, 3, 64, 63, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    torch.manual_seed(1)
+    y = layer(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    assert torch.equal(x.grad, y)
+    zeros = y == 0
+    assert abs(zeros.float().mean() - 0.13) < 5 * (0.13 * 0.87 / y.numel()) ** 0.5
+    rounding = 2**-15 if dtype == torch.float32 else 2**-8
+    assert (y[~zeros].float() * 0.87 - 1).abs().max() < rounding
+    # Neither neighbours nor the four parts of a draw depend on one another.
+    flat = zeros.float().permute(0, 2, 3, 1).flatten() - 0.13
+    for lag in range(1, 9):
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * 0.13 * 0.87 / y.numel() ** 0.5
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), y)
+    assert not torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
+    assert Dropout(0.0)(x).equal(x)
 
 
 @settings(deadline=None, max_examples=25)

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_cases import RecordedDraws, case, load, recorded_network, relative_error, weights
+from golden_cases import (
+    RecordedDraws,
+    RecordedSteps,
+    case,
+    load,
+    recorded_network,
+    relative_error,
+    weights,
+)
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
@@ -100,19 +108,6 @@ def test_loss_and_gradients(name: str, side: int) -> None:
             assert gradient.norm().item() == pytest.approx(expected, rel=1e-3, abs=1e-7), key
 
 
-class Recorded:
-    """A noise source that hands out recorded step noise."""
-
-    def __init__(self, steps: Tensor | None) -> None:
-        self.steps = iter(() if steps is None else steps)
-
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return next(self.steps)
-
-    def integers(self, high: int) -> Tensor:
-        raise AssertionError("a sampler draws no classes")
-
-
 def recipe_of(name: str) -> Recipe:
     """The recorded network as a recipe."""
     config = case("patch", name)["config"]
@@ -152,7 +147,7 @@ def test_sampler(run: dict[str, Any]) -> None:
     cond = Conditioning(None if labels is None else labels.argmax(dim=1), coords=coords)
     names = {"num_steps": "steps"}
     options = {names.get(k, k.lower()): v for k, v in run["options"].items()}
-    noise = Recorded(numbers.get(f"in.{index}.step_noise"))
+    noise = RecordedSteps(numbers.get(f"in.{index}.step_noise"))
     model = denoiser if run["cfg"] is None else Guided(denoiser, run["cfg"])
     states = list(sample_edm(model, latents, cond, noise, **options))
     assert relative_error(states[-1].x, numbers[f"out.{index}.final"]) <= 5e-4

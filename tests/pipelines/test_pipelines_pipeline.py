@@ -273,6 +273,7 @@ def test_guidance_without_label_dropout_warns_once() -> None:
         ({"labels": "bea"}, "no class 'bea'. Did you mean bee"),
         ({"labels": [1]}, "1 classes were given for 2 seeds"),
         ({"stps": 3}, "no option 'stps'. Did you mean steps"),
+        ({"guidence": 2.0}, "no option 'guidence'. Did you mean guidance"),
         ({"steps": 0}, "steps = 0"),
         ({"solver": "dpm"}, "solver = 'dpm'"),
         ({"guidance": 2.0, "guidance_interval": (5, 1)}, "lower noise level first"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tessera
@@ -107,6 +108,15 @@ def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
     assert f"tessera sample {result.out}/run" in page
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_all_of_it_runs_on_the_gpu(result: Result) -> None:
+    assert result.device == torch.cuda.get_device_name()
+    assert len(result.samples) == len(result.predicted) == 30
+    assert 0 < result.floor < result.ceiling
+    render(result)
+
+
 def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     outcome = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path)])
@@ -134,6 +144,7 @@ def test_the_command_writes_the_report(
     assert asked["overrides"] == ["a.b=1", "training.images=64"]
     assert (tmp_path / "quickstart-2" / "report.html").read_text("utf-8") == render(result)
     assert f"{result.recognised:.1%} of 30 samples" in outcome.output
+    assert f"{result.seconds['training']:.0f} of them to train on 192 images" in outcome.output
 
 
 def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:

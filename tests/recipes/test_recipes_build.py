@@ -53,6 +53,16 @@ PARAMETERS = {
     "lego-xl-pg-imagenet64": 729_992_664,
     "lego-xl-pr-imagenet64": 729_992_664,
     "lego-xl-u-imagenet64": 1_358_888_100,
+    "lego-s-u-imagenet256-latent": 61_578_800,
+    "lego-l-pg-imagenet256-latent": 463_278_368,
+    "lego-l-pr-imagenet256-latent": 463_278_368,
+    "lego-l-u-imagenet256-latent": 884_294_192,
+    "lego-xl-pg-imagenet256-latent": 729_352_224,
+    "lego-xl-pr-imagenet256-latent": 729_352_224,
+    "lego-xl-u-imagenet256-latent": 1_261_977_392,
+    "lego-xl-pg-imagenet512-latent": 730_236_960,
+    "lego-xl-pr-imagenet512-latent": 730_236_960,
+    "lego-xl-u-imagenet512-latent": 1_359_367_472,
     "patch-lsun256-latent": 279_631_108,
     "patch-imagenet256-latent": 280_399_108,
 }
@@ -96,12 +106,12 @@ def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> N
     tiny = [*TINY, "sampling.steps=2"]
     if kind.network.kind == "adm_unet":
         tiny.append("network.model_channels=64")
-    if kind.codec.kind == "vae":
-        tiny.append("data.resolution=64")
     if kind.network.kind == "lego":
         tiny = [*TINY_LEGO, "sampling.steps=2"]
     if kind.network.kind == "patched_unet":
         tiny = [*TINY_PDM, "sampling.steps=2"]
+    if kind.codec.kind == "vae":
+        tiny.append("data.resolution=64")
     recipe = load_recipe(name, tiny)
     denoiser = build.build_denoiser(recipe)
     assert denoiser.shape == (4 if kind.codec.kind == "vae" else kind.data.channels, 8, 8)

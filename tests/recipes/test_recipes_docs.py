@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from tessera.recipes.messages import sections
 from tessera.recipes.schema import Recipe, Section
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["recipes.md", "migrating/edm.md"]
+PAGES = [
+    "recipes.md", "migrating/edm.md", "methods/patch-diffusion.md", "migrating/patch-diffusion.md",
+    "methods/lego.md", "migrating/lego.md",
+]  # fmt: skip
 
 
 def keys(section: type[Section], prefix: str = "") -> set[str]:
@@ -42,7 +46,12 @@ def test_keys_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_exist(page: str) -> None:
     text = (DOCS / page).read_text()
-    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9-]+)\b(?!\.)", text)
+    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)\b(?!\.)", text)
+    for name in re.findall(r"`((?:edm|patch|lego|cifar10|quickstart)-[a-z0-9{},-]+)`", text):
+        # Not the names of modules and options, which have no digits.
+        if re.search(r"\d|digits", name):
+            choices = [part.split(",") for part in re.split(r"[{}]", name)]
+            used += map("".join, itertools.product(*choices))
     assert set(used) <= set(shipped())
 
 

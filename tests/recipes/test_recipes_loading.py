@@ -212,7 +212,7 @@ def test_inheritance(tmp_path: Path) -> None:
     small = shipped()["cifar10-small"]()
     assert recipe.name == "my-leaf"
     assert recipe.training == small.training.model_copy(update={"batch": 32})
-    assert recipe.objective == EdmObjective(label_dropout=0.1)
+    assert recipe.objective == small.objective.model_copy(update={"label_dropout": 0.1})
     assert recipe.network == AdmUNetConfig(model_channels=64)
     assert load_recipe(tmp_path / "mid.yaml").name == "mid"
 
@@ -253,3 +253,11 @@ def test_binary_file(tmp_path: Path) -> None:
 def test_text_that_looks_like_a_number_stays_text() -> None:
     for value in ("1e4", "2024-01-01", "true", "null", "1,2", "007"):
         assert read_yaml(write_yaml({"name": value}), "text") == {"name": value}
+
+
+def test_a_run_folder_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: cifar10-small\n")
+    text = message(tmp_path)
+    assert "the folder of a run" in text
+    assert f"--resume {tmp_path}" in text
+    assert str(tmp_path / "recipe.yaml") in text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import case, load, recorded_network, relative_error, weights
+from golden_cases import RecordedSteps, case, load, recorded_network, relative_error, weights
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
@@ -54,20 +54,6 @@ class Toy(Denoiser):
         return Posterior((self.sd**2 * z + variance * self.mu) / (self.sd**2 + variance))
 
 
-class Recorded:
-    """A noise source that hands out recorded step noise."""
-
-    def __init__(self, steps: Tensor) -> None:
-        self.steps = iter(steps)
-
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        assert dtype == torch.float64
-        return next(self.steps)
-
-    def integers(self, high: int) -> Tensor:
-        raise AssertionError("a sampler draws no classes")
-
-
 def run(name: str, *arguments: Any, **options: Any) -> Tensor:
     options = {NAMES.get(key, key): value for key, value in options.items()}
     sampler = {"edm": sample_edm, "abl": sample_ablation}[name]
@@ -83,7 +69,7 @@ def test_toy(toy: dict[str, Any]) -> None:
     options = dict(toy["options"])
     limits = options.pop("net.sigma_min", 0.0), options.pop("net.sigma_max", math.inf)
     denoiser = Toy(numbers["in.toy.mu"], numbers["in.toy.sd"], *limits)
-    noise = Recorded(numbers["in.toy.step_noise"])
+    noise = RecordedSteps(numbers["in.toy.step_noise"])
     latents = numbers["in.toy.latents"]
     final = run(toy["sampler"], denoiser, latents, Conditioning(), noise, **options)
 
@@ -117,7 +103,7 @@ def test_network(net: dict[str, Any]) -> None:
     own = weights(numbers, f"in.{net['index']}.")
     out = weights(numbers, f"out.{net['index']}.")
     cond = Conditioning(own["class_labels"].argmax(dim=1))
-    noise = Recorded(own.get("step_noise", torch.empty(0)))
+    noise = RecordedSteps(own.get("step_noise", torch.empty(0)))
     final = run(net["sampler"], denoiser, own["latents"], cond, noise, **net["options"])
 
     assert len(sigmas) == net["NFE"]

@@ -169,6 +169,12 @@ def test_finished_run_is_extended(whole: Path, recipe, folder: Path) -> None:
     assert load_recipe(run_dir / "recipe.yaml").training.images == 200
 
 
+def test_a_recipe_in_memory_continues_its_own_run(whole: Path, recipe) -> None:
+    assert recipe.optimizer.final_lr == 0  # the default, which the file gives as 0.0
+    trainer = Trainer(recipe, resume=whole)
+    assert trainer.images_seen == 160
+
+
 def test_resume_refuses_what_would_change_the_past(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"optimizer\.lr.*start a new run"):
         run_folder.read_recipe(whole, ["optimizer.lr=0.1", "training.images=500"])

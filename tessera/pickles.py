@@ -1,0 +1,109 @@
+"""Pickles of other tools, read without running anything that is written in them.
+
+A pickle is a program: it names callables, and reading it calls them. Here every name is looked up
+in a table of what the reader expects, and a name that is not in it ends the reading.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from typing import IO, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessera.errors import DataError
+
+Names = Mapping[tuple[str, str], Any]
+"""What a pickle may refer to: (module, name) to what stands in its place."""
+
+
+class Stand:
+    """A function in a table of `Names`, which a pickle can call but not change."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    # Pickles can set attributes of whatever they have got hold of.
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise TypeError("not a value with a state")
+
+
+def load_pickle(
+    file: IO[bytes],
+    names: Names,
+    *,
+    encoding: str = "ASCII",
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """What a pickle holds, built from plain values and `names` alone.
+
+    Args:
+        names: everything the pickle may refer to. Their values must be safe to call with any
+            arguments, and safe to set attributes of.
+        encoding: of the strings that Python 2 wrote; "bytes" leaves them undecoded.
+        persistent: gives the values that the pickle refers to by a persistent id.
+
+    Raises:
+        DataError: the pickle is damaged, or refers to anything else, which the message names.
+    """
+    reader = _Reader(file, encoding=encoding)
+    reader.names, reader.persistent = names, persistent
+    try:
+        return reader.load()
+    except DataError:
+        raise
+    except Exception as error:  # damaged pickles raise nearly anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"not a whole pickle of the expected kind ({reason})") from error
+
+
+class _Reader(pickle.Unpickler):
+    names: Names
+    persistent: Callable[[Any], Any] | None
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.names[module, name]
+        except KeyError:
+            raise DataError(
+                f"it refers to {module}.{name}, which may run code; it is refused"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.persistent is None:
+            raise DataError("it refers to values outside of the pickle")
+        return self.persistent(pid)
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> NDArray[Any]:
+    return np.ndarray(0, np.int8)  # filled by the state that follows in the pickle
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")
+
+
+_FROM_BUFFER: Any = np.zeros(1).__reduce_ex__(5)[0]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_MODULES = ("numpy.core", "numpy._core")
+
+# How Python 3 writes bytes for Python 2.
+BYTES: Names = {("_codecs", "encode"): Stand(_latin1)}
+
+# What the pickles of NumPy's arrays and numbers refer to, by the old and the new names.
+NUMPY: Names = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"{m}.multiarray", "_reconstruct"): Stand(_empty_array) for m in _MODULES},
+    **{(f"{m}.multiarray", "scalar"): Stand(_SCALAR) for m in _MODULES},
+    **{(f"{m}.numeric", "_frombuffer"): Stand(_FROM_BUFFER) for m in _MODULES},
+    **BYTES,
+}

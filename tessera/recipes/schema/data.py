@@ -1,0 +1,133 @@
+"""Images: where they come from, the space they are modelled in, and what of them is trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+
+
+class DataConfig(Section):
+    """The training images and how they are read."""
+
+    path: str | None = Field(
+        None, description="archive (.zip), packed set or image folder; with a VAE: latents"
+    )
+    resolution: PositiveInt = Field(description="height and width of the images, pixels")
+    channels: Literal[1, 3] = 3
+    num_classes: int = Field(0, ge=0, description="0 trains without labels")
+    xflip: bool = Field(False, description="double the set by mirrored copies")
+    max_images: PositiveInt | None = Field(None, description="train on a random subset")
+    order: Literal["epochs", "windowed"] = Field(
+        "epochs", description="a fresh shuffle each epoch, or EDM's windowed shuffle"
+    )
+    cache: bool = Field(False, description="keep decoded images in memory")
+    workers: int = Field(
+        2, ge=0, description="threads that read ahead; 0 reads in the training step"
+    )
+
+
+class PixelCodec(Section):
+    """uint8 pixels to [-1, 1]."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+class VaeCodec(Section):
+    """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
+
+    The defaults are those of Stable Diffusion's.
+    """
+
+    kind: Literal["vae"] = "vae"
+    model: str = Field(
+        "stabilityai/sd-vae-ft-ema",
+        description="folder or Hugging Face id of an AutoencoderKL of diffusers",
+    )
+    channels: PositiveInt = Field(4, description="of the latents")
+    downsample: PositiveInt = Field(8, description="side of the images / side of the latents")
+    scale: PositiveFloat = 0.18215
+    shift: float = 0
+
+
+CodecConfig = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]
+
+
+class FullView(Section):
+    """Every step trains on whole images."""
+
+    kind: Literal["full"] = "full"
+
+
+class PatchView(Section):
+    """Every step trains on random patches of one size, and where they lie (Patch Diffusion)."""
+
+    kind: Literal["patches"] = "patches"
+    real_p: Probability = Field(0.5, description="probability of the largest size")
+    sizes: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+        None, description="sides from small to large; null: R/4, R/2, R (latents: R/2, R)"
+    )
+    probabilities: Annotated[tuple[Probability, ...], Listed] | None = Field(
+        None, description="of the sizes; null: from real_p"
+    )
+    multipliers: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+        None, description="batches of a step, for each size s; null: R / s"
+    )
+    schedule: Literal["stochastic", "progressive"] = Field(
+        "stochastic", description="a size drawn for each step, or from small to large"
+    )
+    per_pixel: bool = Field(
+        False, description="give a patch the weight of a full image, not that of its pixels"
+    )
+
+
+ViewConfig = Annotated[FullView | PatchView, Field(discriminator="kind")]
+
+
+class CoordsConfig(Section):
+    """The position of each pixel in the full image, as further channels of the network's input."""
+
+    frequencies: int = Field(
+        0, ge=0, description="0: x and y; F: sines and cosines at 2^0, ..., 2^(F-1)"
+    )
+
+
+class AugmentConfig(Section):
+    """Non-leaky augmentation (EDM, section F.2): multipliers of `p` per transform; 0 = absent."""
+
+    p: Probability = 0.12
+    xflip: NonNegative = 1e8
+    yflip: NonNegative = 1
+    rotate_int: NonNegative = 0
+    translate_int: NonNegative = 0
+    translate_int_max: NonNegative = 0.125
+    scale: NonNegative = 1
+    scale_std: NonNegative = 0.2
+    rotate_frac: NonNegative = 1
+    rotate_frac_max: NonNegative = 1
+    aniso: NonNegative = 1
+    aniso_std: NonNegative = 0.2
+    aniso_rotate_prob: Probability = 0.5
+    translate_frac: NonNegative = 1
+    translate_frac_std: NonNegative = 0.125
+    brightness: NonNegative = 0
+    brightness_std: NonNegative = 0.2
+    contrast: NonNegative = 0
+    contrast_std: NonNegative = 0.5
+    lumaflip: NonNegative = 0
+    hue: NonNegative = 0
+    hue_max: NonNegative = 1
+    saturation: NonNegative = 0
+    saturation_std: NonNegative = 1
+
+    @property
+    def label_dim(self) -> int:
+        """Number of augmentation labels that the network sees."""
+        widths = {
+            "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1,
+            "rotate_frac": 2, "aniso": 2, "translate_frac": 2, "brightness": 1, "contrast": 1,
+            "lumaflip": 1, "hue": 2, "saturation": 1,
+        }  # fmt: skip
+        return sum(width for name, width in widths.items() if getattr(self, name) > 0)

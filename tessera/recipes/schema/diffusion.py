@@ -1,0 +1,126 @@
+"""Preconditioning and objectives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from tessera.recipes.schema.base import Probability, Section
+
+
+class EdmPreconditioning(Section):
+    """EDM (Karras et al. 2022), table 1."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: PositiveFloat = 0.5
+
+
+class VpPreconditioning(Section):
+    """Variance preserving (Song et al. 2021), EDM table 1."""
+
+    kind: Literal["vp"] = "vp"
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    timesteps: PositiveInt = 1000
+    epsilon_t: PositiveFloat = 1e-5
+    released_sigma_min: bool = Field(
+        False, description="σ(ε_t) as float32 cancellation leaves it in the released baselines"
+    )
+
+
+class VePreconditioning(Section):
+    """Variance exploding (Song et al. 2021), EDM table 1."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100
+
+
+class IddpmPreconditioning(Section):
+    """Improved DDPM (Nichol & Dhariwal 2021), EDM table 1; the network has 2 C output channels."""
+
+    kind: Literal["iddpm"] = "iddpm"
+    c_1: PositiveFloat = 0.001
+    c_2: PositiveFloat = 0.008
+    timesteps: PositiveInt = 1000
+
+
+class DiscretePreconditioning(Section):
+    """The T steps of a variance-preserving process (DDPM, improved DDPM, PDM)."""
+
+    kind: Literal["discrete"] = "discrete"
+    schedule: str = Field("linear", description="linear, linear0.025 (its end), ..., or cosine")
+    timesteps: PositiveInt = 1000
+    spacing: str = Field("", description="train on these steps only, like 250 or ddim50")
+    prediction: Literal["x0", "eps", "v"] = Field("x0", description="what the network predicts")
+    rescale_timesteps: bool = Field(False, description="tell the network 1000 t / timesteps")
+
+
+PreconditioningConfig = Annotated[
+    EdmPreconditioning
+    | VpPreconditioning
+    | VePreconditioning
+    | IddpmPreconditioning
+    | DiscretePreconditioning,
+    Field(discriminator="kind"),
+]
+
+
+class ObjectiveSection(Section):
+    """What every objective has."""
+
+    label_dropout: Probability = Field(
+        0.0, description="share of images trained without their class, for guidance"
+    )
+
+
+class EdmObjective(ObjectiveSection):
+    """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
+
+    kind: Literal["edm"] = "edm"
+    p_mean: float = -1.2
+    p_std: PositiveFloat = 1.2
+    sigma_data: PositiveFloat = 0.5
+
+
+class VpObjective(ObjectiveSection):
+    """Variance preserving: uniform t, weight 1 / σ²."""
+
+    kind: Literal["vp"] = "vp"
+    beta_d: PositiveFloat = 19.9
+    beta_min: PositiveFloat = 0.1
+    epsilon_t: PositiveFloat = 1e-5
+
+
+class VeObjective(ObjectiveSection):
+    """Variance exploding: log-uniform σ, weight 1 / σ²."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100
+
+
+class DiscreteObjective(ObjectiveSection):
+    """The steps of a discrete process: weighted error, and a bound for learned variances."""
+
+    kind: Literal["discrete"] = "discrete"
+    label_dropout: Probability = Field(
+        0.1, description="share of images trained without their class, for guidance"
+    )
+    weight: Literal["sqrt_snr", "p2", "snr", "snr+1", "truncated_snr"] = Field(
+        "sqrt_snr", description="of the squared error of x at a signal-to-noise ratio"
+    )
+    loss: Literal["mse", "kl", "rescaled_kl"] = Field(
+        "mse", description="mse adds the bound for learned variances only; kl is the bound alone"
+    )
+    rescale_variance: bool = Field(False, description="multiply the bound by steps / 1000")
+    timesteps: Literal["uniform", "loss_second_moment"] = Field(
+        "uniform", description="how steps are drawn; by their past losses"
+    )
+    small_variance: bool = Field(False, description="of kl losses without a learned variance")
+
+
+ObjectiveConfig = Annotated[
+    EdmObjective | VpObjective | VeObjective | DiscreteObjective, Field(discriminator="kind")
+]

@@ -1,0 +1,275 @@
+"""A whole recipe, and the errors of parts that do not fit each other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from tessera.recipes.schema.base import Listed, Section
+from tessera.recipes.schema.data import (
+    AugmentConfig,
+    CodecConfig,
+    CoordsConfig,
+    DataConfig,
+    FullView,
+    PatchView,
+    PixelCodec,
+    VaeCodec,
+    ViewConfig,
+)
+from tessera.recipes.schema.diffusion import (
+    DiscreteObjective,
+    DiscretePreconditioning,
+    EdmObjective,
+    EdmPreconditioning,
+    IddpmPreconditioning,
+    ObjectiveConfig,
+    PreconditioningConfig,
+)
+from tessera.recipes.schema.networks import (
+    AdmUNetConfig,
+    LegoConfig,
+    NetworkConfig,
+    PatchedUNetConfig,
+)
+from tessera.recipes.schema.sampling import EdmSampler, SamplerConfig
+from tessera.recipes.schema.training import (
+    EmaConfig,
+    EvaluateConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+
+class Recipe(Section):
+    """Everything that makes a model: data, network, diffusion, training, and how it is sampled."""
+
+    name: str
+    description: str = ""
+    data: DataConfig
+    codec: CodecConfig = PixelCodec()
+    view: ViewConfig = FullView()
+    coords: CoordsConfig | None = Field(
+        None, description="coordinates as input; null: x and y if the view is of patches"
+    )
+    augment: AugmentConfig | None = None
+    low_resolution: PositiveInt | None = Field(
+        None, description="side of the small image that the network enlarges (super-resolution)"
+    )
+    network: NetworkConfig
+    preconditioning: PreconditioningConfig = EdmPreconditioning()
+    objective: ObjectiveConfig = EdmObjective()
+    snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
+        (), description="thresholds of the signal-to-noise ratio between experts, falling"
+    )
+    expert: int | None = Field(
+        None, ge=0, description="train this expert's noise levels only; 0 is the cleanest"
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    sampling: SamplerConfig = EdmSampler()
+    evaluate: EvaluateConfig | None = None
+    run: RunConfig = RunConfig()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's images in model space."""
+        if isinstance(self.codec, VaeCodec):
+            side = self.data.resolution // self.codec.downsample
+            return self.codec.channels, side, side
+        return self.data.channels, self.data.resolution, self.data.resolution
+
+    @property
+    def coord_frequencies(self) -> int | None:
+        """Of the network's coordinate channels; None if it has none."""
+        if isinstance(self.network, LegoConfig):
+            return 0
+        if self.coords is not None:
+            return self.coords.frequencies
+        return 0 if isinstance(self.view, PatchView) else None
+
+    @property
+    def patch_sizes(self) -> tuple[int, ...]:
+        """Sides of all images that the network is trained on, in model space, small to large."""
+        side = self.shape[1]
+        if not isinstance(self.view, PatchView):
+            return (side,)
+        if self.view.sizes is not None:
+            return self.view.sizes
+        if isinstance(self.codec, VaeCodec):
+            return (side // 2, side)
+        return (side // 4, side // 2, side)
+
+    @property
+    def augment_dim(self) -> int:
+        """Number of augmentation labels that the network is built for."""
+        return self.augment.label_dim if self.augment is not None else 0
+
+    @model_validator(mode="after")
+    def _latents_fit(self) -> Self:
+        data, codec = self.data, self.codec
+        if not isinstance(codec, VaeCodec):
+            return self
+        if data.channels != 3:
+            raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
+        if data.resolution % codec.downsample:
+            raise ValueError(
+                f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "
+                f"({codec.downsample}), because each latent pixel stands for so many of the image"
+            )
+        if self.augment is not None:
+            raise ValueError(
+                "augment works on images and not on latents; set augment=null, and data.xflip=true "
+                "for mirrored images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if not self.network.fits(self.shape[1]):
+            latents = (
+                f" makes latents of side {self.shape[1]}, which"
+                if isinstance(self.codec, VaeCodec)
+                else ""
+            )
+            raise ValueError(
+                f"data.resolution ({self.data.resolution}){latents} must be {self.network.sides}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        splits = self.snr_splits
+        if list(splits) != sorted(set(splits), reverse=True):
+            raise ValueError(f"snr_splits {splits} must fall from expert to expert, like 4,0.25")
+        if self.expert is not None and not 0 < len(splits) >= self.expert:
+            raise ValueError(
+                f"expert {self.expert} does not exist: snr_splits has {len(splits)} thresholds"
+                + (
+                    f", which make experts 0 to {len(splits)}"
+                    if splits
+                    else "; set some, like 0.25"
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        preconditioning = self.preconditioning
+        tabled = isinstance(preconditioning, DiscretePreconditioning | IddpmPreconditioning)
+        if isinstance(self.objective, DiscreteObjective) and not tabled:
+            raise ValueError(
+                "objective.kind=discrete needs a model that knows discrete noise levels; set "
+                "preconditioning.kind=discrete (or iddpm), or choose another objective"
+            )
+        learns = isinstance(self.network, PatchedUNetConfig) and self.network.learn_variance
+        if learns and not isinstance(preconditioning, DiscretePreconditioning):
+            raise ValueError(
+                "network.learn_variance needs the steps that the variance is of: set "
+                "preconditioning.kind=discrete, or leave it out"
+            )
+        if learns and not isinstance(self.objective, DiscreteObjective):
+            raise ValueError(
+                "network.learn_variance is trained by objective.kind=discrete only; choose that, "
+                "or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _small_images_fit(self) -> Self:
+        if self.low_resolution is None:
+            return self
+        if self.data.resolution % self.low_resolution or self.low_resolution == self.shape[1]:
+            raise ValueError(
+                f"low_resolution ({self.low_resolution}) must be a part of data.resolution "
+                f"({self.data.resolution}) that it is a multiple of"
+            )
+        pixels = isinstance(self.codec, PixelCodec) and not isinstance(self.view, PatchView)
+        if isinstance(self.network, LegoConfig) or not pixels:
+            raise ValueError("low_resolution works with U-Nets on whole images of pixels only")
+        if self.evaluate is not None:
+            raise ValueError(
+                "evaluate cannot score models that enlarge images (low_resolution) while they are "
+                "trained; leave it out, and score samples of small images afterwards"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bricks_know_coordinates(self) -> Self:
+        if not isinstance(self.network, LegoConfig):
+            return self
+        if self.coords is not None and self.coords.frequencies:
+            raise ValueError(
+                "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
+                "leave out coords"
+            )
+        if isinstance(self.preconditioning, IddpmPreconditioning):
+            raise ValueError(
+                "preconditioning.kind: iddpm needs a network that learns variances, which bricks "
+                "do not; choose edm, vp or ve"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Self:
+        view, side = self.view, self.shape[1]
+        if not isinstance(view, PatchView):
+            return self
+        sizes = self.patch_sizes
+        halvings = len(sizes) - 1
+        if view.sizes is None and side % 2**halvings:
+            often = "twice" if halvings == 2 else "once"
+            raise ValueError(
+                f"images of side {side} cannot be halved {often}, as the usual patches need; "
+                "set view.sizes"
+            )
+        if list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"view.sizes {_text(sizes)} must rise from small to large")
+        if sizes[-1] > side:
+            raise ValueError(
+                f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
+            )
+        for size in sizes:
+            if not self.network.fits(size):
+                raise ValueError(
+                    f"patches of {size} pixels do not fit the network: their side must be "
+                    f"{self.network.sides}. Set view.sizes, or change the network"
+                )
+        for name in ("probabilities", "multipliers"):
+            values = getattr(view, name)
+            if values is not None and len(values) != len(sizes):
+                raise ValueError(
+                    f"view.{name} has {len(values)} entries, but there are {len(sizes)} sizes: "
+                    f"{_text(sizes)}"
+                )
+        if view.probabilities is None and len(sizes) > 3:
+            raise ValueError(
+                "view.real_p can be distributed over up to 3 sizes only; set view.probabilities"
+            )
+        if view.probabilities is not None and abs(sum(view.probabilities) - 1) > 1e-6:
+            raise ValueError(
+                f"view.probabilities add up to {sum(view.probabilities):g}; they must make 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adm_attention(self) -> Self:
+        network = self.network
+        if not isinstance(network, AdmUNetConfig):
+            return self
+        for level, mult in enumerate(network.channel_mult):
+            resolution, width = self.shape[1] >> level, network.model_channels * mult
+            if resolution in network.attn_resolutions and width % 64:
+                raise ValueError(
+                    f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
+                    f"network is {width} channels wide; its heads need a multiple of 64 channels. "
+                    f"Change network.model_channels or leave {resolution} out"
+                )
+        return self
+
+
+def _text(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,130 @@
+"""How a model is trained, scored meanwhile, and what a run writes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+
+
+class OptimizerConfig(Section):
+    """Adam or AdamW, and the course of the learning rate over images seen."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-3
+    betas: Annotated[tuple[Probability, Probability], Listed] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegative = 0
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
+    rampup_images: int = Field(10_000_000, ge=0, description="linear warm-up from 0")
+    decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    decay_start_images: int = Field(0, ge=0, description="images before the decay begins")
+    final_lr: NonNegative = Field(0, description="where cosine and linear decay end")
+
+    @model_validator(mode="after")
+    def _decay_has_a_start(self) -> Self:
+        if self.decay == "inverse_sqrt" and self.decay_start_images == 0:
+            raise ValueError("decay=inverse_sqrt needs decay_start_images above 0")
+        return self
+
+
+class EmaConfig(Section):
+    """One exponential moving average of the weights."""
+
+    halflife_images: PositiveFloat = 500_000
+    rampup_ratio: PositiveFloat | None = Field(
+        0.05, description="half-life at most this share of the images seen; null for no ramp-up"
+    )
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    images: PositiveInt = Field(200_000_000, description="images to train on, in all")
+    batch: PositiveInt = Field(512, description="images of one optimiser step, over all devices")
+    micro_batch: PositiveInt | None = Field(
+        None, description="images of one forward pass on one device; less memory, same result"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = True
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    loss_scale: PositiveFloat | None = Field(
+        None, description="fixed loss scale; by default 1, and dynamic in fp16"
+    )
+    nonfinite: Literal["skip", "replace"] = Field(
+        "skip", description="skip steps with NaN or infinite gradients, or replace them (as EDM)"
+    )
+    max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
+    seed: int = Field(0, ge=0)
+    initial_weights: str | None = Field(
+        None, description="pipeline or run whose averaged weights the training starts from"
+    )
+
+    @model_validator(mode="after")
+    def _replaceable(self) -> Self:
+        # A dynamic scale finds its value by overflowing, and must not learn from the overflows.
+        if self.nonfinite == "replace" and self.precision == "fp16" and self.loss_scale is None:
+            raise ValueError("nonfinite=replace in fp16 needs a fixed loss_scale, for example 100")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        return self
+
+
+class PreviewConfig(Section):
+    """Sample grids made while training, always from the same seeds."""
+
+    every_images: PositiveInt = 2_500_000
+    rows: PositiveInt = 8
+    columns: PositiveInt = 8
+
+
+Metric = Literal["fd", "fid", "sfid", "is", "kid", "pr"]
+
+
+class EvaluateConfig(Section):
+    """Scores of samples from the averaged weights while training; the best model is kept."""
+
+    metrics: Annotated[tuple[Metric, ...], Listed] = Field(
+        ("fd",), min_length=1, description="the first decides which model is best"
+    )
+    every_images: PositiveInt = 5_000_000
+    images: int = Field(5_000, ge=2, description="samples for a score, always of the same seeds")
+    batch: PositiveInt = 64
+    features: Literal["classifier", "inception", "dinov2"] = "classifier"
+    weights: str | None = Field(None, description="file with the weights of the extractor")
+    reference: str | None = Field(
+        None, description="reference file or real images; by default the training images"
+    )
+
+    @model_validator(mode="after")
+    def _of_these_features(self) -> Self:
+        only = [metric for metric in self.metrics if metric in ("fid", "sfid", "is")]
+        if only and self.features != "inception":
+            raise ValueError(
+                f"{', '.join(only)} need evaluate.features=inception; the distance on "
+                "other features is called fd"
+            )
+        if "kid" in self.metrics and self.images < 1000:
+            raise ValueError("kid needs at least 1,000 evaluate.images")
+        return self
+
+
+class RunConfig(Section):
+    """The run folder and what is written to it."""
+
+    dir: str | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
+    log_every_images: PositiveInt = 50_000
+    checkpoint_every_images: PositiveInt = 2_500_000
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+    preview: PreviewConfig | None = PreviewConfig()
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="Weights & Biases project")
