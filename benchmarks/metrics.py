@@ -1,29 +1,37 @@
 """Distances between features beside torch-fidelity's and SciPy's, on the same features.
 
 Random features of Inception's size with a decaying spectrum; Fréchet distance at 2,048 numbers,
-KID and precision and recall at TESSERA_BENCH_IMAGES images (10,000; 50,000 takes far longer).
+KID and precision and recall at TESSERA_BENCH_IMAGES images (10,000 by default, minutes on 2 cores;
+50,000 is taken in one round). Variants that need too much time or memory are left out, and said so.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import device, interleaved, markdown, record, show
+from benchmarks.harness import device, interleaved, markdown, record, seconds, show
 from tessera.metrics.frechet import frechet_from_moments
 from tessera.metrics.kid import kernel_distance
 from tessera.metrics.manifold import precision_recall
+from tessera.metrics.screening import fast_dtype
 from tessera.metrics.statistics import FeatureStatistics
 
 DIM = 2048
 OURS, THEIRS, SCIPY = "tessera", "torch-fidelity", "SciPy sqrtm"
+MOST_GIB, MOST_HOURS = 20, 1.0
+
+# What each tool calls, or why it does not.
+Variants = dict[str, Callable[[], float] | str]
 
 
 def features(images: int, seed: int) -> Tensor:
@@ -35,23 +43,44 @@ def features(images: int, seed: int) -> Tensor:
     return (0.4 + normal @ mixing + 0.02 * seed).abs()
 
 
-def their(part: str) -> ModuleType | None:
-    """A module of torch-fidelity; None where it, or torchvision which it needs, does not load."""
+def their(part: str) -> ModuleType | str:
+    """A module of torch-fidelity, or why there is none."""
+    name = f"torch_fidelity.{part}"
     try:
-        return importlib.import_module(f"torch_fidelity.{part}")
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError):
+        # It imports torchvision, which has to match torch, for networks and data sets only.
+        for stub in ("torchvision", "torchvision.transforms", "torchvision.datasets",
+                     "torchvision.transforms.functional"):  # fmt: skip
+            sys.modules[stub] = MagicMock()
+    try:
+        return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
-        print(f"left out: {THEIRS} ({error})")
-        return None
+        return f"left out: {error}"
 
 
-def frechet(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]]:
+def _too_much(images: int) -> str | None:
+    """Why torch-fidelity's precision and recall is left out; None if it can be waited for."""
+    rows = min(images, 10_000)
+    gib = 4 * rows * images * 4 / 2**30
+    a = torch.randn(2048, 2048, device=device())
+    rate = 2 * len(a) ** 3 / min(seconds(lambda: a @ a) for _ in range(3))
+    hours = 4 * images**2 * 2 * DIM / rate / 3600
+    if gib > MOST_GIB:
+        return f"left out: needs about {gib:.0f} GiB"
+    return f"left out: takes about {hours:.1f} hours" if hours > MOST_HOURS else None
+
+
+def frechet(samples: Tensor, reference: Tensor) -> Variants:
     """The distance from ready statistics."""
     one, two = (FeatureStatistics.of(f) for f in (samples, reference))
     moments = [m.to(device()) for m in (one.mu, one.sigma, two.mu, two.sigma)]
     mu_a, sigma_a, mu_b, sigma_b = (m.cpu().numpy() for m in moments)
-    variants: dict[str, Callable[[], float]] = {OURS: lambda: frechet_from_moments(*moments)}
+    variants: Variants = {OURS: lambda: frechet_from_moments(*moments)}
     module = their("metric_fid")
-    if module is not None:
+    if isinstance(module, str):
+        variants[THEIRS] = module
+    else:
         pair = [{"mu": mu_a, "sigma": sigma_a}, {"mu": mu_b, "sigma": sigma_b}]
         variants[THEIRS] = lambda: float(
             module.fid_statistics_to_metric(*pair, False)["frechet_inception_distance"]
@@ -59,8 +88,7 @@ def frechet(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]
     try:
         linalg: Any = importlib.import_module("scipy.linalg")
     except ImportError:
-        print("left out: SciPy is not installed")
-        return variants
+        return {**variants, SCIPY: "left out: not installed"}
 
     def by_root() -> float:
         root = linalg.sqrtm(sigma_a @ sigma_b).real
@@ -70,12 +98,14 @@ def frechet(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]
     return {**variants, SCIPY: by_root}
 
 
-def kid(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]]:
+def kid(samples: Tensor, reference: Tensor) -> Variants:
     """100 subsets of 1,000, cubic kernel."""
     x, y = samples.to(device()), reference.to(device())
-    variants: dict[str, Callable[[], float]] = {OURS: lambda: kernel_distance(x, y)[0]}
+    variants: Variants = {OURS: lambda: kernel_distance(x, y)[0]}
     module = their("metric_kid")
-    if module is not None:
+    if isinstance(module, str):
+        variants[THEIRS] = module
+    else:
         options = {
             "kid_subsets": 100, "kid_subset_size": 1000, "kid_kernel": "poly", "verbose": False,
             "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None,
@@ -89,7 +119,7 @@ def kid(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]]:
     return variants
 
 
-def precision(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], float]]:
+def precision(samples: Tensor, reference: Tensor) -> Variants:
     """Precision and recall of 3 neighbours; the sum of both stands for the result."""
     x, y = samples.to(device()), reference.to(device())
 
@@ -98,8 +128,11 @@ def precision(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], floa
         return found.precision + found.recall
 
     module = their("metric_prc")
-    if module is None:
-        return {OURS: ours}
+    if isinstance(module, str):
+        return {OURS: ours, THEIRS: module}
+    reason = _too_much(len(x))
+    if reason:
+        return {OURS: ours, THEIRS: reason}
 
     def theirs() -> float:
         found = module.prc_features_to_metric(
@@ -111,36 +144,53 @@ def precision(samples: Tensor, reference: Tensor) -> dict[str, Callable[[], floa
     return {OURS: ours, THEIRS: theirs}
 
 
-def _keep(results: dict[str, float], name: str, function: Callable[[], float]) -> None:
-    results[name] = function()
+def _timed(
+    title: str, name: str, function: Callable[[], float], results: dict[str, float]
+) -> Callable[[], None]:
+    def call() -> None:
+        start = time.perf_counter()
+        results[name] = function()
+        print(f"{title}: {name} {time.perf_counter() - start:.2f} s", flush=True)
+
+    return call
 
 
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants in turns, check that they agree, print the table."""
     images = int(os.environ.get("TESSERA_BENCH_IMAGES", "10000"))
+    rounds = rounds if images <= 10_000 else 1
+    print(f"features of 2 x {images:,} images", flush=True)
     samples, reference = features(images, 1), features(images, 0)
     rows = []
     for title, make, tolerance in (
         (f"Fréchet distance, {DIM} features", frechet, 1e-6),
-        (f"KID, {images:,} images", kid, 1e-5),
+        (f"KID, {images:,} images", kid, 1e-6),
         (f"precision and recall, {images:,} images", precision, 4 / images),
     ):
-        variants = make(samples, reference)
         results: dict[str, float] = {}
-        kept = {name: partial(_keep, results, name, f) for name, f in variants.items()}
+        variants = make(samples, reference)
+        calls = {
+            name: _timed(title, name, function, results)
+            for name, function in variants.items()
+            if not isinstance(function, str)
+        }
         # Without a warm-up: nothing is compiled, and SciPy's root takes minutes.
-        times = interleaved(kept, rounds, warmup=0)
-        for name, seconds in times.items():
+        times = interleaved(calls, rounds, warmup=0)
+        for name, function in variants.items():
+            if isinstance(function, str):
+                print(f"{title}: {name} {function}", flush=True)
+                rows.append([title, name, "-", "-", function])
+                continue
             difference = abs(results[name] - results[OURS])
             if difference > tolerance * max(1.0, abs(results[OURS])):
                 raise AssertionError(f"{title}: {name} gives {results[name]}, not {results[OURS]}")
-            ratio = f"{seconds / times[OURS]:.1f}x"
-            rows.append([title, name, f"{seconds:.2f}", ratio, f"{results[name]:.7g}"])
+            ratio = f"{times[name] / times[OURS]:.1f}x"
+            rows.append([title, name, f"{times[name]:.2f}", ratio, f"{results[name]:.7g}"])
     columns = ["what", "by", "seconds", "against tessera", "result"]
     show("Distances between features", columns, rows)
     if record_figures:
-        note = f"{torch.get_num_threads()} threads; " if device().type == "cpu" else ""
-        record(
-            "Distances between features",
-            f"{note}median of {rounds} rounds, taken in turns.\n\n{markdown(columns, rows)}",
-        )
+        threads = f"{torch.get_num_threads()} threads; " if device().type == "cpu" else ""
+        note = f"{threads}products of bounds in {fast_dtype(device())}; "
+        note += f"median of {rounds} rounds, taken in turns. torch-fidelity's Fréchet distance and "
+        note += "KID, and SciPy's root, are NumPy on the CPU."
+        record("Distances between features", f"{note}\n\n{markdown(columns, rows)}")

@@ -15,7 +15,7 @@ from tessera import distributed
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages
-from tessera.metrics.features import FeatureExtractor, accumulator
+from tessera.metrics.features import FeatureExtractor, accumulator, with_float64
 from tessera.metrics.formats import Measured
 from tessera.metrics.frechet import frechet_distance
 from tessera.metrics.inception import SPATIAL_DIM, Inception
@@ -49,9 +49,9 @@ RULES: dict[Metric, dict[Convention, str]] = {
     },
     "kid": {"torch-fidelity": "100 subsets of 1,000, cubic kernel, seed 2020"},
     "pr": {
-        "adm": "k = 3, these features, squared distances; float32 (the tool: float16)",
-        "rdm": "k = 3, these features, squared distances; float64, radii rounded to float32",
-        "torch-fidelity": "k = 3, these features (the tool's default: VGG16), float32",
+        "adm": "k = 3, these features, exact distances (the tool: float16)",
+        "rdm": "k = 3, these features, exact distances, radii rounded to float32",
+        "torch-fidelity": "k = 3, these features (the tool's default: VGG16), exact distances",
     },
     "fd": {"edm": "float64 statistics"},
 }
@@ -355,12 +355,12 @@ def _score(
         two = reference.spatial_moments if spatial else reference.moments
         assert one is not None
         assert two is not None
-        return {metric: frechet_distance(one, two)}
+        return {metric: frechet_distance(one, two, with_float64(device))}
     assert samples.features is not None
     assert reference.features is not None
     exact = metric == "pr" and convention == "rdm"
-    dtype = torch.float64 if exact else torch.float32
-    x, y = samples.features.to(device, dtype), reference.features.to(device, dtype)
+    dtype, where = torch.float64 if exact else torch.float32, with_float64(device)
+    x, y = samples.features.to(where, dtype), reference.features.to(where, dtype)
     if metric == "kid":
         mean, std = kernel_distance(x, y, seed=SEED)
         return {"kid": mean, "std": std}

@@ -72,9 +72,14 @@ def open_extractor(
         ) from error
 
 
+def with_float64(device: torch.device | str) -> torch.device:
+    """The device itself, or the CPU if that has no float64."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
+
+
 def accumulator(dim: int, device: torch.device) -> FeatureStatistics:
     """Empty statistics on the device of the features, or on the CPU if that has no float64."""
-    return FeatureStatistics.empty(dim, "cpu" if device.type == "mps" else device)
+    return FeatureStatistics.empty(dim, with_float64(device))
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,28 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.errors import DataError
+from tessera.metrics.kernels import Kernel, Operand, Polynomial
 from tessera.progress import progress
 
 _ROWS = 256  # of a kernel matrix at once, so that it stays in the processor's cache
 SEED = 2020
-
-Kernel = Callable[[Tensor, Tensor], Tensor]
-
-
-def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """(x·y / D + 1)³ for x [N, D], y [M, D]."""
-    one = x.new_ones(())
-    return torch.addmm(one, x, y.T, alpha=1 / x.shape[1]).pow_(3)
-
-
-def gaussian(sigma: float) -> Kernel:
-    """exp(-|x - y|² / 2σ²)."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        squares = x.square().sum(1)[:, None] + y.square().sum(1)
-        return torch.addmm(squares, x, y.T, alpha=-2).div_(-2 * sigma**2).exp_()
-
-    return kernel
 
 
 def subsets(
@@ -56,7 +39,7 @@ def kernel_distance(
     count: int = 100,
     size: int = 1000,
     seed: int = SEED,
-    kernel: Kernel = polynomial,
+    kernel: Kernel | None = None,
 ) -> tuple[float, float]:
     """Mean and standard deviation over subsets of the squared maximum mean discrepancy.
 
@@ -64,7 +47,7 @@ def kernel_distance(
         samples, reference: features [N, D] and [M, D].
         count, size: number of subsets, and rows in each.
         seed: of the subsets.
-        kernel: of two sets of features.
+        kernel: of two sets of features; by default (x·y / D + 1)³.
 
     The estimate is unbiased up to the diagonal of the mixed term, which the field keeps; around
     zero it may be negative.
@@ -78,12 +61,20 @@ def kernel_distance(
             f"KID compares subsets of {size:,} images, but there are only {fewest:,}; "
             "give more images"
         )
+    kernel = kernel or Polynomial(reference.mean(dim=0, dtype=torch.float64))
     drawn = list(subsets(len(samples), len(reference), count, size, seed))
+    x_in, y_in = (
+        _membership(samples, [x for x, _ in drawn]),
+        _membership(reference, [y for _, y in drawn]),
+    )
+    within, across = kernel.exact(samples, reference, x_in, y_in)
+    x, y = kernel.operand(samples), kernel.operand(reference)
     # Subsets of small sets share most of their pairs: then each pair is computed once for all.
-    if max(len(samples), len(reference)) ** 2 < count * size**2:
-        within, across = _sums_over_whole_sets(samples, reference, drawn, kernel)
+    if max(len(x), len(y)) ** 2 <= count * size**2:
+        pairs_within, pairs_across = _sums_over_whole_sets(x, y, x_in, y_in, kernel)
     else:
-        within, across = _sums_over_subsets(samples, reference, drawn, kernel)
+        pairs_within, pairs_across = _sums_over_subsets(x, y, drawn, kernel)
+    within, across = within + pairs_within, across + pairs_across
     values = within / (size * (size - 1)) - 2 * across / size**2
     return float(values.mean()), float(values.std(correction=0))
 
@@ -91,15 +82,22 @@ def kernel_distance(
 _Subsets = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
+def _membership(features: Tensor, rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """1 for the rows in each subset and else 0, float32 [S, N]."""
+    result = torch.zeros(len(rows), len(features), device=features.device)
+    numbers = torch.from_numpy(np.stack(rows)).to(features.device)
+    return result.scatter_(1, numbers, 1)
+
+
 def _sums_over_subsets(
-    samples: Tensor, reference: Tensor, drawn: _Subsets, kernel: Kernel
+    samples: Operand, reference: Operand, drawn: _Subsets, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """Sums of the kernel within both sets and across, float64 [S] each, subset after subset."""
     within, across = [], []
     with progress("KID", len(drawn), unit="subsets") as bar:
         for rows, others in drawn:
-            x = samples[torch.from_numpy(rows).to(samples.device)]
-            y = reference[torch.from_numpy(others).to(reference.device)]
+            x = samples[torch.from_numpy(rows).to(samples.extra.device)]
+            y = reference[torch.from_numpy(others).to(samples.extra.device)]
             within.append(_sum_of_pairs(x, kernel) + _sum_of_pairs(y, kernel))
             across.append(_sum_of_products(x, y, kernel))
             bar.advance()
@@ -107,54 +105,54 @@ def _sums_over_subsets(
 
 
 def _sums_over_whole_sets(
-    samples: Tensor, reference: Tensor, drawn: _Subsets, kernel: Kernel
+    samples: Operand, reference: Operand, x_in: Tensor, y_in: Tensor, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """The same from the kernel of all rows, of which each subset is a sum by membership."""
-    x_in = samples.new_zeros(len(drawn), len(samples))
-    y_in = reference.new_zeros(len(drawn), len(reference))
-    for index, (ours, theirs) in enumerate(drawn):
-        x_in[index, torch.from_numpy(ours).to(x_in.device)] = 1
-        y_in[index, torch.from_numpy(theirs).to(y_in.device)] = 1
-    within = samples.new_zeros(len(drawn), dtype=torch.float64)
+    within = torch.zeros(len(x_in), dtype=torch.float64, device=x_in.device)
     across = torch.zeros_like(within)
     with progress("KID", 2 * len(samples) + len(reference), unit="rows") as bar:
-        for features, member in ((samples, x_in), (reference, y_in)):
-            for start in range(0, len(features), _ROWS):
-                rows = slice(start, min(start + _ROWS, len(features)))
-                values = kernel(features[rows], features[start:])
+        for side, member in ((samples, x_in), (reference, y_in)):
+            for rows in _blocks(side):
+                values = kernel.pairs(side[rows], side[rows.start :])
                 # Pairs of this block count once, those to its right stand for both orders.
-                height = rows.stop - start
+                height = len(values)
                 values[:, :height].fill_diagonal_(0)
                 values[:, height:] *= 2
-                within += _by_membership(member[:, rows], values, member[:, start:])
+                within += _by_membership(member[:, rows], values, member[:, rows.start :])
                 bar.advance(height)
-        for start in range(0, len(samples), _ROWS):
-            rows = slice(start, min(start + _ROWS, len(samples)))
-            across += _by_membership(x_in[:, rows], kernel(samples[rows], reference), y_in)
-            bar.advance(rows.stop - start)
+        for rows in _blocks(samples):
+            values = kernel.pairs(samples[rows], reference)
+            across += _by_membership(x_in[:, rows], values, y_in)
+            bar.advance(len(values))
     return within, across
+
+
+def _blocks(side: Operand) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, len(side), _ROWS)]
 
 
 def _by_membership(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
     """Σ_ij left[s, i] values[i, j] right[s, j] for each subset s, float64 [S]."""
+    values = values.to(torch.float32)
     return ((left @ values) * right).sum(dim=1, dtype=torch.float64)
 
 
-def _sum_of_pairs(x: Tensor, kernel: Kernel) -> Tensor:
+def _sum_of_pairs(x: Operand, kernel: Kernel) -> Tensor:
     """Sum of k(x_i, x_j) over i ≠ j, float64; the kernel is symmetric, so half of it is enough."""
-    total = x.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(x), _ROWS):
-        rows = x[start : start + _ROWS]
-        values = kernel(rows, x[start:])
-        square = values[:, : len(rows)]
-        total += square.sum(dtype=torch.float64) - square.diagonal().sum(dtype=torch.float64)
-        total += 2 * values[:, len(rows) :].sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=x.extra.device)
+    for rows in _blocks(x):
+        values = kernel.pairs(x[rows], x[rows.start :])
+        square = values[:, : len(values)]
+        square.fill_diagonal_(0)
+        # Rows first: sums of float64 are slow, and short sums of float32 exact enough.
+        total += 2 * values.sum(dim=1).sum(dtype=torch.float64)
+        total -= square.sum(dim=1).sum(dtype=torch.float64)
     return total
 
 
-def _sum_of_products(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+def _sum_of_products(x: Operand, y: Operand, kernel: Kernel) -> Tensor:
     """Sum of k(x_i, y_j) over all i and j, float64."""
-    total = x.new_zeros((), dtype=torch.float64)
-    for start in range(0, len(x), _ROWS):
-        total += kernel(x[start : start + _ROWS], y).sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=x.extra.device)
+    for rows in _blocks(x):
+        total += kernel.pairs(x[rows], y).sum(dim=1).sum(dtype=torch.float64)
     return total

@@ -1,4 +1,7 @@
-"""Precision and recall by nearest neighbours (Kynkäänniemi et al. 2019), without N x N matrices."""
+"""Precision and recall by nearest neighbours (Kynkäänniemi et al. 2019), without N x N matrices.
+
+Distances are exact to float64. Bounds from products of low precision say which of them count.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import torch
 from torch import Tensor
 
 from tessera.errors import DataError
+from tessera.metrics.screening import Screen, fast_dtype
 from tessera.progress import progress
 
 _BLOCK = {"cpu": 1024}  # rows and columns of distances at once
 _BLOCK_GPU = 8192
+_CANDIDATES = 8  # kept for each row beside its k nearest
+_AT_ONCE = 1 << 24  # numbers in the rows of distances that are done over in full
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class PrecisionRecall:
 def precision_recall(
     samples: Tensor, reference: Tensor, *, k: int = 3, round_radii: bool = False
 ) -> PrecisionRecall:
-    """Improved precision and recall of features [N, D] and [M, D], in their own precision.
+    """Improved precision and recall of features [N, D] and [M, D], float32 or float64.
 
     A manifold is the union of balls around the features of a set, each reaching to the k-th
     nearest other feature of that set; a point on the boundary is inside.
@@ -43,7 +49,7 @@ def precision_recall(
     Args:
         samples, reference: features of generated and of real images.
         k: neighbours.
-        round_radii: round the squared radii of float64 features to float32, as RDM's tool does.
+        round_radii: round the squared radii to float32, as RDM's tool does.
 
     Raises:
         DataError: a set has no more than `k` rows, or rows of another length than the other.
@@ -52,85 +58,149 @@ def precision_recall(
         raise DataError(
             f"samples have {samples.shape[1]} features, the reference has {reference.shape[1]}"
         )
-    # Distances do not change with the origin, but far from it their rounding grows.
-    origin = reference.mean(dim=0)
-    samples, reference = samples - origin, reference - origin.to(samples)
-    own = squared_radii(samples, k)
-    real = squared_radii(reference, k)
+    origin = reference.mean(dim=0, dtype=torch.float64)
+    generated, real = (_screen(f, k, origin) for f in (samples, reference))
+    own, theirs = (_squared_radii(side, k) for side in (generated, real))
     if round_radii:
-        own, real = own.float().to(own.dtype), real.float().to(real.dtype)
-    found, covered = _covered(samples, reference, own, real)
+        own, theirs = own.float().double(), theirs.float().double()
+    found, covered = _covered(generated, real, own, theirs)
     return PrecisionRecall(float(found.double().mean()), float(covered.double().mean()))
 
 
 def squared_radii(features: Tensor, k: int = 3) -> Tensor:
-    """Squared distance of each row of [N, D] to its k-th nearest other row, [N].
+    """Squared distance of each row of [N, D] to its k-th nearest other row, float64 [N].
 
     Raises:
         DataError: there are no more than `k` rows.
     """
-    n = len(features)
-    if n <= k:
-        raise DataError(f"precision and recall need more than {k} images in each set, got {n}")
-    blocks, norms = _blocks(features), features.square().sum(dim=1)
-    nearest = features.new_full((n, k), torch.inf)
+    return _squared_radii(_screen(features, k, features.mean(dim=0, dtype=torch.float64)), k)
+
+
+def _screen(features: Tensor, k: int, origin: Tensor) -> Screen:
+    if len(features) <= k:
+        raise DataError(
+            f"precision and recall need more than {k} images in each set, got {len(features)}"
+        )
+    return Screen.of(features, origin, fast_dtype(features.device))
+
+
+def _squared_radii(side: Screen, k: int) -> Tensor:
+    n, device = len(side), side.features.device
+    blocks, count = _blocks(side), min(k + _CANDIDATES, n - 1)
+    nearest = torch.full((n, count), torch.inf, device=device)
+    which = torch.zeros((n, count), dtype=torch.int64, device=device)
     with progress("neighbours", len(blocks) * (len(blocks) + 1) // 2, unit="blocks") as bar:
         for i, rows in enumerate(blocks):
             for columns in blocks[i:]:
-                distances = _distances(features, features, norms, norms, rows, columns)
+                bounds = side.lower_bounds(rows, side, columns)
                 if rows == columns:
-                    distances.fill_diagonal_(torch.inf)
+                    bounds.fill_diagonal_(torch.inf)
                 else:
                     # The distances are symmetric: each block serves its columns, too.
-                    _keep_smallest(nearest[columns], distances.T)
-                _keep_smallest(nearest[rows], distances)
+                    _keep_smallest(nearest[columns], which[columns], bounds.T, rows.start)
+                _keep_smallest(nearest[rows], which[rows], bounds, columns.start)
                 bar.advance()
-    return nearest.amax(dim=1).clamp(min=0)
+    # What exceeds the k-th smallest upper bound cannot be among the k nearest.
+    own, others = side.width(slice(None), side)
+    upper = nearest + own[:, None] + others[which]
+    limit = upper.kthvalue(k, dim=1, keepdim=True).values
+    near = nearest <= limit
+    exact = torch.full(nearest.shape, torch.inf, dtype=torch.float64, device=device)
+    exact[near] = side.distances_of_pairs(near.nonzero()[:, 0], side, which[near])
+    radii = exact.kthvalue(k, dim=1).values
+    # The rest is farther than every candidate's bound; where that does not settle it, look at all.
+    unsettled = (radii > nearest.amax(dim=1)) & (radii > 0) & (n - 1 > count)
+    for rows in _chunks(unsettled, n):
+        bounds = side.lower_bounds(rows, side, slice(None))
+        bounds[torch.arange(len(rows), device=device), rows] = torch.inf
+        every = side.distances(rows, side, bounds <= radii[rows][:, None])
+        radii[rows] = every.kthvalue(k, dim=1).values
+    return radii
 
 
 def _covered(
-    samples: Tensor, reference: Tensor, own: Tensor, real: Tensor
+    samples: Screen, reference: Screen, own: Tensor, theirs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which samples lie within a ball of the reference [N], and the other way round [M], bool."""
-    found = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    covered = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    norms, others = samples.square().sum(dim=1), reference.square().sum(dim=1)
-    row_blocks, column_blocks = _blocks(samples), _blocks(reference)
-    total = len(row_blocks) * len(column_blocks)
-    with progress("precision, recall", total, unit="blocks") as bar:
-        for rows in row_blocks:
-            for columns in column_blocks:
-                distances = _distances(samples, reference, norms, others, rows, columns)
-                distances.clamp_(min=0)
-                found[rows] |= (distances - real[columns]).amin(dim=1) <= 0
-                covered[columns] |= (distances - own[rows][:, None]).amin(dim=0) <= 0
+    blocks, others = _blocks(samples), _blocks(reference)
+    # The smallest upper and lower bound of (distance less radius) settles most of them.
+    sides = [_Reach(samples, reference, theirs), _Reach(reference, samples, own)]
+    with progress("precision, recall", len(blocks) * len(others), unit="blocks") as bar:
+        for rows in blocks:
+            for columns in others:
+                bounds = samples.lower_bounds(rows, reference, columns)
+                sides[0].look(bounds, rows, columns)
+                sides[1].look(bounds.T, columns, rows)
                 bar.advance()
+    found, covered = (side.inside() for side in sides)
     return found, covered
 
 
-def _blocks(features: Tensor) -> list[slice]:
-    size = _BLOCK.get(features.device.type, _BLOCK_GPU)
-    return [slice(start, start + size) for start in range(0, len(features), size)]
+class _Reach:
+    """Which of `points` lie within balls around `centres`, from bounds of their distances."""
+
+    def __init__(self, points: Screen, centres: Screen, radii: Tensor) -> None:
+        self._points, self._centres, self._radii = points, centres, radii
+        own, others = points.width(slice(None), centres)
+        # Rounded towards what leaves the verdict open.
+        self._may = torch.nextafter(radii.float(), radii.new_tensor(torch.inf).float())
+        self._must = torch.nextafter(radii.float(), radii.new_tensor(-torch.inf).float()) - others
+        self._own = own
+        self._least = torch.full_like(own, torch.inf)
+        self._most = torch.full_like(own, torch.inf)
+
+    def look(self, bounds: Tensor, points: slice, centres: slice) -> None:
+        """Take notice of lower bounds of a block of distances."""
+        least = (bounds - self._may[centres]).amin(dim=1)
+        most = (bounds - self._must[centres]).amin(dim=1)
+        torch.minimum(self._least[points], least, out=self._least[points])
+        torch.minimum(self._most[points], most, out=self._most[points])
+
+    def inside(self) -> Tensor:
+        """Whether each point is in any ball, bool [N]; those in doubt by exact distances."""
+        result = self._most + self._own <= 0
+        for rows in _chunks(~result & (self._least <= 0), len(self._centres)):
+            bounds = self._points.lower_bounds(rows, self._centres, slice(None))
+            exact = self._points.distances(rows, self._centres, bounds <= self._may)
+            result[rows] = (exact <= self._radii).any(dim=1)
+        return result
 
 
-def _distances(
-    a: Tensor, b: Tensor, norms_a: Tensor, norms_b: Tensor, rows: slice, columns: slice
-) -> Tensor:
-    """|a_i - b_j|² for a block of rows and columns."""
-    # The sum of norms goes in as the bias of the product: one pass over the block, not three.
-    bias = norms_a[rows][:, None] + norms_b[columns]
-    return torch.addmm(bias, a[rows], b[columns].T, alpha=-2)
+def _chunks(flags: Tensor, width: int) -> list[Tensor]:
+    """Row numbers that are set in `flags`, so many at once that `width` columns of them fit."""
+    rows = flags.nonzero().squeeze(1)
+    return [part for part in rows.split(max(1, _AT_ONCE // width)) if len(part)]
 
 
-def _keep_smallest(nearest: Tensor, distances: Tensor) -> None:
-    """Put the k smallest of each row of `nearest` [B, k] and `distances` [B, M] into `nearest`."""
-    k = nearest.shape[1]
-    # Few rows have anything to gain once some blocks have been seen.
-    better = (distances.amin(dim=1) < nearest.amax(dim=1)).nonzero().squeeze(1)
-    if len(better) == 0:
-        return
-    candidates = distances[better]
-    if candidates.shape[1] > k:
-        candidates = candidates.topk(k, dim=1, largest=False, sorted=False).values
-    both = torch.cat([nearest[better], candidates], dim=1)
-    nearest[better] = both.topk(k, dim=1, largest=False, sorted=False).values
+def _blocks(side: Screen) -> list[slice]:
+    size = _BLOCK.get(side.features.device.type, _BLOCK_GPU)
+    return [slice(start, min(start + size, len(side))) for start in range(0, len(side), size)]
+
+
+def _keep_smallest(nearest: Tensor, which: Tensor, bounds: Tensor, start: int) -> None:
+    """Put the smallest of each row of `nearest` [B, C] and `bounds` [B, M] into `nearest`.
+
+    Their columns, counted from `start` in `bounds`, go into `which` [B, C].
+    """
+    count, limit = nearest.shape[1], nearest.amax(dim=1)
+    if bool(limit.isinf().any()):  # the first block
+        values, columns = bounds.topk(min(count, bounds.shape[1]), dim=1, largest=False)
+        rows = torch.arange(len(bounds), device=bounds.device)
+    else:
+        # Once some blocks have been seen, a row has one or two numbers to gain, if any.
+        gained = (bounds < limit[:, None]).nonzero()
+        if len(gained) == 0:
+            return
+        rows, place, counts = torch.unique_consecutive(
+            gained[:, 0], return_inverse=True, return_counts=True
+        )
+        first = counts.cumsum(0) - counts
+        column = torch.arange(len(gained), device=bounds.device) - first[place]
+        values = nearest.new_full((len(rows), int(counts.max())), torch.inf)
+        columns = torch.zeros(values.shape, dtype=torch.int64, device=bounds.device)
+        values[place, column] = bounds[gained[:, 0], gained[:, 1]]
+        columns[place, column] = gained[:, 1]
+    both = torch.cat([nearest[rows], values], dim=1)
+    numbers = torch.cat([which[rows], columns + start], dim=1)
+    nearest[rows], order = both.topk(count, dim=1, largest=False, sorted=False)
+    which[rows] = numbers.gather(1, order)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from tessera import distributed
+from tessera.data.latents import is_latents
+from tessera.errors import RecipeError
 from tessera.files import atomic_folder, write_json
 from tessera.metrics import evaluate as scoring
 from tessera.metrics.features import FeatureExtractor, open_extractor
@@ -21,6 +23,7 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
+from tessera.recipes.build import build_codec
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
 from tessera.training.preview import ema_pipeline
@@ -49,6 +52,8 @@ class Evaluation:
         self._recipe, self._class_names = recipe, class_names
         self._run_dir, self._trackers = run_dir, trackers
         self._sides: tuple[FeatureExtractor, Measured] | None = None
+        if recipe.evaluate is not None:
+            _check_reference(recipe, recipe.evaluate)
 
     def make(self, learner: Learner, images_seen: int) -> Metrics:
         """Sample, score and log; all processes take part, with the same result."""
@@ -143,3 +148,28 @@ class Evaluation:
                 scoring.Needs(moments=True, features=True),
             )
         return extractor, measured
+
+
+def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
+    """Say before the training, not at the first score, that there is nothing to compare with.
+
+    Raises:
+        RecipeError: there is no reference, or it would need images of a set of latents.
+        CheckpointError: the autoencoder that decodes the samples cannot be had.
+    """
+    build_codec(recipe.codec).prepare()
+    path = Path(config.reference or str(recipe.data.path))
+    if not path.exists():
+        raise RecipeError(f"evaluate.reference: there is nothing at {path}")
+    if is_latents(path):
+        raise RecipeError(
+            f"{path} holds latents, but scores compare decoded samples with real images: set "
+            "evaluate.reference to a reference file or to the images that the latents were made of"
+        )
+    wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
+    classifier = config.features == "classifier" and has_classifier(path)
+    if classifier and wanted.features and is_latents(str(recipe.data.path)):
+        raise RecipeError(
+            f"{path} holds statistics only, and kid and pr compare the features of each real "
+            "image: set evaluate.reference to the images that the latents were made of"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from tessera.pipelines.experts import assemble
 from tessera.pipelines.pipeline import Pipeline
 from tessera.randomness import AddressedDraws
 from tessera.recipes.loading import load_recipe
+from tessera.recipes.schema import Recipe
+from tessera.training import evaluation
 from tessera.training.feed import Feed
 from tessera.training.trainer import Trainer
 
@@ -177,6 +180,31 @@ def test_another_place_of_the_vae(made: Path, tmp_path: Path) -> None:
     experts = tmp_path / "experts"
     assemble([Pipeline.load(run)] * 2, [0.25]).save(experts)
     assert Pipeline.load(experts, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
+
+
+def test_scores_while_training_on_latents_are_of_decoded_images(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = evaluation.build_reference
+    monkeypatch.setattr(
+        evaluation, "build_reference", lambda data, **how: build(data, training_images=64, **how)
+    )
+    latents, images = made / "latents.safetensors", str(made / "images.safetensors")
+    section = {"every_images": 10_000, "images": 6}
+
+    def recipe(vae: str = "vae", **changes: str) -> Recipe:
+        return latent_recipe(made / vae, latents, evaluate={**section, **changes})
+
+    with pytest.raises(RecipeError, match=r"holds latents.*evaluate\.reference"):
+        Trainer(recipe(), tmp_path / "without").run()
+    with pytest.raises(RecipeError, match="there is nothing at"):
+        Trainer(recipe(reference=str(made / "nowhere")), tmp_path / "nowhere").run()
+    with pytest.raises(CheckpointError, match="there is no VAE folder"):
+        Trainer(recipe("gone", reference=images), tmp_path / "gone").run()
+    Trainer(recipe(reference=images), tmp_path / "run").run()
+    score = json.loads((tmp_path / "run" / "best" / "score.json").read_text())
+    assert score["evaluate/fd"] > 0
+    assert Pipeline.load(tmp_path / "run" / "best").sample([0]).shape == (1, 16, 16, 3)
 
 
 def test_vaes_that_cannot_be_used(made: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tessera.cli import app
 from tessera.images import save_png
 from tessera.metrics import evaluate as scoring
 from tessera.metrics.dinov2 import DinoV2, VisionTransformer
+from tessera.metrics.features import with_float64
 from tessera.metrics.formats import read_measured
 from tessera.metrics.images import ArrayImages
 
@@ -141,3 +142,8 @@ def test_dinov2_resizes_its_positions_and_reads_published_names() -> None:
     one, two = (DinoV2(n, "0")(images) for n in (network, again))
     assert one.shape == (2, 16)
     assert torch.equal(one, two)
+
+
+def test_devices_without_float64_leave_distances_to_the_cpu() -> None:
+    assert with_float64("mps") == torch.device("cpu")
+    assert with_float64(torch.device("cuda", 1)) == torch.device("cuda", 1)

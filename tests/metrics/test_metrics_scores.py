@@ -14,7 +14,7 @@ from test_metrics_inception import recorded
 from torch import Tensor
 
 from tessera.errors import DataError
-from tessera.metrics import manifold
+from tessera.metrics import kernels, manifold
 from tessera.metrics.frechet import frechet_distance, frechet_from_moments
 from tessera.metrics.inception_score import (
     SplitScore,
@@ -22,12 +22,12 @@ from tessera.metrics.inception_score import (
     equal_splits,
     inception_score,
 )
+from tessera.metrics.kernels import Gaussian, Polynomial
 from tessera.metrics.kid import (
+    _membership,
     _sums_over_subsets,
     _sums_over_whole_sets,
-    gaussian,
     kernel_distance,
-    polynomial,
     subsets,
 )
 from tessera.metrics.manifold import precision_recall, squared_radii
@@ -135,11 +135,16 @@ def test_kid() -> None:
     found = kernel_distance(SAMPLE, REFERENCE, **how)
     assert found == pytest.approx((numbers["kid_mean"], numbers["kid_std"]), abs=1e-6)
     # The other way of computing the same sums, which large sets take.
-    sums = (_sums_over_subsets(SAMPLE, REFERENCE, drawn, polynomial),
-            _sums_over_whole_sets(SAMPLE, REFERENCE, drawn, polynomial))  # fmt: skip
+    kernel = Polynomial(REFERENCE.mean(dim=0, dtype=torch.float64))
+    x, y = kernel.operand(SAMPLE), kernel.operand(REFERENCE)
+    members = (
+        _membership(f, rows)
+        for f, rows in zip((SAMPLE, REFERENCE), zip(*drawn, strict=True), strict=True)
+    )
+    sums = (_sums_over_subsets(x, y, drawn, kernel), _sums_over_whole_sets(x, y, *members, kernel))
     for one, two in zip(*sums, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
-    found = kernel_distance(SAMPLE, REFERENCE, kernel=gaussian(3), **how)
+    found = kernel_distance(SAMPLE, REFERENCE, kernel=Gaussian(3), **how)
     assert found == pytest.approx((numbers["kid_rbf3_mean"], numbers["kid_rbf3_std"]), abs=1e-6)
     with pytest.raises(DataError, match="subsets of 1,000 images, but there are only 300"):
         kernel_distance(SAMPLE, REFERENCE)
@@ -199,6 +204,56 @@ def test_any_blocks_give_what_whole_matrices_give(seed: int, n: int, m: int) -> 
     across = torch.cdist(x, y)
     assert found.precision == float((across <= radii[1] + 1e-9).any(1).double().mean())
     assert found.recall == float((across <= radii[0][:, None] + 1e-9).any(0).double().mean())
+
+
+def covered_by_definition(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Precision and recall from whole matrices of differences in float64."""
+    x, y = x.double(), y.double()
+    exact = "donot_use_mm_for_euclid_dist"
+    radii = [torch.cdist(z, z, compute_mode=exact).kthvalue(4, dim=1).values for z in (x, y)]
+    across = torch.cdist(x, y, compute_mode=exact)
+    found, covered = across <= radii[1], across <= radii[0][:, None]
+    return float(found.any(1).double().mean()), float(covered.any(0).double().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["spread", "positive", "collapsed", "one point"])
+def test_low_precision_bounds_give_exact_precision_and_recall(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str
+) -> None:
+    monkeypatch.setattr(manifold, "fast_dtype", lambda device: dtype)
+    monkeypatch.setitem(manifold._BLOCK, "cpu", 100)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(330, 24, generator=random)
+    y = 0.9 * torch.randn(270, 24, generator=random) + 0.1
+    if kind == "positive":
+        x, y = x.abs() + 5, y.abs() + 5
+    if kind == "collapsed":  # far closer to one another than half precision can tell
+        x = 1e-4 * x + y[:1]
+    if kind == "one point":
+        x = y[:1].expand(330, -1).contiguous()
+    found = precision_recall(x, y)
+    assert (found.precision, found.recall) == pytest.approx(covered_by_definition(x, y), abs=1e-9)
+
+
+def test_half_precision_products_leave_kid_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "fast_dtype", lambda device: torch.bfloat16)
+    random = torch.Generator().manual_seed(2)
+    mixing = torch.randn(32, 1024, generator=random) / 8
+    x, y = ((torch.randn(n, 32, generator=random) @ mixing).abs() for n in (320, 300))
+    y = 1.05 * y
+    kernel = Polynomial(y.double().mean(0))
+    assert kernel.operand(x).features.dtype == torch.bfloat16
+    values = []
+    for ours, theirs in subsets(320, 300, 4, 200):
+        a, b = x[ours].double(), y[theirs].double()
+        aa, bb, ab = ((p @ q.T / 1024 + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+        values.append(float(within / (200 * 199) - 2 * ab.mean()))
+    found = kernel_distance(x, y, count=4, size=200)
+    assert found == pytest.approx((np.mean(values), np.std(values)), abs=2e-7)
+    # Features of a large spread, whose rounding would show, are multiplied in float32.
+    assert kernel.operand(10 * x).features.dtype == torch.float32
 
 
 def test_sets_that_precision_and_recall_cannot_take() -> None:
