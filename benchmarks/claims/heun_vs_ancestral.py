@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
-from tessera.pipelines.pipeline import Pipeline, load
+from tessera.pipelines.loading import load
+from tessera.pipelines.pipeline import Pipeline
 
 RECIPE = "cifar10-small-pdm"
 TITLE = "PDM: Heun's method on a discrete model"
