@@ -17,7 +17,7 @@ from tessera.randomness import AddressedDraws
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.sampling.edm import sample_edm
 from tessera.sampling.seeds import SeedNoise
-from tessera.training.learner import Learner, MicroBatch, Objective, TrainStep
+from tessera.training.learner import Learner, MicroBatch, Objective, TrainStep, set_precision
 
 Precision = Literal["fp32", "bf16"]
 Shape = tuple[int, int, int]
@@ -29,7 +29,8 @@ def variant(name: str, precision: Precision, compiled: bool) -> str:
 
 
 def autocast(precision: Precision) -> torch.autocast:
-    """The context in which networks compute in `precision`."""
+    """The context in which networks compute in `precision`; without TensorFloat32 in fp32."""
+    set_precision(TrainingConfig(precision=precision))
     return torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -58,6 +59,7 @@ def training_step(
     images = torch.rand(batch, *shape, device=device()) * 2 - 1
 
     def step() -> Any:
+        set_precision(target.training)  # of the process: another variant may have had the last turn
         number = next(steps)
         numbers = number * batch + torch.arange(batch, device=device())
         micro = MicroBatch(images, cond, AddressedDraws(0, numbers), number)

@@ -95,7 +95,7 @@ class Learner:
         training: TrainingConfig,
         device: torch.device,
     ) -> None:
-        self._config, self._training, self.device = optimizer, training, device
+        self._config, self.training, self.device = optimizer, training, device
         set_precision(training)
         self.step = step.to(device).train()
         # FSDP shards contiguous weights only; the images are channels-last all the same.
@@ -133,7 +133,7 @@ class Learner:
         bad = (~(norm.isfinite() & terms["loss"].isfinite())).to(torch.float32)
         totals, bad = guard.agree([*terms.values(), *quartiles.values()], bad)
 
-        lr = optimizers.learning_rate(self._config, images_seen, self._training.images)
+        lr = optimizers.learning_rate(self._config, images_seen, self.training.images)
         optimizers.set_learning_rate(self.optimizer, lr)
         skip = self._apply(gradients, norm, bad)
         for ema in self.emas:
@@ -148,7 +148,7 @@ class Learner:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add to the gradients; the sum of each term over the micro-batch, and by quartile."""
         x = micro.x
-        if self._training.channels_last:
+        if self.training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with self._autocast():
             terms: dict[str, Tensor] = self._module(x, micro.cond, micro.draws)
@@ -166,7 +166,7 @@ class Learner:
         """Unscale, clip, and step unless `bad`; 1 if the step was skipped, else 0."""
         # The fused kernel divides gradients by `grad_scale` on the way, at no cost.
         divisor: Tensor | None = self.loss_scale.scale if self.loss_scale.active else None
-        replace = self._training.nonfinite == "replace"
+        replace = self.training.nonfinite == "replace"
         skip = torch.zeros_like(bad) if replace else bad
         if replace:
             if divisor is not None:
@@ -191,9 +191,9 @@ class Learner:
             self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self._training.precision == "fp32":
+        if self.training.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self._training.precision])
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.training.precision])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every live tensor that a checkpoint holds, by `<group>/<name>`.
