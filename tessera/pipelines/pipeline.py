@@ -119,7 +119,7 @@ class Pipeline:
         self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
-        self.ema = ema if ema is not None else ema_names(recipe)[0]
+        self.ema = ema if ema is not None else recipe.ema_names[0]
         self.emas = tuple(emas) or (self.ema,)
         self.checksum = checksum
         self._others: dict[str, Mapping[str, Tensor]] = {}
@@ -144,7 +144,7 @@ class Pipeline:
             other_emas: network state dicts of the recipe's further averages, in its order; they
                 are saved along.
         """
-        names = ema_names(recipe)[: 1 + len(other_emas)]
+        names = recipe.ema_names[: 1 + len(other_emas)]
         if len(names) != 1 + len(other_emas):
             raise ValueError(f"{1 + len(other_emas)} averages, but the recipe has {len(names)}")
         pipe = cls(
@@ -343,10 +343,8 @@ class Pipeline:
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None:
             return classes
-        drawn, shape = (
-            np.zeros(len(seeds), np.int64),
-            choose_canvas(self.recipe, **options).noise_shape,
-        )
+        drawn = np.zeros(len(seeds), np.int64)
+        shape = choose_canvas(self.recipe, **options).noise_shape
         for index, seed in enumerate(seeds):
             noise = SeedNoise([seed])
             noise.normal(shape)
@@ -503,12 +501,3 @@ class Pipeline:
             return Conditioning()
         drawn = noise.integers(self.denoiser.num_classes)
         return Conditioning(drawn if classes is None else torch.from_numpy(classes).to(self.device))
-
-
-def ema_names(recipe: Recipe) -> list[str]:
-    """A name for each average of the recipe: its half-life in images, numbered if that repeats."""
-    names: list[str] = []
-    for ema in recipe.ema:
-        name = f"{ema.halflife_images:.0f}"
-        names.append(name if name not in names else f"{name}-{len(names)}")
-    return names
