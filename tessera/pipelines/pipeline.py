@@ -22,7 +22,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.diffusion.skipping import BrickSchedule, Skipping
+from tessera.diffusion.skipping import BrickSchedule, cut_bricks
 from tessera.errors import TesseraError
 from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
@@ -171,6 +171,9 @@ class Pipeline:
 
         The weights in memory are saved; of a loaded pipeline, that is the average it was loaded
         with.
+
+        Raises:
+            CheckpointError: something else than a pipeline is in the way.
         """
         states = {self.ema: self.denoiser.network.state_dict(), **self._others}
         folders.write_folder(
@@ -418,17 +421,6 @@ class Pipeline:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    def cut(self, schedule: BrickSchedule) -> Denoiser:
-        """The model's denoiser, running as many bricks as the schedule says; of all experts.
-
-        Raises:
-            TesseraError: see `Skipping`.
-        """
-        if isinstance(self.denoiser, Experts):
-            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
-            return Experts(experts, self.denoiser.thresholds)
-        return Skipping(self.denoiser, schedule)
-
     def cost(
         self,
         *,
@@ -475,7 +467,7 @@ class Pipeline:
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
         if schedule is not None:
-            model = self.cut(schedule)
+            model = cut_bricks(self.denoiser, schedule)
         if guidance != 1:
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
