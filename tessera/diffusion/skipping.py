@@ -179,6 +179,6 @@ def cut_bricks(denoiser: Preconditioned | Experts, schedule: BrickSchedule) -> D
         TesseraError: see `Skipping`.
     """
     if isinstance(denoiser, Experts):
-        cut = [Skipping(expert, schedule) for expert in denoiser.experts]  # type: ignore[arg-type]
-        return Experts(cut, denoiser.thresholds)
+        parts = [part for part in denoiser.experts if isinstance(part, Preconditioned)]
+        return Experts([Skipping(part, schedule) for part in parts], denoiser.thresholds)
     return Skipping(denoiser, schedule)
