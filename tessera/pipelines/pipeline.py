@@ -387,7 +387,7 @@ class Pipeline:
             >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
         """
         check_images(images, self.codec.image_shape(self.recipe.shape))
-        section = choose_sampler(self.recipe.sampling, {**options, "sampler": "ddim"})
+        section = choose_sampler(self.recipe, {**options, "sampler": "ddim"})
         assert isinstance(section, DdimSampler)
         if section.eta > 0:
             raise TesseraError(
@@ -435,7 +435,7 @@ class Pipeline:
         Raises:
             TesseraError: an option that this model cannot have.
         """
-        section = choose_sampler(self.recipe.sampling, options)
+        section = choose_sampler(self.recipe, options)
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
 
@@ -461,7 +461,7 @@ class Pipeline:
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         canvas = choose_canvas(self.recipe, **options)
         others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
+        sampler = build_sampler(choose_sampler(self.recipe, own, others))
         check_low_res(self.recipe, low_res)
         check_latents(latents, canvas.shape)
         model: Denoiser = self.denoiser
