@@ -88,5 +88,7 @@ def test_the_example_of_a_recipe_of_ones_own(tmp_path: Path) -> None:
 def test_the_example_of_overrides() -> None:
     text = (DOCS / "recipes.md").read_text()
     table = text[text.index("| you write") : text.index("A wrong key")]
-    for override in re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M):
+    overrides = re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M)
+    assert len(overrides) > 7
+    for override in overrides:
         load_recipe("edm-cifar10-cond-vp", [override])
