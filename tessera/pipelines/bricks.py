@@ -154,8 +154,7 @@ def brick_picture(
     )
     counts = range(1, len(network.bricks) + 1)
     cuts = [
-        cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),)))
-        for count in counts
+        cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),))) for count in counts
     ]
     rows = []
     chosen = np.linspace(0, len(states) - 1, min(levels, len(states))).round().astype(int)

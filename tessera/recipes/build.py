@@ -27,7 +27,6 @@ from tessera.sampling.core import Sampler
 from tessera.sampling.ddpm import sample_ddim, sample_ddpm
 from tessera.sampling.edm import sample_edm
 
-
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `training.precision` makes products and convolutions compute in; fp32 is not there."""
 
