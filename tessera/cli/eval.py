@@ -79,7 +79,6 @@ def reference(
 
     _check_npz(out, "reference")
     name = _features(features)
-    _check_weights(name, weights)
     with _session() as device:
         if name != "classifier":
             source = _source(data, None, seed, batch)
@@ -91,11 +90,7 @@ def reference(
                 _print_table("Reference", [*_measured_rows(measured), ("written to", str(out))])
         elif _is_main():
             result = build_reference(
-                open_images(data),
-                seed=seed,
-                training_images=training_images,
-                device=device,
-                batch=batch,
+                open_images(data), seed=seed, training_images=training_images, device=device
             )
             save_reference(out, result)
             _print_table("Reference", [*_reference_rows(result), ("written to", str(out))])
@@ -134,7 +129,7 @@ def score(
 
     wanted = _metrics(metrics)
     open_classifier = functools.partial(
-        open_reference, reference, seed=seed, training_images=training_images, batch=batch
+        open_reference, reference, seed=seed, training_images=training_images
     )
     with _session() as device:
         known: Measured | None = None
@@ -142,7 +137,6 @@ def score(
             named = None if features in (None, "classifier") else features
             known = read_measured(reference, named)
         name = _features(features) if features else _default_features(reference, known, wanted)
-        _check_weights(name, weights)
         if name == "classifier" and wanted is None:
             if _is_main():
                 _score_classic(samples, open_classifier(device=device), num, seed, batch, as_json)
@@ -309,17 +303,6 @@ def _check_metrics(metrics: list[Metric], features: Features) -> None:
         )
 
 
-def _check_weights(features: Features, weights: Path | None) -> None:
-    from tessera.errors import TesseraError
-
-    if weights is not None and features == "classifier":
-        raise TesseraError(
-            "--weights are those of inception or dinov2, but the features here are those of the "
-            "in-domain classifier, which is trained on the real images. Leave them out, or name "
-            "--features"
-        )
-
-
 def _convention(name: str) -> str:
     from tessera.errors import TesseraError
     from tessera.metrics.evaluate import CONVENTIONS
@@ -405,8 +388,7 @@ def _score_classic(
 
             result = scoring.score(counted(), known)
     else:
-        data = open_images(samples)
-        result = scoring.score_images(data, known, num=num, seed=seed, batch=batch)
+        result = scoring.score_images(open_images(samples), known, num=num, seed=seed)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

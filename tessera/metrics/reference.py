@@ -43,15 +43,13 @@ def build_reference(
     seed: int = 0,
     training_images: int = 60_000,
     device: torch.device | str = "cpu",
-    batch: int = 256,
 ) -> Reference:
     """Train the in-domain classifier on `data` and measure its features of every image.
 
-    Args as for `train_classifier`, and:
-        batch: images measured at once.
+    Args as for `train_classifier`.
     """
     classifier = train_classifier(data, seed=seed, training_images=training_images, device=device)
-    statistics = measure(classifier, (images for _, images in batches(data, size=batch)), len(data))
+    statistics = measure(classifier, (images for _, images in batches(data)), len(data))
     return Reference(data.name, statistics, classifier)
 
 
@@ -131,11 +129,8 @@ def open_reference(
     seed: int = 0,
     training_images: int = 60_000,
     device: torch.device | str = "cpu",
-    batch: int = 256,
 ) -> Reference:
     """A reference file, or a data set from which the reference is built now.
-
-    Args as for `build_reference`.
 
     Raises:
         DataError: neither can be read.
@@ -144,9 +139,5 @@ def open_reference(
     if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
     return build_reference(
-        open_images(path),
-        seed=seed,
-        training_images=training_images,
-        device=device,
-        batch=batch,
+        open_images(path), seed=seed, training_images=training_images, device=device
     )

@@ -77,14 +77,9 @@ def score(samples: Iterable[tuple[Tensor, Tensor | None]], reference: Reference)
 
 
 def score_images(
-    data: LabelledImages,
-    reference: Reference,
-    *,
-    num: int | None = None,
-    seed: int = 0,
-    batch: int = 256,
+    data: LabelledImages, reference: Reference, *, num: int | None = None, seed: int = 0
 ) -> Score:
-    """Score a set of images, all or `num` drawn at random, `batch` at once; see `score`.
+    """Score a set of images, all or `num` drawn at random; see `score`.
 
     Its classes count where they are the reference's: not where folders have other names.
 
@@ -103,7 +98,7 @@ def score_images(
     return score(
         (
             (images, None if labels is None else torch.from_numpy(labels[chunk]))
-            for chunk, images in batches(data, indices, batch)
+            for chunk, images in batches(data, indices)
         ),
         reference,
     )
