@@ -47,8 +47,9 @@ def measure(pipe: Pipeline, options: argparse.Namespace) -> list[Point]:
     for sampler in SAMPLERS:
         for steps in getattr(options, sampler):
             result = common.scored(
-                pipe, reference, options, sampler=sampler, steps=steps, guidance=options.guidance
-            )
+                pipe, reference, options, sampler=sampler, steps=steps,
+                guidance=options.guidance, precision="bf16",
+            )  # fmt: skip
             points.append(Point(sampler, steps, result))
             print(f"{SAMPLERS[sampler]}, {steps} steps: {points[-1].distance:.3f}", flush=True)
     return points
