@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tessera import distributed
 from tessera._version import __version__
 from tessera.errors import DataError
 from tessera.files import atomic_file
@@ -132,12 +133,23 @@ def open_reference(
 ) -> Reference:
     """A reference file, or a data set from which the reference is built now.
 
+    It is the same on every process, of which all must take part.
+
     Raises:
         DataError: neither can be read.
     """
     path = Path(path)
     if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
-    return build_reference(
-        open_images(path), seed=seed, training_images=training_images, device=device
-    )
+    built: Reference | None = None
+    with distributed.main_first():
+        # Trained once: not every device trains to the same bit twice.
+        if distributed.is_main():
+            built = build_reference(
+                open_images(path), seed=seed, training_images=training_images, device=device
+            )
+            built.extractor.network.cpu()
+    shared = distributed.broadcast(built)
+    assert shared is not None
+    shared.extractor.network.to(device)
+    return shared
