@@ -140,7 +140,7 @@ def needs(pairs: Sequence[tuple[Metric, Convention]], *, reference: bool = False
     """What of the samples (or of the reference) the metrics are computed from."""
     metrics = {metric for metric, _ in pairs}
     return Needs(
-        fewest=max(_FEWEST.get(metric, 2) for metric in metrics),
+        fewest=max((_FEWEST.get(metric, 2) for metric in metrics), default=2),
         moments=bool(metrics & {"fid", "fd"}),
         spatial_moments="sfid" in metrics,
         features=bool(metrics & {"kid", "pr"}),

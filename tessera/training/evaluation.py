@@ -197,11 +197,6 @@ def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
         if is_measured(path):
             _check_known(read_measured(path, config.features), config, wanted)
         return
-    if config.weights is not None:
-        raise RecipeError(
-            "evaluate.weights is of no use to the classifier, which is trained on the real images: "
-            "set evaluate.features=inception or dinov2"
-        )
     classifier = has_classifier(path)
     if is_measured(path) and not classifier:
         raise RecipeError(
