@@ -120,8 +120,11 @@ def score(
     samples: Path = typer.Argument(
         help="Images (folder, archive, packed set, NPZ), a pipeline, or a feature file."
     ),
-    reference: Path = typer.Argument(
-        help="Reference or feature file, also EDM's, ADM's, RDM's, torch-fidelity's; or images."
+    reference: Path | None = typer.Argument(
+        None,
+        help="Reference or feature file, also EDM's, ADM's, RDM's, torch-fidelity's; or images. "
+        "Only `is` needs none.",
+        show_default=False,
     ),
     metrics: str | None = typer.Option(
         None, help="Any of fid,sfid,is,kid,pr,fd; by default fid, or fd without Inception."
@@ -144,36 +147,32 @@ def score(
 ) -> None:
     """Score SAMPLES against REFERENCE."""
     from tessera.metrics.evaluate import chosen, compare
-    from tessera.metrics.formats import is_measured, read_measured
-    from tessera.metrics.reference import has_classifier, open_reference
+    from tessera.metrics.reference import open_reference
 
     wanted = _metrics(metrics)
-    open_classifier = functools.partial(
-        open_reference, reference, seed=seed, training_images=training_images
-    )
     named_convention = None if convention is None else _convention(convention)
-    _refuse_pipeline(reference)
+    if reference is not None:
+        _refuse_pipeline(reference)
+    elif wanted != ["is"]:
+        raise TesseraError("name a REFERENCE to compare with; only --metrics is needs none")
     with _session(device) as where:
-        known: Measured | None = None
-        if is_measured(reference) and not has_classifier(reference):
-            named = None if features in (None, "classifier") else features
-            known = read_measured(reference, named)
-        name = (
-            _features(features)
-            if features
-            else _default_features(reference, known, wanted, convention)
-        )
+
+        def open_classifier() -> Reference:
+            assert reference is not None
+            return open_reference(
+                reference, seed=seed, training_images=training_images, device=where
+            )
+
+        known, name = _known(reference, features, wanted, convention)
         _check_weights(weights, name)
         if name == "classifier" and wanted is None and convention is None:
-            opened = functools.partial(open_classifier, device=where)
-            _score_classic(samples, opened, num, seed, batch, as_json, where)
+            _score_classic(samples, open_classifier, num, seed, batch, as_json, where)
             return
         if wanted is None:
             wanted = ["fid"] if name == "inception" else ["fd"]
         _check_metrics(wanted, name)
         pairs = chosen(wanted, cast(Any, named_convention))
-        sides = _Sides(samples, reference, known, name, weights, where)
-        sides.open_classifier = open_classifier
+        sides = _Sides(samples, reference, known, name, weights, where, open_classifier)
         ours, theirs, scores = sides.measure(pairs, num, seed, batch)
         if _is_main():
             results = compare(ours, theirs, pairs, scores, where)
@@ -186,21 +185,21 @@ class _Sides:
     def __init__(
         self,
         samples: Path,
-        reference: Path,
+        reference: Path | None,
         known: Measured | None,
         name: Features,
         weights: Path | None,
         device: torch.device,
+        open_classifier: Callable[[], Reference],
     ) -> None:
         self.samples, self.reference, self.known = samples, reference, known
         self.name, self.weights, self.device = name, weights, device
-        self.open_classifier: Any = None
+        self._open_classifier = open_classifier
 
     @functools.cached_property
     def classifier(self) -> Reference:
         """The reference with its classifier."""
-        result: Reference = self.open_classifier(device=self.device)
-        return result
+        return self._open_classifier()
 
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
@@ -263,6 +262,7 @@ class _Sides:
         from tessera.metrics.images import open_images
         from tessera.metrics.reference import has_classifier
 
+        assert self.reference is not None
         if self.name == "classifier":
             stored = self.classifier
             if not wanted.features:
@@ -295,17 +295,32 @@ def _check_dim(known: Measured, name: str) -> None:
         )
 
 
-def _default_features(
-    reference: Path, known: Measured | None, metrics: list[Metric] | None, convention: str | None
-) -> Features:
-    """What a reference file says; of images the classifier, unless Inception is asked for."""
+def _known(
+    reference: Path | None,
+    features: str | None,
+    metrics: list[Metric] | None,
+    convention: str | None,
+) -> tuple[Measured | None, Features]:
+    """What a file of statistics or features holds, and the features to compare.
+
+    They are by default what the file says; of images the classifier's, unless Inception is asked
+    for.
+    """
+    from tessera.metrics.formats import is_measured, read_measured
     from tessera.metrics.reference import has_classifier
 
+    if reference is None:
+        return None, _features(features or "inception")
+    classifier, known = has_classifier(reference), None
+    if is_measured(reference) and not classifier:
+        known = read_measured(reference, None if features == "classifier" else features)
+    if features is not None:
+        return known, _features(features)
     if known is not None:
-        return _features(known.extractor or "inception")
-    if has_classifier(reference) or metrics == ["fd"] or (metrics is None and convention is None):
-        return "classifier"
-    return "inception"
+        return known, _features(known.extractor or "inception")
+    if classifier or metrics == ["fd"] or (metrics is None and convention is None):
+        return None, "classifier"
+    return None, "inception"
 
 
 def _features(name: str) -> Features:

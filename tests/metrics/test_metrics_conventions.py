@@ -91,6 +91,15 @@ def test_images_and_stored_features_give_the_same(folder: Path) -> None:
     assert "does not hold the features of each image" in lacking
 
 
+def test_an_inception_score_needs_no_reference(folder: Path) -> None:
+    weights = ("--weights", folder / "weights.pth")
+    document = scores(folder / "samples.npz", "--metrics", "is", *weights)
+    assert document["results"][0]["values"]["is"] > 1
+    assert document["reference"] is None
+    for metrics in ((), ("--metrics", "is,fid")):
+        assert "name a REFERENCE" in refused("score", folder / "samples.npz", *metrics)
+
+
 def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     one, two = folder / "samples.npz", folder / "real.npz"
     assert "--metrics 'speed'" in refused("score", one, two, "--metrics", "speed")
