@@ -36,7 +36,9 @@ eval_app = typer.Typer(no_args_is_help=True, help="Score images against real one
 eval_app.command()(nll)
 
 FEATURES = typer.Option(None, help="Feature extractor: classifier, inception or dinov2.")
-WEIGHTS = typer.Option(None, help="File with the extractor's weights; by default found or downloaded.")
+WEIGHTS = typer.Option(
+    None, help="File with the extractor's weights; or it is found or downloaded."
+)
 DEVICE = typer.Option(None, help="cpu, cuda, ... (default: the fastest)")
 _SAMPLED = 1000
 
@@ -311,7 +313,8 @@ def _known(
 
     if reference is None:
         return None, _features(features or "inception")
-    classifier, known = has_classifier(reference), None
+    known: Measured | None = None
+    classifier = has_classifier(reference)
     if is_measured(reference) and not classifier:
         known = read_measured(reference, None if features == "classifier" else features)
     if features is not None:

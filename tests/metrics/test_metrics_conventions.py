@@ -140,9 +140,7 @@ def test_a_subset_of_stored_features_is_that_of_the_images(folder: Path) -> None
     assert "statistics of all of its images" in message
 
 
-def test_other_weights_are_refused_before_the_images_are_read(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_other_weights_are_refused_before_the_images_are_read(folder: Path, tmp_path: Path) -> None:
     other = formula_weights() | {"fc.bias": torch.zeros(1008)}
     torch.save(other, tmp_path / "other.pth")
     message = refused(
