@@ -31,6 +31,7 @@ from tessera.diffusion.skipping import (
 from tessera.errors import TesseraError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
+    AUTOCAST,
     Objective,
     build_denoiser,
     build_preconditioning,
@@ -42,8 +43,6 @@ from tessera.recipes.build import (
 from tessera.recipes.schema import DiscreteObjective, LegoConfig, Recipe
 from tessera.sampling.core import Sampler, step_sigmas
 from tessera.sampling.seeds import SeedNoise
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = denoiser.to_empty(device="cpu")
         x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
-        dtype = _AUTOCAST.get(recipe.training.precision)
+        dtype = AUTOCAST.get(recipe.training.precision)
         autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
         with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             loss = _objective(recipe)(denoiser, x, cond, draws)["loss"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import typer
 
+from tessera import cli
 from tessera.cli import app
 
 HEAVY = ("torch", "numpy", "PIL", "scipy", "sklearn", "matplotlib")
@@ -34,6 +38,7 @@ def test_help_of_every_command_answers_without_torch() -> None:
     # One process for all: starting Python is what takes time.
     script = f"""
 import contextlib, io, sys
+from tessera import cli
 from tessera.cli import app
 for path in {COMMANDS!r}:
     text = io.StringIO()
@@ -103,3 +108,34 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], words: 
     assert "error:" in result.stderr
     assert words in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a"), "runs/a: No space left on"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "training.micro_batch"),
+        (MemoryError(), "--batch"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_words(
+    error: Exception,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), OSError("of a library")])
+def test_errors_of_the_program_are_not_hidden(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+    with pytest.raises(type(error), match=str(error)):
+        cli.main()

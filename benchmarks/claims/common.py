@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import RESULTS, device, synchronize
 from tessera.errors import TesseraError
 from tessera.images import grid, save_png
-from tessera.metrics.images import open_images
-from tessera.metrics.reference import Reference, build_reference, open_reference
+from tessera.metrics.reference import Reference
 from tessera.metrics.score import Score, score
 from tessera.pipelines.generate import Job, counted
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
@@ -115,13 +114,6 @@ def averaged(trainer: Trainer) -> Pipeline:
     pipe = ema_pipeline(trainer.recipe, trainer.learner, trainer.images_seen, names)
     assert pipe is not None
     return pipe.to(device())
-
-
-def reference_of(path: str | Path) -> Reference:
-    """A reference file, or the in-domain classifier trained now on a set of images."""
-    if Path(path).suffix == ".npz":
-        return open_reference(path, device=device())
-    return build_reference(open_images(path), device=device())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import common
-from benchmarks.harness import markdown, record, show
+from benchmarks.harness import device, markdown, record, show
+from tessera.metrics.reference import open_reference
 from tessera.pipelines.experts import assemble
 from tessera.pipelines.pipeline import Pipeline
 
@@ -61,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     sampling: dict[str, Any] = {"sampler": options.sampler, "steps": options.steps}
 
-    reference = common.reference_of(options.reference or options.data)
+    reference = open_reference(options.reference or options.data, device=device())
     columns = ["model", "minutes", "images", "steps", "Fréchet distance", "recognised"]
     rows, pictures = [], []
     for name, train in (("single", single), ("experts", pair)):

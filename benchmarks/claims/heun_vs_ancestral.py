@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
+from tessera.metrics.reference import open_reference
 from tessera.pipelines.loading import load
 from tessera.pipelines.pipeline import Pipeline
 
@@ -41,13 +42,14 @@ class Point:
 
 def measure(pipe: Pipeline, options: argparse.Namespace) -> list[Point]:
     """Every sampler with every number of steps that was asked for."""
-    reference = common.reference_of(options.reference or options.data)
+    reference = open_reference(options.reference or options.data, device=device())
     points = []
     for sampler in SAMPLERS:
         for steps in getattr(options, sampler):
             result = common.scored(
-                pipe, reference, options, sampler=sampler, steps=steps, guidance=options.guidance
-            )
+                pipe, reference, options, sampler=sampler, steps=steps,
+                guidance=options.guidance, precision="bf16",
+            )  # fmt: skip
             points.append(Point(sampler, steps, result))
             print(f"{SAMPLERS[sampler]}, {steps} steps: {points[-1].distance:.3f}", flush=True)
     return points

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims import common
-from benchmarks.harness import markdown, record, show
+from benchmarks.harness import device, markdown, record, show
+from tessera.metrics.reference import open_reference, save_reference
 
 ARMS = {"full": "cifar10-small", "patch": "cifar10-small-patch"}
 LABELS = {"full": "full images", "patch": "patches, p = 0.5"}
@@ -35,7 +36,7 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
     from tessera.training.trainer import Trainer
 
     trainer = Trainer(common.timed_recipe(ARMS[arm], options), folder / arm)
-    reference = common.reference_of(folder / "reference.npz")
+    reference = open_reference(folder / "reference.npz", device=device())
     limit, done = options.minutes * 60, 0
     for seconds in common.train_by_time(trainer, limit):
         if seconds * options.evaluations < limit * (done + 1):
@@ -79,14 +80,11 @@ def main() -> None:
         train(options.arm, options, options.folder)
         return
 
-    from tessera.metrics.reference import save_reference
-
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_reference(
-            folder / "reference.npz", common.reference_of(options.reference or options.data)
-        )
+        real = open_reference(options.reference or options.data, device=device())
+        save_reference(folder / "reference.npz", real)
         threads = max(1, options.threads // 2) if options.parallel else options.threads
         running: list[subprocess.Popen[str]] = []
         for arm in ARMS:

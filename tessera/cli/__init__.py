@@ -60,10 +60,25 @@ def main() -> None:
     """Run the command; errors that the user can put right exit with code 2 and no traceback."""
     try:
         app()
-    except TesseraError as error:
+    except Exception as error:
+        text = _in_words(error)
+        if text is None:
+            raise
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", end=" ")
-        print(error, file=sys.stderr)
+        print(text, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _in_words(error: Exception) -> str | None:
+    """What is wrong, of errors that the user can put right; None for those of the program."""
+    if isinstance(error, TesseraError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # PyTorch's, by its name, because it is not imported for every command.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the memory is used up. Take fewer images at once: training.micro_batch of a recipe, "
+            "--batch of a command"
+        )
+    return None

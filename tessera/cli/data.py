@@ -156,7 +156,9 @@ def latents(
     from tessera.data.dataset import open_dataset
     from tessera.data.latents import write_latents
 
-    codec = VaeCodec(vae, scale=scale or None, shift=shift)
+    if scale == 0:
+        raise DataError("--scale 0 would leave nothing of the latents; give a positive number")
+    codec = VaeCodec(vae, scale=scale, shift=shift)
     codec.prepare()
     report = write_latents(
         open_dataset(source, max_images=max_images, skip_bad=skip_bad),

@@ -111,7 +111,11 @@ def reference(
                 print_table("Reference", [*measured_rows(measured), ("written to", str(out))])
         elif _is_main():
             result = build_reference(
-                _real_images(data), seed=seed, training_images=training_images, device=where
+                _real_images(data),
+                seed=seed,
+                training_images=training_images,
+                device=where,
+                batch=batch,
             )
             save_reference(out, result)
             print_table("Reference", [*reference_rows(result), ("written to", str(out))])
@@ -162,7 +166,11 @@ def score(
         def open_classifier() -> Reference:
             assert reference is not None
             return open_reference(
-                reference, seed=seed, training_images=training_images, device=where
+                reference,
+                seed=seed,
+                training_images=training_images,
+                device=where,
+                batch=batch,
             )
 
         known, name = _known(reference, features, wanted, convention)
@@ -358,8 +366,9 @@ def _check_metrics(metrics: list[Metric], features: Features) -> None:
 def _check_weights(weights: Path | None, features: Features) -> None:
     if weights is not None and features == "classifier":
         raise TesseraError(
-            f"--weights {weights}: the in-domain classifier is trained on the real images and has "
-            "no such file. Name what it is of: --features inception or dinov2"
+            "--weights are those of inception or dinov2, but the features here are those of the "
+            "in-domain classifier, which is trained on the real images. Leave them out, or name "
+            "--features"
         )
 
 

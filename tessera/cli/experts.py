@@ -10,7 +10,7 @@ from tessera.errors import TesseraError
 
 
 def experts(
-    out: Path = typer.Argument(help="Pipeline folder to write."),
+    out: Path = typer.Argument(help="Pipeline folder to write; must not exist."),
     pipelines: list[str] = typer.Argument(
         help="Pipelines or runs, from the cleanest noise levels to the noisiest."
     ),
@@ -24,10 +24,13 @@ def experts(
     from tessera.pipelines.experts import assemble
     from tessera.pipelines.pipeline import Pipeline
 
+    if out.exists():
+        raise TesseraError(f"{out} exists already. Name another folder, or remove it first")
     try:
         values = [float(part) for part in (thresholds or "").split(",") if part.strip()]
     except ValueError:
         raise TesseraError(f"--thresholds {thresholds!r}: give numbers like 4,0.25") from None
     made = assemble([Pipeline.load(source) for source in pipelines], values)
     made.save(out)
-    print(f"{len(pipelines)} experts, SNR thresholds {made.recipe.snr_splits}, written to {out}")
+    between = ", ".join(f"{threshold:g}" for threshold in made.recipe.snr_splits)
+    print(f"{len(pipelines)} experts, SNR thresholds {between}, written to {out}")

@@ -67,9 +67,8 @@ def _describe(trainer: Trainer) -> None:
 
     from tessera import distributed
     from tessera.progress import quantity
-    from tessera.recipes.schema import Recipe
 
-    recipe: Recipe = trainer.recipe
+    recipe = trainer.recipe
     training, dataset = recipe.training, trainer.dataset
     count = sum(p.numel() for p in trainer.learner.parameters)
     channels, height, width = dataset.shape

@@ -62,14 +62,9 @@ class DenoisingObjective(ABC):
         """The share of the noise levels drawn that are lower than σ, shaped like σ."""
 
     def elementwise(
-        self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws
-    ) -> Tensor:
-        """The weighted squared error of each pixel, float32 [B, C, H, W]."""
-        return self._elementwise(denoiser, x, cond, draws, self.sigma(draws))
-
-    def _elementwise(
         self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws, sigma: Tensor
     ) -> Tensor:
+        """The weighted squared error of each pixel at noise levels σ [B], float32 [B, C, H, W]."""
         if self.label_dropout > 0:
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
         z = GaussianCorruption()(x, sigma, draws)
@@ -88,7 +83,7 @@ class DenoisingObjective(ABC):
         "sigma", "noise", and "label_dropout" if there is any.
         """
         sigma = self.sigma(draws)
-        error = self._elementwise(denoiser, x, cond, draws, sigma)
+        error = self.elementwise(denoiser, x, cond, draws, sigma)
         quartile = (4 * self.share_below(sigma)).long().clamp(0, 3)
         return {"loss": error.sum(dim=(1, 2, 3)), "quartile": quartile}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.experts import Experts
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import TesseraError
 
@@ -169,3 +170,15 @@ class Skipping(Denoiser):
             part = self.denoiser(z[here], levels[rows.to(levels.device)], cond[here], bricks=bricks)
             mean[here] = part.mean
         return Posterior(mean)
+
+
+def cut_bricks(denoiser: Preconditioned | Experts, schedule: BrickSchedule) -> Denoiser:
+    """A model's denoiser, running as many bricks as the schedule says; of all its experts.
+
+    Raises:
+        TesseraError: see `Skipping`.
+    """
+    if isinstance(denoiser, Experts):
+        parts = [part for part in denoiser.experts if isinstance(part, Preconditioned)]
+        return Experts([Skipping(part, schedule) for part in parts], denoiser.thresholds)
+    return Skipping(denoiser, schedule)

@@ -84,10 +84,3 @@ class SplitScore:
         marginal = torch.special.xlogy(mean, mean).sum(dim=1)
         scores = (self.negative_entropy / self.counts - marginal).exp()
         return float(scores.mean()), float(scores.std(correction=0))
-
-
-def inception_score(logits: Tensor, splits: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation over splits, of logits [N, K] and the split of each [N]."""
-    sums = SplitScore.empty(splits, logits.shape[1])
-    sums.update(np.arange(len(logits)), logits)
-    return sums.score()

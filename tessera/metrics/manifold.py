@@ -67,15 +67,6 @@ def precision_recall(
     return PrecisionRecall(float(found.double().mean()), float(covered.double().mean()))
 
 
-def squared_radii(features: Tensor, k: int = 3) -> Tensor:
-    """Squared distance of each row of [N, D] to its k-th nearest other row, float64 [N].
-
-    Raises:
-        DataError: there are no more than `k` rows.
-    """
-    return _squared_radii(_screen(features, k, features.mean(dim=0, dtype=torch.float64)), k)
-
-
 def _screen(features: Tensor, k: int, origin: Tensor) -> Screen:
     if len(features) <= k:
         raise DataError(
@@ -85,6 +76,7 @@ def _screen(features: Tensor, k: int, origin: Tensor) -> Screen:
 
 
 def _squared_radii(side: Screen, k: int) -> Tensor:
+    """Squared distance of each row to its k-th nearest other row, float64 [N]."""
     n, device = len(side), side.features.device
     blocks, count = _blocks(side), min(k + _CANDIDATES, n - 1)
     nearest = torch.full((n, count), torch.inf, device=device)

@@ -92,7 +92,7 @@ def score_images(
     seed: int = 0,
     batch: int = 256,
 ) -> Score:
-    """Score a set of images, all or `num` drawn at random; see `score`.
+    """Score a set of images, all or `num` drawn at random, `batch` at once; see `score`.
 
     Its classes count where they are the reference's: not where folders have other names.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.cost import forward_flops
-from tessera.diffusion.skipping import BrickSchedule, Range
+from tessera.diffusion.skipping import BrickSchedule, Range, cut_bricks
 from tessera.errors import TesseraError
 from tessera.images import to_pil
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
@@ -153,7 +153,9 @@ def brick_picture(
         None if labels is None else torch.from_numpy(labels).to(pipe.device, torch.int64)
     )
     counts = range(1, len(network.bricks) + 1)
-    cuts = [pipe.cut(BrickSchedule((Range(0.0, math.inf, count),))) for count in counts]
+    cuts = [
+        cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),))) for count in counts
+    ]
     rows = []
     chosen = np.linspace(0, len(states) - 1, min(levels, len(states))).round().astype(int)
     for sigma, x in (states[index] for index in chosen):

@@ -74,7 +74,11 @@ def write_folder(
     Args:
         recipe: as plain JSON values.
         states: the network's state dict for each named average, the default first.
+
+    Raises:
+        CheckpointError: something else than a pipeline is in the way.
     """
+    _check_replaceable(folder)
     with atomic_folder(folder) as part:
         files = []
         for index, (name, state) in enumerate(states.items()):
@@ -83,12 +87,7 @@ def write_folder(
                 stream.write(safetensors.torch.save(_saveable(state), metadata={"format": "pt"}))
             files.append(WeightsFile(name, file, sha256(part / file)))
         config = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": "diffusion",
-            "written_by": f"tessera {__version__}",
-            "images_seen": images_seen,
-            "class_names": None if class_names is None else list(class_names),
+            **_header("diffusion", images_seen, class_names),
             "weights": [asdict(file) for file in files],
             "recipe": recipe,
         }
@@ -108,24 +107,45 @@ def write_experts(
 
     Args:
         save: for each expert a function that writes its pipeline folder.
+
+    Raises:
+        CheckpointError: something else than a pipeline is in the way.
     """
+    _check_replaceable(folder)
     with atomic_folder(folder) as part:
         names = [f"expert-{index}" for index in range(len(save))]
         for name, write in zip(names, save, strict=True):
             write(part / name)
         config = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": "experts",
-            "written_by": f"tessera {__version__}",
-            "images_seen": images_seen,
-            "class_names": None if class_names is None else list(class_names),
+            **_header("experts", images_seen, class_names),
             "weights": [],
             "experts": names,
             "thresholds": list(thresholds),
             "recipe": recipe,
         }
         write_json(part / "config.json", config)
+
+
+def _header(kind: str, images_seen: int, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """What the configuration of every kind of pipeline begins with."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "written_by": f"tessera {__version__}",
+        "images_seen": images_seen,
+        "class_names": None if class_names is None else list(class_names),
+    }
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise if something else than a pipeline would be lost in the place of a new one."""
+    if not folder.exists() or (folder / "config.json").is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} exists and is no pipeline; saving would remove it. Name another folder"
+        )
 
 
 def find_folder(source: str | Path) -> Path:

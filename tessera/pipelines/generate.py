@@ -84,7 +84,7 @@ class Job:
         own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks", "low_res"}
         own |= CANVAS_OPTIONS
         sampler = choose_sampler(
-            pipe.recipe.sampling, {k: v for k, v in self.options.items() if k not in own}
+            pipe.recipe, {k: v for k, v in self.options.items() if k not in own}
         )
         schedule = choose_bricks(
             pipe.recipe,

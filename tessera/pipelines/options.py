@@ -20,8 +20,10 @@ from tessera.recipes.schema import (
     DdimSampler,
     DdpmSampler,
     EdmSampler,
+    ProcessSampler,
     Recipe,
     SamplerConfig,
+    VaeCodec,
 )
 from tessera.sampling.seeds import parse_seeds
 
@@ -51,11 +53,12 @@ def list_seeds(seeds: Seeds) -> list[int]:
 
 
 def choose_sampler(
-    section: SamplerConfig, options: Mapping[str, Any], others: Iterable[str] = ()
+    recipe: Recipe, options: Mapping[str, Any], others: Iterable[str] = ()
 ) -> SamplerConfig:
     """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
 
-    The option `sampler` chooses another one by its kind, with its own defaults.
+    The option `sampler` chooses another one by its kind, with its own defaults. Estimates of
+    latents, which are not confined to [-1, 1] as pixels are, are clipped only if `clip` says how.
 
     Args:
         others: what the caller takes beside these options, to suggest where a name is misspelt.
@@ -63,6 +66,7 @@ def choose_sampler(
     Raises:
         TesseraError: an option is unknown or has a value that it cannot have.
     """
+    section: SamplerConfig = recipe.sampling
     options = dict(options)
     wanted = options.pop("sampler", section.kind)
     if wanted not in KINDS:
@@ -82,13 +86,17 @@ def choose_sampler(
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
             raise TesseraError(f"the sampler has no option {name!r}. {hint}")
     try:
-        return kind.model_validate({**values, **options})
+        chosen: SamplerConfig = kind.model_validate({**values, **options})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise TesseraError(
             f"sampler option {where} = {first['input']!r}: {first['msg'].lower()}"
         ) from error
+    if isinstance(chosen, ProcessSampler) and isinstance(recipe.codec, VaeCodec):
+        clip = "none" if chosen.clip == "auto" else chosen.clip
+        return chosen.model_copy(update={"clip": clip})
+    return chosen
 
 
 def _names(kind: Kind) -> list[str]:

@@ -22,7 +22,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.diffusion.skipping import BrickSchedule, Skipping
+from tessera.diffusion.skipping import BrickSchedule, cut_bricks
 from tessera.errors import TesseraError
 from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
@@ -119,7 +119,7 @@ class Pipeline:
         self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
-        self.ema = ema if ema is not None else ema_names(recipe)[0]
+        self.ema = ema if ema is not None else recipe.ema_names[0]
         self.emas = tuple(emas) or (self.ema,)
         self.checksum = checksum
         self._others: dict[str, Mapping[str, Tensor]] = {}
@@ -144,7 +144,7 @@ class Pipeline:
             other_emas: network state dicts of the recipe's further averages, in its order; they
                 are saved along.
         """
-        names = ema_names(recipe)[: 1 + len(other_emas)]
+        names = recipe.ema_names[: 1 + len(other_emas)]
         if len(names) != 1 + len(other_emas):
             raise ValueError(f"{1 + len(other_emas)} averages, but the recipe has {len(names)}")
         pipe = cls(
@@ -171,6 +171,9 @@ class Pipeline:
 
         The weights in memory are saved; of a loaded pipeline, that is the average it was loaded
         with.
+
+        Raises:
+            CheckpointError: something else than a pipeline is in the way.
         """
         states = {self.ema: self.denoiser.network.state_dict(), **self._others}
         folders.write_folder(
@@ -343,10 +346,8 @@ class Pipeline:
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None:
             return classes
-        drawn, shape = (
-            np.zeros(len(seeds), np.int64),
-            choose_canvas(self.recipe, **options).noise_shape,
-        )
+        drawn = np.zeros(len(seeds), np.int64)
+        shape = choose_canvas(self.recipe, **options).noise_shape
         for index, seed in enumerate(seeds):
             noise = SeedNoise([seed])
             noise.normal(shape)
@@ -386,7 +387,7 @@ class Pipeline:
             >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
         """
         check_images(images, self.codec.image_shape(self.recipe.shape))
-        section = choose_sampler(self.recipe.sampling, {**options, "sampler": "ddim"})
+        section = choose_sampler(self.recipe, {**options, "sampler": "ddim"})
         assert isinstance(section, DdimSampler)
         if section.eta > 0:
             raise TesseraError(
@@ -420,17 +421,6 @@ class Pipeline:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    def cut(self, schedule: BrickSchedule) -> Denoiser:
-        """The model's denoiser, running as many bricks as the schedule says; of all experts.
-
-        Raises:
-            TesseraError: see `Skipping`.
-        """
-        if isinstance(self.denoiser, Experts):
-            experts = [Skipping(e, schedule) for e in self.denoiser.experts]  # type: ignore[arg-type]
-            return Experts(experts, self.denoiser.thresholds)
-        return Skipping(self.denoiser, schedule)
-
     def cost(
         self,
         *,
@@ -445,7 +435,7 @@ class Pipeline:
         Raises:
             TesseraError: an option that this model cannot have.
         """
-        section = choose_sampler(self.recipe.sampling, options)
+        section = choose_sampler(self.recipe, options)
         recipe = self.recipe.model_copy(update={"sampling": section})
         return estimate(recipe, guidance, guidance_interval, skip, bricks)
 
@@ -471,13 +461,13 @@ class Pipeline:
         own = {name: value for name, value in options.items() if name not in CANVAS_OPTIONS}
         canvas = choose_canvas(self.recipe, **options)
         others = [*inspect.signature(self.sample_batches).parameters, *CANVAS_OPTIONS]
-        sampler = build_sampler(choose_sampler(self.recipe.sampling, own, others))
+        sampler = build_sampler(choose_sampler(self.recipe, own, others))
         check_low_res(self.recipe, low_res)
         check_latents(latents, canvas.shape)
         model: Denoiser = self.denoiser
         schedule = choose_bricks(self.recipe, model, sampler, skip, bricks)
         if schedule is not None:
-            model = self.cut(schedule)
+            model = cut_bricks(self.denoiser, schedule)
         if guidance != 1:
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
@@ -503,12 +493,3 @@ class Pipeline:
             return Conditioning()
         drawn = noise.integers(self.denoiser.num_classes)
         return Conditioning(drawn if classes is None else torch.from_numpy(classes).to(self.device))
-
-
-def ema_names(recipe: Recipe) -> list[str]:
-    """A name for each average of the recipe: its half-life in images, numbered if that repeats."""
-    names: list[str] = []
-    for ema in recipe.ema:
-        name = f"{ema.halflife_images:.0f}"
-        names.append(name if name not in names else f"{name}-{len(names)}")
-    return names

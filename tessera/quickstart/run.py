@@ -190,8 +190,9 @@ def _denoising(pipeline: Pipeline) -> list[Frame]:
     def keep(seeds: Sequence[int], state: SamplerState) -> None:
         # A noisy state has the spread of σ; shown so that its own spread stays that of an image.
         shown = state.x / (1 + state.sigma**2) ** 0.5
-        guess = state.x if state.denoised is None else state.denoised
-        noisy, denoised = (to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, guess))
+        noisy, denoised = (
+            to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, state.denoised)
+        )
         frames.append(Frame(state.sigma, noisy, denoised))
 
     pipeline.sample(

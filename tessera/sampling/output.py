@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tessera.data.labels import LABELS_FILE
 from tessera.errors import TesseraError
 from tessera.files import atomic_file, write_json
 from tessera.images import grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"
-LABELS_FILE = "dataset.json"
 
 
 def image_path(folder: Path, seed: int, subdirs: bool = False) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.randomness import Draws
+from tessera.recipes.build import AUTOCAST
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
@@ -22,8 +23,6 @@ T = TypeVar("T")
 # (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised, and
 # "quartile", int64, says to which quarter of the noise levels an image belongs.
 Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Learner:
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.training.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.training.precision])
+        return torch.autocast(self.device.type, dtype=AUTOCAST[self.training.precision])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every live tensor that a checkpoint holds, by `<group>/<name>`.

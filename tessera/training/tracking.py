@@ -24,9 +24,6 @@ from tessera.training.learner import Update
 
 Metrics = dict[str, float | int | None]
 
-# Fields of a line that differ from one execution of a run to another.
-TIMING_FIELDS = ("seconds", "images_per_second", "memory_gb")
-
 
 class Meter:
     """Means over the images of a log interval, without waiting for the device to know them.

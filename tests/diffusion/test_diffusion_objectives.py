@@ -49,7 +49,8 @@ def test_losses_and_gradients(kind: str) -> None:
     arguments = (denoiser, golden["in.images"], recorded_conditioning(golden), draws)
 
     expected = golden[f"out.{kind}.loss"]
-    assert relative_error(objective.elementwise(*arguments), expected) <= 1e-4
+    found = objective.elementwise(*arguments, objective.sigma(draws))
+    assert relative_error(found, expected) <= 1e-4
     terms = objective(*arguments)
     assert terms.keys() == {"loss", "quartile"}
     assert relative_error(terms["loss"].detach(), expected.sum(dim=(1, 2, 3))) <= 1e-4

@@ -254,6 +254,8 @@ def test_the_commands(made: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, TesseraError)
     assert "--overwrite" in str(again.exception)
+    nothing = CliRunner().invoke(app, [*words[:-1], "0", "--overwrite"])
+    assert "--scale 0" in str(nothing.exception)
     data = open_latents(target)
     assert (data.info.scale, data.flips) == (0.7, False)
     moments = data.read(np.arange(10)).astype(np.float64)

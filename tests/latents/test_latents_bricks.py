@@ -9,6 +9,7 @@ import torch
 from tiny_vae import latent_recipe, save_vae
 
 from tessera.pipelines.bricks import brick_picture
+from tessera.pipelines.options import choose_sampler
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe, shipped
@@ -45,3 +46,15 @@ def test_the_published_recipes_on_latents_are_complete() -> None:
         assert recipe.sampling.model_dump(include={"steps", "s_churn", "s_max"}) == {
             "steps": 256, "s_churn": 10, "s_max": 10,
         }  # fmt: skip
+
+
+def test_estimates_of_latents_are_not_cut_as_pixels_are(tmp_path: Path) -> None:
+    latents = latent_recipe(tmp_path / "vae", tmp_path / "none")
+    pixels = load_recipe("cifar10-small-pdm")
+    for recipe, given, wanted in (
+        (latents, {}, "none"),
+        (latents, {"clip": "dynamic"}, "dynamic"),
+        (pixels, {}, "auto"),
+    ):
+        sampler = choose_sampler(recipe, {"sampler": "ddim", **given})
+        assert sampler.model_dump()["clip"] == wanted

@@ -131,7 +131,8 @@ def test_loss_and_every_gradient(name: str) -> None:
         numbers["label_dropout"], dropout = golden["in.label_drop_u"], 0.1
     objective = EdmObjective(label_dropout=dropout)
     arguments = golden["in.images"], recorded_conditioning(golden), RecordedDraws(numbers)
-    elementwise = objective.elementwise(denoiser, *arguments)
+    sigma = objective.sigma(arguments[-1])
+    elementwise = objective.elementwise(denoiser, *arguments, sigma)
     assert_near(elementwise, golden["out.loss_elementwise"], rtol=2e-4)
     loss = objective(denoiser, *arguments)["loss"].mean()
     assert loss.item() == pytest.approx(about["loss_scalar"], rel=2e-5)

@@ -92,7 +92,8 @@ def test_loss_and_gradients(name: str, side: int) -> None:
         x, coords = crop(x, rows, columns, side), patch_coordinates(rows, columns, side, 16)
     numbers = {"sigma": golden[f"in.{p}.loss_rnd"], "noise": golden[f"in.{p}.loss_noise"]}
     cond = replace(conditioning(golden, coords), augment=None)
-    loss = EdmObjective().elementwise(denoiser, x, cond, RecordedDraws(numbers))
+    objective, draws = EdmObjective(), RecordedDraws(numbers)
+    loss = objective.elementwise(denoiser, x, cond, draws, objective.sigma(draws))
     assert relative_error(loss, golden[f"out.{p}.loss"]) <= 1e-4
 
     (loss.sum() / len(x)).backward()

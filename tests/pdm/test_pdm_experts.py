@@ -108,7 +108,9 @@ def test_experts_are_saved_loaded_and_sampled_by_every_sampler(tmp_path: Path) -
     for index, part in enumerate(parts):
         part.save(tmp_path / str(index))
     output = run("experts", tmp_path / "e", tmp_path / "0", tmp_path / "1")
-    assert "2 experts" in output
+    assert "2 experts, SNR thresholds 0.25, written to" in " ".join(output.split())
+    with pytest.raises(TesseraError, match="exists already"):
+        run("experts", tmp_path / "0", tmp_path / "0", tmp_path / "1")
     pipe = tessera.load(tmp_path / "e")
     assert pipe.recipe.snr_splits == (0.25,)
     assert pipe.recipe.expert is None

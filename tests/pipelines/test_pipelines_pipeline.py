@@ -60,6 +60,18 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_only_pipelines_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    for name in ("photos", "file"):
+        with pytest.raises(CheckpointError, match="is no pipeline; saving would remove it"):
+            PIPE.save(tmp_path / name)
+    assert (tmp_path / "photos" / "cat.png").exists()
+    (tmp_path / "empty").mkdir()
+    PIPE.save(tmp_path / "empty")
+
+
 def test_run_folder_and_class_method(tmp_path: Path) -> None:
     PIPE.save(tmp_path / "run" / "pipeline")
     assert tessera.Pipeline.load(tmp_path / "run").images_seen == 5000

@@ -14,11 +14,10 @@ from tessera.recipes.loading import load_recipe, shipped
 from tessera.recipes.messages import sections
 from tessera.recipes.schema import Recipe, Section
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [
-    "recipes.md", "migrating/edm.md", "methods/patch-diffusion.md", "migrating/patch-diffusion.md",
-    "methods/lego.md", "migrating/lego.md",
-]  # fmt: skip
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.glob("**/*.md")])
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 def keys(section: type[Section], prefix: str = "") -> set[str]:
@@ -35,19 +34,26 @@ def keys(section: type[Section], prefix: str = "") -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_keys_exist(page: str) -> None:
-    text = (DOCS / page).read_text().replace("training.batc=", "")
-    used = set(re.findall(r"\b([a-z]+(?:\.[a-z0-9_]+)+)=", text)) - {"key.path"}
-    assert len(used) > 5
-    assert used <= keys(Recipe)
+def keys_in(page: Path) -> set[str]:
+    """The dotted keys that a page sets."""
+    text = page.read_text().replace("training.batc=", "")
+    return set(re.findall(r"\b([a-z]+(?:\.[a-z0-9_]+)+)=", text)) - {"key.path"}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_recipes_exist(page: str) -> None:
-    text = (DOCS / page).read_text()
-    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)\b(?!\.)", text)
-    for name in re.findall(r"`((?:edm|patch|lego|cifar10|quickstart)-[a-z0-9{},-]+)`", text):
+@every_page
+def test_keys_exist(page: Path) -> None:
+    assert keys_in(page) <= keys(Recipe)
+
+
+def test_keys_are_found() -> None:
+    assert len(set().union(*map(keys_in, PAGES))) > 50
+
+
+@every_page
+def test_recipes_exist(page: Path) -> None:
+    text = page.read_text()
+    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)(?![\w.-])", text)
+    for name in re.findall(r"`((?:edm|patch|lego|pdm|cifar10|quickstart)-[a-z0-9{},-]+)`", text):
         # Not the names of modules and options, which have no digits.
         if re.search(r"\d|digits", name):
             choices = [part.split(",") for part in re.split(r"[{}]", name)]
@@ -82,5 +88,7 @@ def test_the_example_of_a_recipe_of_ones_own(tmp_path: Path) -> None:
 def test_the_example_of_overrides() -> None:
     text = (DOCS / "recipes.md").read_text()
     table = text[text.index("| you write") : text.index("A wrong key")]
-    for override in re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M):
+    overrides = re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M)
+    assert len(overrides) > 7
+    for override in overrides:
         load_recipe("edm-cifar10-cond-vp", [override])

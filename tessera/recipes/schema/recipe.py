@@ -108,6 +108,15 @@ class Recipe(Section):
         """Number of augmentation labels that the network is built for."""
         return self.augment.label_dim if self.augment is not None else 0
 
+    @property
+    def ema_names(self) -> list[str]:
+        """A name for each average: its half-life in images, numbered if that repeats."""
+        names: list[str] = []
+        for ema in self.ema:
+            name = f"{ema.halflife_images:.0f}"
+            names.append(name if name not in names else f"{name}-{len(names)}")
+        return names
+
     @model_validator(mode="after")
     def _latents_fit(self) -> Self:
         data, codec = self.data, self.codec

@@ -55,7 +55,8 @@ class ProcessSampler(Section):
         "", description="number, list (90,60,60,20,20) or ddimN; empty for all of the process"
     )
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
-        "auto", description="estimates of the image; auto: dynamic with guidance, static without"
+        "auto",
+        description="estimates of x; auto: dynamic if guided, else static; none of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(
