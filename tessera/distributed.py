@@ -37,8 +37,22 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def device() -> torch.device:
-    """The device of this process: a GPU of its own, Apple's, or the CPU."""
+def device(name: str | None = None) -> torch.device:
+    """The device of this process: the one of that `name`, or a GPU of its own, Apple's, or the CPU.
+
+    Raises:
+        TesseraError: this machine has no such device.
+    """
+    if name is not None:
+        try:
+            named = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise TesseraError(
+                f"--device {name}: {str(error).splitlines()[0]}. Name a device that this machine "
+                "has, such as cpu"
+            ) from error
+        if name != "cuda":  # which of several is for the launcher to say
+            return named
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", local % torch.cuda.device_count())
@@ -48,16 +62,16 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def session(timeout_minutes: float = 30) -> Iterator[torch.device]:
+def session(name: str | None = None, timeout_minutes: float = 30) -> Iterator[torch.device]:
     """Join the process group that the launcher's environment describes, and leave it at the end.
 
     Nothing is joined when there is one process only, or when the caller has joined already.
-    Yields the device of this process, which is made the current one.
+    Yields the device of this process, as in `device`, which is made the current one.
 
     Raises:
-        TesseraError: the launcher's environment is incomplete.
+        TesseraError: the launcher's environment is incomplete, or there is no device `name`.
     """
-    chosen = device()
+    chosen = device(name)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     joined = _join(chosen, timeout_minutes)

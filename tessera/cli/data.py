@@ -165,7 +165,7 @@ def latents(
         codec,
         target,
         batch=batch,
-        device=device or distributed.device(),
+        device=distributed.device(device),
         xflip=xflip,
         precision=cast("Precision", precision.value),
         overwrite=overwrite,

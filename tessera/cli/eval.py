@@ -6,29 +6,40 @@ import contextlib
 import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from tessera.cli.nll import nll
+from tessera.cli.score_tables import (
+    measured_rows,
+    print_results,
+    print_score,
+    print_table,
+    reference_rows,
+)
+from tessera.errors import DataError, TesseraError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tessera.metrics.evaluate import Metric, Needs, Result, Source
+    from tessera.metrics.classifier import LabelledImages
+    from tessera.metrics.evaluate import Metric, Needs, Source
     from tessera.metrics.features import FeatureExtractor, Features
     from tessera.metrics.formats import Measured
     from tessera.metrics.reference import Reference
-    from tessera.metrics.score import Score
 
 eval_app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
 eval_app.command()(nll)
 
 FEATURES = typer.Option(None, help="Feature extractor: classifier, inception or dinov2.")
-WEIGHTS = typer.Option(None, help="File with the extractor's weights; by default found or loaded.")
+WEIGHTS = typer.Option(
+    None, help="File with the extractor's weights; or it is found or downloaded."
+)
+DEVICE = typer.Option(None, help="cpu, cuda, ... (default: the fastest)")
 _SAMPLED = 1000
 
 
@@ -41,6 +52,7 @@ def features(
     num: int | None = typer.Option(None, min=2, help="Images; of a pipeline 1,000 by default."),
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; of a drawn subset."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
+    device: str | None = DEVICE,
 ) -> None:
     """Write the features of every image to OUT, from which any score can be computed later."""
     from tessera.metrics.evaluate import Needs, measure_images
@@ -48,14 +60,14 @@ def features(
     from tessera.metrics.formats import save_features
 
     _check_npz(out, "feature")
-    with _session() as device:
-        source = _source(images, num, seed, batch)
-        extractor = open_extractor(_features(features), weights, device)
+    with _session(device) as where:
+        source = _source(images, num, seed, batch, where)
+        extractor = open_extractor(_features(features), weights, where)
         wanted = Needs(features=True, spatial=features == "inception")
         measured, _ = measure_images(source, extractor, wanted)
         if _is_main():
             save_features(out, measured)
-            _print_table("Features", [*_measured_rows(measured), ("written to", str(out))])
+            print_table("Features", [*measured_rows(measured), ("written to", str(out))])
 
 
 @eval_app.command()
@@ -64,36 +76,49 @@ def reference(
     out: Path = typer.Argument(help="Reference file to write (.npz)."),
     features: str = typer.Option("classifier", help="Extractor: classifier, inception or dinov2."),
     weights: Path | None = WEIGHTS,
-    seed: int = typer.Option(0, min=0, help="Seed of the classifier's training."),
+    num: int | None = typer.Option(
+        None, min=2, help="Images, not for the classifier; of a pipeline 1,000 by default."
+    ),
+    seed: int = typer.Option(0, min=0, help="Of the classifier's training; as in `features`."),
     training_images: int = typer.Option(
         60_000, min=1, help="Images to train the classifier on, counting repetitions."
     ),
     batch: int = typer.Option(64, min=1, help="Images at once."),
+    device: str | None = DEVICE,
 ) -> None:
-    """Write statistics of the features of DATA to OUT; a classifier is trained on it first."""
+    """Write statistics of the features of DATA to OUT.
+
+    By default they are the features of a classifier that is trained on DATA first.
+    """
     from tessera.metrics.evaluate import Needs, measure_images
     from tessera.metrics.features import open_extractor
     from tessera.metrics.formats import save_statistics
-    from tessera.metrics.images import open_images
     from tessera.metrics.reference import build_reference, save_reference
 
     _check_npz(out, "reference")
     name = _features(features)
-    with _session() as device:
+    _check_weights(weights, name)
+    if name == "classifier" and num is not None:
+        raise TesseraError("--num: the classifier is trained on all images; leave it out")
+    with _session(device) as where:
         if name != "classifier":
-            source = _source(data, None, seed, batch)
-            extractor = open_extractor(name, weights, device)
+            source = _source(data, num, seed, batch, where)
+            extractor = open_extractor(name, weights, where)
             wanted = Needs(moments=True, spatial_moments=name == "inception")
             measured, _ = measure_images(source, extractor, wanted)
             if _is_main():
                 save_statistics(out, measured)
-                _print_table("Reference", [*_measured_rows(measured), ("written to", str(out))])
+                print_table("Reference", [*measured_rows(measured), ("written to", str(out))])
         elif _is_main():
             result = build_reference(
-                open_images(data), seed=seed, training_images=training_images, device=device
+                _real_images(data),
+                seed=seed,
+                training_images=training_images,
+                device=where,
+                batch=batch,
             )
             save_reference(out, result)
-            _print_table("Reference", [*_reference_rows(result), ("written to", str(out))])
+            print_table("Reference", [*reference_rows(result), ("written to", str(out))])
 
 
 @eval_app.command()
@@ -101,8 +126,11 @@ def score(
     samples: Path = typer.Argument(
         help="Images (folder, archive, packed set, NPZ), a pipeline, or a feature file."
     ),
-    reference: Path = typer.Argument(
-        help="Reference or feature file, also EDM's, ADM's, RDM's, torch-fidelity's; or images."
+    reference: Path | None = typer.Argument(
+        None,
+        help="Reference or feature file, also EDM's, ADM's, RDM's, torch-fidelity's; or images. "
+        "Only `is` needs none.",
+        show_default=False,
     ),
     metrics: str | None = typer.Option(
         None, help="Any of fid,sfid,is,kid,pr,fd; by default fid, or fd without Inception."
@@ -120,37 +148,45 @@ def score(
     training_images: int = typer.Option(
         60_000, min=1, help="As in `reference`, if REFERENCE is a set of images."
     ),
+    device: str | None = DEVICE,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Score SAMPLES against REFERENCE."""
     from tessera.metrics.evaluate import chosen, compare
-    from tessera.metrics.formats import is_measured, read_measured
-    from tessera.metrics.reference import has_classifier, open_reference
+    from tessera.metrics.reference import open_reference
 
     wanted = _metrics(metrics)
-    open_classifier = functools.partial(
-        open_reference, reference, seed=seed, training_images=training_images
-    )
-    with _session() as device:
-        known: Measured | None = None
-        if is_measured(reference) and not has_classifier(reference):
-            named = None if features in (None, "classifier") else features
-            known = read_measured(reference, named)
-        name = _features(features) if features else _default_features(reference, known, wanted)
-        if name == "classifier" and wanted is None:
-            if _is_main():
-                _score_classic(samples, open_classifier(device=device), num, seed, batch, as_json)
+    named_convention = None if convention is None else _convention(convention)
+    if reference is not None:
+        _refuse_pipeline(reference)
+    elif wanted != ["is"]:
+        raise TesseraError("name a REFERENCE to compare with; only --metrics is needs none")
+    with _session(device) as where:
+
+        def open_classifier() -> Reference:
+            assert reference is not None
+            return open_reference(
+                reference,
+                seed=seed,
+                training_images=training_images,
+                device=where,
+                batch=batch,
+            )
+
+        known, name = _known(reference, features, wanted, convention)
+        _check_weights(weights, name)
+        if name == "classifier" and wanted is None and convention is None:
+            _score_classic(samples, open_classifier, num, seed, batch, as_json, where)
             return
         if wanted is None:
             wanted = ["fid"] if name == "inception" else ["fd"]
         _check_metrics(wanted, name)
-        pairs = chosen(wanted, cast(Any, convention and _convention(convention)))
-        sides = _Sides(samples, reference, known, name, weights, device)
-        sides.open_classifier = open_classifier
+        pairs = chosen(wanted, cast(Any, named_convention))
+        sides = _Sides(samples, reference, known, name, weights, where, open_classifier)
         ours, theirs, scores = sides.measure(pairs, num, seed, batch)
         if _is_main():
-            results = compare(ours, theirs, pairs, scores, device)
-            _print_results(results, ours, theirs, as_json)
+            results = compare(ours, theirs, pairs, scores, where)
+            print_results(results, ours, theirs, as_json)
 
 
 class _Sides:
@@ -159,21 +195,21 @@ class _Sides:
     def __init__(
         self,
         samples: Path,
-        reference: Path,
+        reference: Path | None,
         known: Measured | None,
         name: Features,
         weights: Path | None,
         device: torch.device,
+        open_classifier: Callable[[], Reference],
     ) -> None:
         self.samples, self.reference, self.known = samples, reference, known
         self.name, self.weights, self.device = name, weights, device
-        self.open_classifier: Any = None
+        self._open_classifier = open_classifier
 
     @functools.cached_property
     def classifier(self) -> Reference:
         """The reference with its classifier."""
-        result: Reference = self.open_classifier(device=self.device)
-        return result
+        return self._open_classifier()
 
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
@@ -190,7 +226,9 @@ class _Sides:
         """Both sides, and Inception Scores by convention."""
         from tessera.metrics.evaluate import (
             check_comparable,
+            check_enough,
             complete,
+            draw,
             measure_images,
             needs,
         )
@@ -200,16 +238,24 @@ class _Sides:
         theirs = self.known
         is_file = is_measured(self.samples) and "arr_0" not in npz_names(self.samples)
         ours = read_measured(self.samples, self.name) if is_file else None
+        if ours is not None and num is not None:
+            ours = draw(ours, num, seed)
         # What cannot be compared should be said before hours of extraction.
         expected = ours or Measured(str(self.samples), self.name, None)
         if theirs is not None:
             check_comparable(expected, theirs)
             _check_dim(theirs, self.name)
+            if ours is None and theirs.weights is not None:
+                digits = getattr(self.extractor, "weights", None)
+                check_comparable(Measured(str(self.samples), self.name, digits), theirs)
         wanted = needs(pairs, reference=True)
         only_samples = all(metric == "is" for metric, _ in pairs)
+        source = None
+        if ours is None:
+            source = _source(self.samples, num, seed, batch, self.device)
+            check_enough(source.name, source.total, needs(pairs))
         if theirs is not None and not only_samples:
             theirs, _ = complete(theirs, wanted, lambda: self.extractor)
-        source = None if ours is not None else _source(self.samples, num, seed, batch)
         if self.known is None and not only_samples:
             theirs = self._reference_images(wanted, batch)
         if ours is not None:
@@ -226,6 +272,7 @@ class _Sides:
         from tessera.metrics.images import open_images
         from tessera.metrics.reference import has_classifier
 
+        assert self.reference is not None
         if self.name == "classifier":
             stored = self.classifier
             if not wanted.features:
@@ -249,7 +296,6 @@ class _Sides:
 
 
 def _check_dim(known: Measured, name: str) -> None:
-    from tessera.errors import DataError
     from tessera.metrics.formats import NAMES
 
     if known.extractor is None and known.dim not in NAMES:
@@ -259,19 +305,36 @@ def _check_dim(known: Measured, name: str) -> None:
         )
 
 
-def _default_features(reference: Path, known: Measured | None, metrics: Any) -> Features:
-    """What a reference file says; of images the classifier, unless a metric needs Inception."""
+def _known(
+    reference: Path | None,
+    features: str | None,
+    metrics: list[Metric] | None,
+    convention: str | None,
+) -> tuple[Measured | None, Features]:
+    """What a file of statistics or features holds, and the features to compare.
+
+    They are by default what the file says; of images the classifier's, unless Inception is asked
+    for.
+    """
+    from tessera.metrics.formats import is_measured, read_measured
     from tessera.metrics.reference import has_classifier
 
+    if reference is None:
+        return None, _features(features or "inception")
+    known: Measured | None = None
+    classifier = has_classifier(reference)
+    if is_measured(reference) and not classifier:
+        known = read_measured(reference, None if features == "classifier" else features)
+    if features is not None:
+        return known, _features(features)
     if known is not None:
-        return _features(known.extractor or "inception")
-    if has_classifier(reference) or metrics in (None, ["fd"]):
-        return "classifier"
-    return "inception"
+        return known, _features(known.extractor or "inception")
+    if classifier or metrics == ["fd"] or (metrics is None and convention is None):
+        return None, "classifier"
+    return None, "inception"
 
 
 def _features(name: str) -> Features:
-    from tessera.errors import TesseraError
     from tessera.metrics.features import FEATURES as KNOWN
 
     if name not in KNOWN:
@@ -280,7 +343,6 @@ def _features(name: str) -> Features:
 
 
 def _metrics(text: str | None) -> list[Metric] | None:
-    from tessera.errors import TesseraError
     from tessera.metrics.evaluate import METRICS
 
     if text is None:
@@ -293,8 +355,6 @@ def _metrics(text: str | None) -> list[Metric] | None:
 
 
 def _check_metrics(metrics: list[Metric], features: Features) -> None:
-    from tessera.errors import TesseraError
-
     only = [metric for metric in metrics if metric in ("fid", "sfid", "is")]
     if features != "inception" and only:
         raise TesseraError(
@@ -303,8 +363,16 @@ def _check_metrics(metrics: list[Metric], features: Features) -> None:
         )
 
 
+def _check_weights(weights: Path | None, features: Features) -> None:
+    if weights is not None and features == "classifier":
+        raise TesseraError(
+            "--weights are those of inception or dinov2, but the features here are those of the "
+            "in-domain classifier, which is trained on the real images. Leave them out, or name "
+            "--features"
+        )
+
+
 def _convention(name: str) -> str:
-    from tessera.errors import TesseraError
     from tessera.metrics.evaluate import CONVENTIONS
 
     if name not in (*CONVENTIONS, "all"):
@@ -313,8 +381,6 @@ def _convention(name: str) -> str:
 
 
 def _check_npz(out: Path, what: str) -> None:
-    from tessera.errors import TesseraError
-
     if out.suffix != ".npz":
         raise TesseraError(f"{out}: a {what} file is an NPZ file; give it a name with .npz")
 
@@ -326,15 +392,15 @@ def _is_main() -> bool:
 
 
 @contextlib.contextmanager
-def _session() -> Iterator[torch.device]:
+def _session(device: str | None = None) -> Iterator[torch.device]:
     """The processes of a launcher, and warnings for people, each once."""
     from tessera import distributed
 
-    with distributed.session() as device, warnings.catch_warnings(record=True) as caught:
+    with distributed.session(device) as where, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         try:
-            yield device
+            yield where
         finally:
             for message in dict.fromkeys(str(warning.message) for warning in caught):
                 if distributed.is_main():
@@ -342,10 +408,26 @@ def _session() -> Iterator[torch.device]:
 
 
 def _is_pipeline(path: Path) -> bool:
-    return (path / "config.json").exists() or (path / "pipeline").is_dir()
+    """Whether a folder is a pipeline's, or a run's, whose previews are no samples."""
+    marks = ("config.json", "pipeline/config.json", "recipe.yaml")
+    return any((path / mark).is_file() for mark in marks)
 
 
-def _source(path: Path, num: int | None, seed: int, batch: int) -> Source:
+def _refuse_pipeline(path: Path) -> None:
+    if _is_pipeline(path):
+        raise DataError(
+            f"{path} is a pipeline; give real images here, or a reference file made of them"
+        )
+
+
+def _real_images(path: Path) -> LabelledImages:
+    from tessera.metrics.images import open_images
+
+    _refuse_pipeline(path)
+    return open_images(path)
+
+
+def _source(path: Path, num: int | None, seed: int, batch: int, device: torch.device) -> Source:
     """This process's share of a set of images, or of a pipeline's samples."""
     from tessera.metrics.evaluate import arrays, data_source, share
     from tessera.metrics.images import open_images
@@ -354,120 +436,57 @@ def _source(path: Path, num: int | None, seed: int, batch: int) -> Source:
         return data_source(open_images(path), num=num, seed=seed, batch=batch)
     total = num or _SAMPLED
     seeds = [seed + int(row) for row in share(total)]
-    return arrays((images for images, _ in _sampled(path, seeds, batch)), total, str(path))
+    images = (images for images, _ in _sampled(path, seeds, batch, device))
+    return arrays(images, total, str(path))
 
 
-def _sampled(path: Path, seeds: list[int], batch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _sampled(
+    path: Path, seeds: list[int], batch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     import torch
 
-    from tessera.distributed import device
     from tessera.pipelines.loading import load
 
-    pipeline = load(path, device=device())
+    pipeline = load(path, device=device)
     for made in pipeline.sample_batches(seeds, batch=batch):
         labels = None if made.labels is None else torch.from_numpy(made.labels)
         yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
 
 
 def _score_classic(
-    samples: Path, known: Reference, num: int | None, seed: int, batch: int, as_json: bool
+    samples: Path,
+    reference: Callable[[], Reference],
+    num: int | None,
+    seed: int,
+    batch: int,
+    as_json: bool,
+    device: torch.device,
 ) -> None:
     """The in-domain classifier's distance and what it recognises."""
+    from tessera import distributed
     from tessera.metrics import score as scoring
+    from tessera.metrics.evaluate import share
     from tessera.metrics.images import open_images
     from tessera.progress import progress
 
     if _is_pipeline(samples):
-        seeds = list(range(seed, seed + (num or _SAMPLED)))
-        with progress("samples", len(seeds), unit="images") as bar:
+        known, total = reference(), num or _SAMPLED
+        seeds = [seed + int(row) for row in share(total)]
+        with progress("samples", total, unit="images") as bar:
 
             def counted() -> Iterator[tuple[Tensor, Tensor | None]]:
-                for images, labels in _sampled(samples, seeds, batch):
+                for images, labels in _sampled(samples, seeds, batch, device):
                     yield images, labels
-                    bar.advance(len(images))
+                    bar.advance(len(images) * distributed.world())
 
             result = scoring.score(counted(), known)
     else:
-        result = scoring.score_images(open_images(samples), known, num=num, seed=seed)
+        data = open_images(samples)  # before a classifier is trained in vain
+        known = reference()
+        result = scoring.score_images(data, known, num=num, seed=seed, batch=batch)
+    if not _is_main():
+        return
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:
-        _print_score(result, known)
-
-
-def _reference_rows(result: Reference) -> list[tuple[str, str]]:
-    facts = result.extractor.facts
-    channels, height, width = facts.shape
-    task = "quarter turns (no labels)"
-    return [
-        ("real images", f"{result.statistics.n:,} of {result.name}, {width}x{height}x{channels}"),
-        ("features", f"{result.extractor.dim} of the {result.extractor.name}"),
-        ("classifier tells apart", f"{facts.outputs} classes" if facts.task == "classes" else task),
-        (
-            "right on held-out real images",
-            f"{facts.accuracy:.1%} of {facts.held_out:,} (chance {1 / facts.outputs:.1%})",
-        ),
-    ]
-
-
-def _measured_rows(measured: Measured) -> list[tuple[str, str]]:
-    weights = f", weights {measured.weights}" if measured.weights else ""
-    count = "an unknown number" if measured.n is None else f"{measured.n:,}"
-    return [
-        ("images", f"{count} of {measured.name}"),
-        ("features", f"{measured.dim} of {measured.extractor}{weights}"),
-    ]
-
-
-def _print_score(result: Score, known: Reference) -> None:
-    rows = [("Fréchet distance (in-domain classifier)", f"{result.fd_classifier:.6g}")]
-    if result.recognised is not None:
-        rows.append(("recognised as their class", f"{result.recognised:.1%}"))
-    rows.append(("samples", f"{result.n:,}"))
-    _print_table("Score", [*rows, *_reference_rows(known)])
-
-
-def _print_results(
-    results: list[Result], ours: Measured, theirs: Measured | None, as_json: bool
-) -> None:
-    if as_json:
-        document = {
-            "results": [result.as_dict() for result in results],
-            "samples": {"name": ours.name, "n": ours.n},
-            "reference": theirs and {"name": theirs.name, "n": theirs.n},
-            "features": {"extractor": ours.extractor, "dim": ours.dim, "weights": ours.weights},
-        }
-        print(json.dumps(document, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Scores", title_justify="left")
-    for column in ("metric", "value", "as", "rule"):
-        table.add_column(column, style="bold" if column == "metric" else None)
-    for result in results:
-        for index, (name, value) in enumerate(result.values.items()):
-            first = index == 0
-            table.add_row(
-                name,
-                f"{value:.6g}",
-                result.convention if first else "",
-                result.rule if first else "",
-            )
-    Console().print(table)
-    rows = [("samples", f"{ours.n:,}" if ours.n else "an unknown number")]
-    if theirs is not None:
-        rows += [(f"reference {key}", value) for key, value in _measured_rows(theirs)]
-    _print_table("", rows)
-
-
-def _print_table(title: str, rows: list[tuple[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in rows:
-        table.add_row(name, str(value))
-    Console().print(table)
+        print_score(result, known)

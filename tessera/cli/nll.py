@@ -24,13 +24,14 @@ def nll(
     clip: bool = typer.Option(True, help="Cut estimates of the image to [-1, 1]."),
     seed: int = typer.Option(0, min=0, help="Of the noise."),
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
+    device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Bits per dimension: an upper bound of what a model needs to code real images."""
     import numpy as np
 
-    from tessera.distributed import device
+    from tessera import distributed
     from tessera.files import atomic_file
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
@@ -39,7 +40,8 @@ def nll(
 
     if out is not None and out.suffix != ".npz":
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
-    pipe, images = load(pipeline, ema=ema, device=device()), open_images(data)
+    where = distributed.device(device)
+    pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
     count = min(num, len(images))
     with progress("bits per dimension", count, unit="images") as bar:
         bits = evaluate(

@@ -200,9 +200,8 @@ def sample(
     from tessera.sampling.seeds import parse_seeds
 
     wanted = parse_seeds(seeds)
-    with distributed.session() as fastest, _plain_warnings():
-        target = device or fastest
-        pipe = _on_device(Pipeline.load(pipeline, ema=ema, vae=vae), target)
+    with distributed.session(device) as target, _plain_warnings():
+        pipe = Pipeline.load(pipeline, ema=ema, vae=vae, device=target)
         options |= {"guidance": guidance, "precision": precision.value}
         if "size" in options:
             _, *trained = pipe.denoiser.shape
@@ -210,7 +209,7 @@ def sample(
         if low_res is not None:
             options["low_res"] = _read_images(low_res)
         if guide is not None:
-            options["guide"] = _on_device(Pipeline.load(guide), target)
+            options["guide"] = Pipeline.load(guide, device=target)
         job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
         summary, where = _write(job, kind, out, subdirs, grid, film)
@@ -292,16 +291,6 @@ def _read_images(path: Path) -> Any:
 
     data = open_images(path)
     return np.ascontiguousarray(data.read(np.arange(len(data))).transpose(0, 2, 3, 1))
-
-
-def _on_device(pipe: Any, device: Any) -> Any:
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise TesseraError(
-            f"--device {device}: {str(error).splitlines()[0]}. Name a device that this machine "
-            "has, such as cpu"
-        ) from error
 
 
 def parse_interval(text: str) -> tuple[float, float]:

@@ -98,6 +98,7 @@ def open_dataset(
     xflip: bool = False,
     cache: bool = False,
     skip_bad: bool = False,
+    opaque: bool = False,
 ) -> ImageDataset:
     """Open an archive (`.zip`), a packed set (`.safetensors`) or a folder of images.
 
@@ -112,6 +113,7 @@ def open_dataset(
             needs none.
         skip_bad: decode every image now and leave out those that cannot be read or have another
             shape than the first; otherwise reading such an image is an error.
+        opaque: make it an error to read an image with an alpha channel, which is dropped otherwise.
 
     Raises:
         DataError: nothing to read at `path`, or labels that do not fit.
@@ -143,7 +145,7 @@ def open_dataset(
         labels = None
         if found is not None:
             labels = label_array(found.of(every, names), names, str(path))
-        reader, total = MemberReader(members, names), len(names)
+        reader, total = MemberReader(members, names, opaque), len(names)
     if total == 0:
         raise DataError(f"{path}: no images in it")
     raw = choose_subset(total, max_images, seed)
@@ -170,17 +172,19 @@ class PackedReader:
 class MemberReader:
     """Images that are decoded each time they are read; the first one gives the shape."""
 
-    def __init__(self, members: Members, names: Sequence[str]) -> None:
+    def __init__(self, members: Members, names: Sequence[str], opaque: bool = False) -> None:
         self._members = members
         self._names = names
-        self.shape: tuple[int, int, int] = _decode(members, names[0]).shape
+        self._opaque = opaque
+        self.shape: tuple[int, int, int] = _decode(members, names[0], opaque).shape
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A fresh array [n, C, H, W]."""
         images = np.empty((len(indices), *self.shape), np.uint8)
         for row, index in enumerate(indices):
             name = self._names[index]
-            images[row] = _checked(_decode(self._members, name), self.shape, self._members, name)
+            image = _decode(self._members, name, self._opaque)
+            images[row] = _checked(image, self.shape, self._members, name)
         return images
 
     def close(self) -> None:
@@ -214,8 +218,8 @@ class CachedReader:
         self._reader.close()
 
 
-def _decode(members: Members, name: str) -> NDArray[np.uint8]:
-    return channels_first(decode_image(members.read(name), members.where(name)))
+def _decode(members: Members, name: str, opaque: bool = False) -> NDArray[np.uint8]:
+    return channels_first(decode_image(members.read(name), members.where(name), opaque=opaque))
 
 
 def _checked(

@@ -29,7 +29,9 @@ def is_image(name: str) -> bool:
     return not hidden and os.path.splitext(name)[1].lower() in image_extensions()
 
 
-def decode_image(data: bytes, name: str, *, upright: bool = False) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, name: str, *, upright: bool = False, opaque: bool = False
+) -> NDArray[np.uint8]:
     """Pixels of an image file: uint8 [H, W] for grey images, else RGB [H, W, 3].
 
     Palette, CMYK and all other colour images become RGB, 16-bit grey keeps its upper 8 bits, and an
@@ -38,15 +40,24 @@ def decode_image(data: bytes, name: str, *, upright: bool = False) -> NDArray[np
     Args:
         name: what an error calls the file.
         upright: turn the picture as the camera's orientation tag (EXIF) says.
+        opaque: refuse an image with an alpha channel.
 
     Raises:
-        DataError: not an image, damaged, or of a kind without a brightness scale (float).
+        DataError: not an image, damaged, transparent, or of a kind without a brightness scale
+            (float).
     """
     try:
         # A decoder that meets damaged data may raise nearly anything.
         with Image.open(io.BytesIO(data)) as file:
+            if opaque and ("A" in file.getbands() or "transparency" in file.info):
+                raise DataError(
+                    f"{name}: has an alpha channel, and what it would be laid over is not known. "
+                    "Make RGB images of the set with: tessera data convert"
+                )
             image = ImageOps.exif_transpose(file) if upright else file
             return _pixels(image)
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image that can be read") from error
     except Exception as error:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera import distributed
+from tessera.data.dataset import choose_subset
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages
@@ -20,7 +21,7 @@ from tessera.metrics.formats import Measured
 from tessera.metrics.frechet import frechet_distance
 from tessera.metrics.inception import SPATIAL_DIM, Inception
 from tessera.metrics.inception_score import SplitScore, consecutive_splits, equal_splits
-from tessera.metrics.kid import SEED, kernel_distance
+from tessera.metrics.kid import SEED, SIZE, kernel_distance
 from tessera.metrics.manifold import precision_recall
 from tessera.metrics.statistics import FeatureStatistics, Moments
 from tessera.progress import progress
@@ -55,6 +56,8 @@ RULES: dict[Metric, dict[Convention, str]] = {
     },
     "fd": {"edm": "float64 statistics"},
 }
+
+_FEWEST: dict[Metric, int] = {"kid": SIZE, "pr": 4}
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Needs:
-    """What has to be kept while features are extracted; see `needs`."""
+    """What has to be kept while features are extracted, and how many images it takes at least.
 
+    See `needs`.
+    """
+
+    fewest: int = 2
     moments: bool = False
     spatial_moments: bool = False
     features: bool = False
@@ -133,6 +140,7 @@ def needs(pairs: Sequence[tuple[Metric, Convention]], *, reference: bool = False
     """What of the samples (or of the reference) the metrics are computed from."""
     metrics = {metric for metric, _ in pairs}
     return Needs(
+        fewest=max((_FEWEST.get(metric, 2) for metric in metrics), default=2),
         moments=bool(metrics & {"fid", "fd"}),
         spatial_moments="sfid" in metrics,
         features=bool(metrics & {"kid", "pr"}),
@@ -148,12 +156,7 @@ def data_source(
     Raises:
         DataError: there are fewer than `num`, or fewer than two.
     """
-    indices = np.arange(len(data))
-    if num is not None and num > len(data):
-        raise DataError(f"{data.name}: {num} images asked for, there are {len(data)}")
-    if num is not None and num < len(data):
-        np.random.RandomState(seed % 2**31).shuffle(indices)
-        indices = np.sort(indices[:num])
+    indices = _chosen_rows(data.name, len(data), num, seed)
     if len(indices) < 2:
         raise DataError(f"{data.name}: a score needs at least 2 images, there are {len(indices)}")
     rows = share(len(indices))
@@ -164,6 +167,48 @@ def data_source(
     chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     # Decoding goes on while the network works.
     return Source(data.name, len(indices), ordered_map(read, chunks, workers=2, ahead=4))
+
+
+def draw(measured: Measured, num: int, seed: int = 0) -> Measured:
+    """The features of `num` images of a file, those that `data_source` draws of the images.
+
+    Raises:
+        DataError: there are fewer, or the file holds statistics only.
+    """
+    features, spatial = measured.features, measured.spatial
+    if features is None:
+        raise DataError(
+            f"{measured.name} holds statistics of all of its images, of which --num cannot choose. "
+            "Leave it out, or give the images themselves"
+        )
+    rows = torch.from_numpy(_chosen_rows(measured.name, len(features), num, seed))
+    return replace(
+        measured,
+        n=len(rows),
+        moments=None,
+        spatial_moments=None,
+        features=features[rows],
+        spatial=None if spatial is None else spatial[rows],
+    )
+
+
+def _chosen_rows(name: str, total: int, num: int | None, seed: int) -> NDArray[np.int64]:
+    if num is not None and num > total:
+        raise DataError(f"{name}: {num} images asked for, there are {total}")
+    return choose_subset(total, num, seed)
+
+
+def check_enough(name: str, total: int, wanted: Needs) -> None:
+    """Refuse a set too small for a metric, before its features are extracted.
+
+    Raises:
+        DataError: it is.
+    """
+    if total < wanted.fewest:
+        metric = next((m for m, n in _FEWEST.items() if n == wanted.fewest), "a score")
+        raise DataError(
+            f"{name}: {metric} needs at least {wanted.fewest:,} images, there are {total:,}"
+        )
 
 
 def share(total: int) -> NDArray[np.int64]:
@@ -180,8 +225,10 @@ def measure_images(
     asked for; the same on every process.
 
     Raises:
-        DataError: a metric needs Inception and `extractor` is another; or images do not fit it.
+        DataError: a metric needs Inception and `extractor` is another, or more images; or images
+            do not fit the extractor.
     """
+    check_enough(source.name, source.total, wanted)
     inception = extractor if isinstance(extractor, Inception) else None
     spatial = wanted.spatial or wanted.spatial_moments
     if inception is None and (spatial or wanted.scores):
@@ -249,6 +296,7 @@ def complete(
     Raises:
         DataError: the file holds too little.
     """
+    check_holds(measured, wanted)
     features, spatial = measured.features, measured.spatial
     if wanted.moments and measured.moments is None and features is not None:
         measured = replace(measured, moments=FeatureStatistics.of(features).moments())
@@ -258,22 +306,6 @@ def complete(
     if wanted.features and features is None and measured.images is not None:
         made, _ = measure_images(data_source(measured.images), extractor(), Needs(features=True))
         measured = replace(measured, features=made.features)
-    missing = {
-        "the mean and covariance of its features (mu, sigma)": wanted.moments
-        and measured.moments is None,
-        "spatial features (mu_s, sigma_s or s_feat), which sFID compares": wanted.spatial_moments
-        and measured.spatial_moments is None,
-        "the features of each image, which KID and precision and recall compare": wanted.features
-        and measured.features is None,
-        "the features of each image, which IS is made of": bool(wanted.scores)
-        and measured.features is None,
-    }
-    for what, lacks in missing.items():
-        if lacks:
-            raise DataError(
-                f"{measured.name} does not hold {what}. Give the images themselves, or a file made "
-                "with: tessera eval features IMAGES FEATURES.npz"
-            )
     scores: dict[Convention, tuple[float, float]] = {}
     if wanted.scores and features is not None:
         network = extractor()
@@ -286,6 +318,31 @@ def complete(
                 sums.update(rows, logits)
             scores[convention] = sums.score()
     return measured, scores
+
+
+def check_holds(measured: Measured, wanted: Needs) -> None:
+    """Refuse a file from which `complete` cannot work out what is wanted.
+
+    Raises:
+        DataError: the message says what it lacks.
+    """
+    rows, images = measured.features is not None, measured.images is not None
+    spatial = measured.spatial is not None or measured.spatial_moments is not None
+    missing = {
+        "the mean and covariance of its features (mu, sigma)": wanted.moments
+        and not (rows or measured.moments is not None),
+        "spatial features (mu_s, sigma_s or s_feat), which sFID compares": wanted.spatial_moments
+        and not spatial,
+        "the features of each image, which KID and precision and recall compare": wanted.features
+        and not (rows or images),
+        "the features of each image, which IS is made of": bool(wanted.scores) and not rows,
+    }
+    for what, lacks in missing.items():
+        if lacks:
+            raise DataError(
+                f"{measured.name} does not hold {what}. Give the images themselves, or a file made "
+                "with: tessera eval features IMAGES FEATURES.npz"
+            )
 
 
 def compare(
@@ -332,7 +389,7 @@ def check_comparable(samples: Measured, reference: Measured) -> None:
     if None not in names and names[0] != names[1]:
         raise DataError(
             f"{samples.name} has features of {names[0]}, the reference {reference.name} of "
-            f"{names[1]}: choose one with --features"
+            f"{names[1]}: choose one for both (--features, or evaluate.features in a recipe)"
         )
     weights = samples.weights, reference.weights
     if None not in weights and weights[0] != weights[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -18,6 +19,10 @@ from tessera.progress import progress
 
 Features = Literal["classifier", "inception", "dinov2"]
 FEATURES: tuple[Features, ...] = get_args(Features)
+_PUBLISHED: dict[Features, weights.Weights] = {
+    "inception": weights.INCEPTION,
+    "dinov2": weights.DINOV2,
+}
 
 
 class FeatureExtractor(Protocol):
@@ -40,23 +45,31 @@ class FeatureExtractor(Protocol):
         ...
 
 
-def open_extractor(
-    name: Features,
-    path: str | os.PathLike[str] | None = None,
-    device: torch.device | str = "cpu",
-) -> Inception | DinoV2:
-    """An extractor with published weights, from `path`, the cache of torch.hub, or a download.
+def find_extractor(name: Features, path: str | os.PathLike[str] | None = None) -> Path:
+    """The file of published weights: `path`, or from the cache of torch.hub, or a download.
 
     Raises:
-        DataError: there are no such weights, or the file holds others.
+        DataError: there are no such weights; the message says what to put where.
     """
     if name == "classifier":
         raise DataError(
             "the in-domain classifier has no published weights: it is trained on the real images. "
             "Make a reference file with: tessera eval reference DATA REF.npz --features classifier"
         )
-    wanted = weights.INCEPTION if name == "inception" else weights.DINOV2
-    file = weights.find_weights(wanted, path)
+    return weights.find_weights(_PUBLISHED[name], path)
+
+
+def open_extractor(
+    name: Features,
+    path: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Inception | DinoV2:
+    """An extractor with published weights, which `find_extractor` finds.
+
+    Raises:
+        DataError: there are no such weights, or the file holds others.
+    """
+    file = find_extractor(name, path)
     state, digest = weights.read_weights(file)
     try:
         if name == "dinov2":
@@ -67,6 +80,7 @@ def open_extractor(
         network.load(state)
         return Inception(network, "inception", digest).to(device)
     except (KeyError, RuntimeError) as error:
+        wanted = _PUBLISHED[name]
         raise DataError(
             f"{file}: not {wanted.title}; the file to give is {wanted.file} from\n{wanted.url}"
         ) from error

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -257,8 +255,7 @@ def _from_torch(path: Path) -> Measured:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except Exception as error:  # a damaged file may raise nearly anything
         raise DataError(
             f"{path}: not a readable cache of torch-fidelity "
             f"({(str(error).strip().splitlines() or [''])[0]})"
@@ -267,6 +264,11 @@ def _from_torch(path: Path) -> Measured:
         moments = _moments(path, data, "mu", "sigma")
         return Measured(path.name, NAMES.get(moments.dim), moments=moments)
     if isinstance(data, Tensor) and data.ndim == 2:
-        features = _matrix(path, "features", data.numpy())
+        features = _matrix(path, "features", _plain(data).numpy())
         return Measured(path.name, NAMES.get(features.shape[1]), n=len(features), features=features)
     raise DataError(f"{path}: neither features [N, D] nor a dict of mu and sigma")
+
+
+def _plain(features: Tensor) -> Tensor:
+    """Without gradients, and in a type that NumPy has."""
+    return features.detach().float() if features.dtype == torch.bfloat16 else features.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages
-
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -57,30 +53,14 @@ def open_images(path: str | os.PathLike[str]) -> LabelledImages:
     """A folder, ZIP archive, packed set or NPZ file (`arr_0` uint8 NHWC, labels in `arr_1`).
 
     Raises:
-        DataError: nothing is there, it holds no images, or it cannot be read.
+        DataError: nothing is there, it holds no images, or it cannot be read; images with an alpha
+            channel raise it when they are read.
     """
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
-    if path.is_dir():
-        _refuse_alpha(path)
-    return open_dataset(path)
-
-
-def _refuse_alpha(folder: Path) -> None:
-    """Look at the first images of a folder: what lies under transparent pixels is no sample."""
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".webp"))
-    for path in itertools.islice(files, _LOOKED_AT):
-        try:
-            with Image.open(path) as image:
-                alpha = "A" in image.getbands() or "transparency" in image.info
-        except OSError:
-            continue  # whoever reads it says what is wrong
-        if alpha:
-            raise DataError(
-                f"{path}: has an alpha channel, and what it would be laid over is not known. "
-                "Make RGB images of the set with: tessera data convert"
-            )
+    # What lies under transparent pixels is no sample.
+    return open_dataset(path, opaque=True)
 
 
 def batches(
@@ -134,8 +114,8 @@ def _map_member(path: Path, name: str) -> NDArray[Any] | None:
             if fortran or dtype.hasobject or 0 in shape:
                 return None
             return np.memmap(path, dtype, "r", file.tell(), shape)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None  # `read_npz` says what is wrong
+    except Exception:  # whatever is wrong with it, `read_npz` says it in the user's words
+        return None
 
 
 def npz_names(path: Path) -> tuple[str, ...]:
@@ -156,12 +136,15 @@ def read_npz(
         DataError: the file is missing, damaged, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
+        with opened as file:
             wanted = [name for name in file.files if only is None or name in only]
             return {name: file[name] for name in wanted if name not in skip}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive or header may raise nearly anything
         raise DataError(f"{path}: not a readable NPZ file, it may be damaged ({error})") from error

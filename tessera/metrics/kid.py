@@ -15,10 +15,11 @@ from tessera.progress import progress
 
 _ROWS = 256  # of a kernel matrix at once, so that it stays in the processor's cache
 SEED = 2020
+SIZE = 1000  # images in a subset
 
 
 def subsets(
-    n_samples: int, n_reference: int, count: int = 100, size: int = 1000, seed: int = SEED
+    n_samples: int, n_reference: int, count: int = 100, size: int = SIZE, seed: int = SEED
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Rows of samples and of reference images, `count` times `size` without replacement.
 
@@ -37,7 +38,7 @@ def kernel_distance(
     reference: Tensor,
     *,
     count: int = 100,
-    size: int = 1000,
+    size: int = SIZE,
     seed: int = SEED,
     kernel: Kernel | None = None,
 ) -> tuple[float, float]:

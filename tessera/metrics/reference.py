@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tessera import distributed
 from tessera._version import __version__
 from tessera.errors import DataError
 from tessera.files import atomic_file
@@ -43,13 +44,15 @@ def build_reference(
     seed: int = 0,
     training_images: int = 60_000,
     device: torch.device | str = "cpu",
+    batch: int = 256,
 ) -> Reference:
     """Train the in-domain classifier on `data` and measure its features of every image.
 
-    Args as for `train_classifier`.
+    Args as for `train_classifier`, and:
+        batch: images measured at once.
     """
     classifier = train_classifier(data, seed=seed, training_images=training_images, device=device)
-    statistics = measure(classifier, (images for _, images in batches(data)), len(data))
+    statistics = measure(classifier, (images for _, images in batches(data, size=batch)), len(data))
     return Reference(data.name, statistics, classifier)
 
 
@@ -129,8 +132,11 @@ def open_reference(
     seed: int = 0,
     training_images: int = 60_000,
     device: torch.device | str = "cpu",
+    batch: int = 256,
 ) -> Reference:
     """A reference file, or a data set from which the reference is built now.
+
+    It is the same on every process, of which all must take part. Args as for `build_reference`.
 
     Raises:
         DataError: neither can be read.
@@ -138,6 +144,19 @@ def open_reference(
     path = Path(path)
     if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
-    return build_reference(
-        open_images(path), seed=seed, training_images=training_images, device=device
-    )
+    built: Reference | None = None
+    with distributed.main_first():
+        # Trained once: not every device trains to the same bit twice.
+        if distributed.is_main():
+            built = build_reference(
+                open_images(path),
+                seed=seed,
+                training_images=training_images,
+                device=device,
+                batch=batch,
+            )
+            built.extractor.network.cpu()
+    shared = distributed.broadcast(built)
+    assert shared is not None
+    shared.extractor.network.to(device)
+    return shared

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tessera import distributed
 from tessera.errors import DataError
 from tessera.metrics.classifier import LabelledImages, class_labels
+from tessera.metrics.evaluate import share
 from tessera.metrics.frechet import frechet_distance
 from tessera.metrics.images import batches
 from tessera.metrics.reference import Reference
@@ -48,6 +50,8 @@ class Score:
 def score(samples: Iterable[tuple[Tensor, Tensor | None]], reference: Reference) -> Score:
     """Score batches of samples as they come; nothing is kept but their statistics.
 
+    Under several processes each gives its share, and all have the result.
+
     Args:
         samples: pairs of images uint8 [B, C, H, W] and their classes, int64 [B] or None.
         reference: real images to compare with.
@@ -63,6 +67,10 @@ def score(samples: Iterable[tuple[Tensor, Tensor | None]], reference: Reference)
         if labels is not None and extractor.facts.task == "classes":
             asked += len(labels)
             right += int((extractor.predict(images) == labels.cpu()).sum())
+    (statistics, asked, right), *others = distributed.gather((statistics, asked, right))
+    for more, asked_there, right_there in others:
+        statistics.merge(more)
+        asked, right = asked + asked_there, right + right_there
     if statistics.n < 2:
         raise DataError(f"a score needs at least 2 samples, got {statistics.n}")
     return Score(
@@ -77,9 +85,14 @@ def score(samples: Iterable[tuple[Tensor, Tensor | None]], reference: Reference)
 
 
 def score_images(
-    data: LabelledImages, reference: Reference, *, num: int | None = None, seed: int = 0
+    data: LabelledImages,
+    reference: Reference,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    batch: int = 256,
 ) -> Score:
-    """Score a set of images, all or `num` drawn at random; see `score`.
+    """Score a set of images, all or `num` drawn at random, `batch` at once; see `score`.
 
     Its classes count where they are the reference's: not where folders have other names.
 
@@ -98,7 +111,7 @@ def score_images(
     return score(
         (
             (images, None if labels is None else torch.from_numpy(labels[chunk]))
-            for chunk, images in batches(data, indices)
+            for chunk, images in batches(data, indices[share(len(indices))], batch)
         ),
         reference,
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tessera import distributed
+from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
 from tessera.errors import RecipeError
 from tessera.files import atomic_folder, write_json
 from tessera.metrics import evaluate as scoring
-from tessera.metrics.features import FeatureExtractor, open_extractor
+from tessera.metrics.classifier import LabelledImages
+from tessera.metrics.features import FeatureExtractor, find_extractor, open_extractor
 from tessera.metrics.formats import Measured, is_measured, read_measured, save_statistics
 from tessera.metrics.images import open_images
 from tessera.metrics.reference import (
@@ -31,7 +35,6 @@ from tessera.training.tracking import Metrics, Tracker
 
 BEST = "best"
 _SCORE = "score.json"
-_REFERENCE = "evaluation.ref.npz"
 _HIGHER_IS_BETTER = ("is", "precision")
 
 
@@ -111,29 +114,36 @@ class Evaluation:
         """The extractor and the measured reference."""
         wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
         path = Path(config.reference or str(self._recipe.data.path))
-        stored = self._run_dir / _REFERENCE
+        stored = self._run_dir / _stored_name(path, config, wanted)
         if config.features == "classifier":
-            return self._open_classifier(path, stored, wanted, device)
+            return self._open_classifier(path, stored, config, wanted, device)
         extractor = open_extractor(config.features, config.weights, device)
         if is_measured(path) or (stored.is_file() and not wanted.features):
             file = path if is_measured(path) else stored
             known = read_measured(file, config.features)
-            scoring.check_comparable(Measured("samples", config.features), known)
+            _check_known(known, config, wanted)
             return extractor, scoring.complete(known, wanted, lambda: extractor)[0]
         measured, _ = scoring.measure_images(
-            scoring.data_source(open_images(path), batch=config.batch), extractor, wanted
+            scoring.data_source(self._images(path), batch=config.batch),
+            extractor,
+            replace(wanted, moments=True),  # whatever metrics the run is resumed with
         )
         if distributed.is_main():
             save_statistics(stored, measured)
         return extractor, measured
 
     def _open_classifier(
-        self, path: Path, stored: Path, wanted: scoring.Needs, device: torch.device
+        self,
+        path: Path,
+        stored: Path,
+        config: EvaluateConfig,
+        wanted: scoring.Needs,
+        device: torch.device,
     ) -> tuple[FeatureExtractor, Measured]:
         file = path if has_classifier(path) else stored
         with distributed.main_first():
             if not file.is_file():
-                save_reference(file, build_reference(open_images(path), device=device))
+                save_reference(file, build_reference(self._images(path), device=device))
         reference = load_reference(file, device)
         statistics = reference.statistics
         extractor = reference.extractor
@@ -141,13 +151,27 @@ class Evaluation:
             reference.name, extractor.name, n=statistics.n, moments=statistics.moments()
         )
         if wanted.features:
-            images = open_images(path if file == stored else str(self._recipe.data.path))
-            measured, _ = scoring.measure_images(
-                scoring.data_source(images),
+            images = self._images(path if file == stored else Path(str(self._recipe.data.path)))
+            made, _ = scoring.measure_images(
+                scoring.data_source(images, batch=config.batch),
                 extractor,
-                scoring.Needs(moments=True, features=True),
+                scoring.Needs(features=True),
             )
+            measured = replace(measured, features=made.features)
         return extractor, measured
+
+    def _images(self, path: Path) -> LabelledImages:
+        """Real images; those of the training as the training sees them, without their alpha."""
+        return open_dataset(path) if str(path) == self._recipe.data.path else open_images(path)
+
+
+def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs) -> str:
+    """File for the statistics of the images at `path`; another for other features of them.
+
+    A resumed run may have another section than the one that made the file.
+    """
+    facts = (str(path.resolve()), config.features, config.weights, wanted.spatial_moments)
+    return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 
 def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
@@ -155,6 +179,7 @@ def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
 
     Raises:
         RecipeError: there is no reference, or it would need images of a set of latents.
+        DataError: it holds too little or other features, or the extractor's weights are missing.
         CheckpointError: the autoencoder that decodes the samples cannot be had.
     """
     build_codec(recipe.codec).prepare()
@@ -167,9 +192,24 @@ def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
             "evaluate.reference to a reference file or to the images that the latents were made of"
         )
     wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
-    classifier = config.features == "classifier" and has_classifier(path)
+    if config.features != "classifier":
+        find_extractor(config.features, config.weights)
+        if is_measured(path):
+            _check_known(read_measured(path, config.features), config, wanted)
+        return
+    classifier = has_classifier(path)
+    if is_measured(path) and not classifier:
+        raise RecipeError(
+            f"{path} holds no in-domain classifier: set evaluate.features to what its statistics "
+            "were made with, inception or dinov2"
+        )
     if classifier and wanted.features and is_latents(str(recipe.data.path)):
         raise RecipeError(
             f"{path} holds statistics only, and kid and pr compare the features of each real "
             "image: set evaluate.reference to the images that the latents were made of"
         )
+
+
+def _check_known(known: Measured, config: EvaluateConfig, wanted: scoring.Needs) -> None:
+    scoring.check_comparable(Measured("samples", config.features), known)
+    scoring.check_holds(known, wanted)

@@ -22,6 +22,7 @@ from tessera.metrics.formats import read_measured
 from tessera.metrics.images import ArrayImages
 
 N = 6
+SAMPLES = ("samples", "samples.npz")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,15 @@ def test_images_and_stored_features_give_the_same(folder: Path) -> None:
     assert "does not hold the features of each image" in lacking
 
 
+def test_an_inception_score_needs_no_reference(folder: Path) -> None:
+    weights = ("--weights", folder / "weights.pth")
+    document = scores(folder / "samples.npz", "--metrics", "is", *weights)
+    assert document["results"][0]["values"]["is"] > 1
+    assert document["reference"] is None
+    for metrics in ((), ("--metrics", "is,fid")):
+        assert "name a REFERENCE" in refused("score", folder / "samples.npz", *metrics)
+
+
 def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     one, two = folder / "samples.npz", folder / "real.npz"
     assert "--metrics 'speed'" in refused("score", one, two, "--metrics", "speed")
@@ -97,6 +107,10 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     message = refused("score", one, two, "--metrics", "kid", "--convention", "adm")
     assert "kid has no convention 'adm'" in message
     assert "only 6" in refused("score", one, two, "--metrics", "kid")
+    # No network is needed to see that there are too few, and none is there.
+    weights = ("--weights", tmp_path / "absent.pth")
+    few = refused("score", folder / "samples", two, "--metrics", "kid", *weights)
+    assert "kid needs at least 1,000 images, there are 7" in few
     assert "needs 10 images, got 7" in refused(
         "score", one, two, "--metrics", "is", "--convention", "torch-fidelity",
         "--weights", folder / "weights.pth",
@@ -109,14 +123,30 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     )
     assert "--features 'vgg'" in refused("features", folder / "real", tmp_path / "a.npz",
                                          "--features", "vgg")  # fmt: skip
-    alpha = np.zeros((8, 8, 4), np.uint8)
-    (tmp_path / "alpha").mkdir()
-    from PIL import Image
-
-    Image.fromarray(alpha).save(tmp_path / "alpha" / "0.png")
-    assert "alpha channel" in refused("features", tmp_path / "alpha", tmp_path / "a.npz")
     save_png(tmp_path / "single" / "0.png", np.zeros((8, 8, 3), np.uint8))
     assert "at least 2 images" in refused("features", tmp_path / "single", tmp_path / "a.npz")
+
+
+def test_a_subset_of_stored_features_is_that_of_the_images(folder: Path) -> None:
+    options = ("--metrics", "sfid,pr", "--num", 5, "--seed", 3, "--weights", folder / "weights.pth")
+    one, two = (scores(folder / name, folder / "real.npz", *options) for name in SAMPLES)
+    assert one["samples"]["n"] == two["samples"]["n"] == 5
+    for a, b in zip(one["results"], two["results"], strict=True):
+        assert a["values"] == pytest.approx(b["values"], rel=1e-4)
+    whole = refused("score", folder / "samples.npz", folder / "real.npz", "--num", 8)
+    assert "8 images asked for, there are 7" in whole
+    np.savez(folder / "stat.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    message = refused("score", folder / "stat.npz", folder / "real.npz", "--num", 5)
+    assert "statistics of all of its images" in message
+
+
+def test_other_weights_are_refused_before_the_images_are_read(folder: Path, tmp_path: Path) -> None:
+    other = formula_weights() | {"fc.bias": torch.zeros(1008)}
+    torch.save(other, tmp_path / "other.pth")
+    message = refused(
+        "score", tmp_path / "nowhere", folder / "real.npz", "--weights", tmp_path / "other.pth"
+    )
+    assert "other inception weights" in message
 
 
 def test_a_subset_is_the_one_that_edms_tool_draws() -> None:

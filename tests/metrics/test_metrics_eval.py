@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from training_case import start
 from typer.testing import CliRunner, Result
 
 from tessera.cli import app
 from tessera.cli.eval import _session
 from tessera.errors import DataError, TesseraError
 from tessera.images import save_png
+from tessera.metrics.classifier import Classifier
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe
@@ -131,6 +134,16 @@ def test_mixed_sizes_and_empty_folders(reference: Path, tmp_path: Path) -> None:
     )
 
 
+def test_alpha_is_refused_wherever_it_is(reference: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "late", 40)
+    Image.fromarray(np.zeros((8, 8, 2), np.uint8), "LA").save(folder / "dark" / "950.png")
+    assert "950.png: has an alpha channel" in refused("score", folder, reference)
+    with zipfile.ZipFile(tmp_path / "late.zip", "w") as archive:
+        for path in folder.rglob("*.png"):
+            archive.write(path, path.relative_to(folder))
+    assert "950.png: has an alpha channel" in refused("score", tmp_path / "late.zip", reference)
+
+
 def test_a_single_sample(reference: Path, tmp_path: Path) -> None:
     assert "at least 2" in refused("score", write_images(tmp_path / "one", 1), reference)
 
@@ -152,6 +165,19 @@ def test_bad_npz_files(real: Path, reference: Path, tmp_path: Path) -> None:
     np.savez(floats, np.zeros((4, 8, 8, 1)))
     assert "uint8" in refused("score", floats, reference)
     assert "no such file" in refused("score", real, tmp_path / "absent.npz")
+    bare = tmp_path / "bare.npz"
+    with bare.open("wb") as file:
+        np.save(file, np.zeros(4))
+    assert "one bare array" in refused("score", real, bare)
+
+
+def test_an_npz_with_spoiled_bytes(real: Path, tmp_path: Path) -> None:
+    path = tmp_path / "packed.npz"
+    np.savez_compressed(path, mu=np.arange(2048.0), sigma=np.eye(2048))
+    data = bytearray(path.read_bytes())
+    data[100:200] = bytes(255 - value for value in data[100:200])
+    path.write_bytes(data)
+    assert "may be damaged" in refused("score", real, path, "--features", "inception")
 
 
 def test_a_reference_file_without_its_weights(reference: Path, real: Path, tmp_path: Path) -> None:
@@ -161,6 +187,29 @@ def test_a_reference_file_without_its_weights(reference: Path, real: Path, tmp_p
             if "head" not in name:
                 target.writestr(name, source.read(name))
     assert "damaged reference file" in refused("score", real, broken)
+
+
+def test_no_option_is_left_aside(
+    reference: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refused("score", real, reference, "--weights", tmp_path / "w.pth")
+    assert "--weights are those of inception or dinov2" in message
+    assert "--weights" in refused("reference", real, tmp_path / "a.npz", "--weights", "w.pth")
+    sizes = []
+    original = Classifier.__call__
+
+    def seen(self: Classifier, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Classifier, "__call__", seen)
+    assert evaluate("score", real, reference, "--batch", 7).exit_code == 0
+    assert max(sizes) == 7
+    result = evaluate(
+        "reference", real, tmp_path / "b.npz", "--training-images", 256, "--batch", 9
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert max(sizes) == 9
 
 
 def test_reference_needs_the_right_name(real: Path, tmp_path: Path) -> None:
@@ -182,6 +231,31 @@ def test_a_pipeline_is_sampled_on_the_fly(reference: Path, tmp_path: Path) -> No
     assert score["n"] == 12
     assert 0 <= score["recognised"] <= 1
     assert sorted(tmp_path.rglob("*")) == before
+    assert "is a pipeline" in refused("score", tmp_path / "pipe", tmp_path / "pipe")
+    assert "is a pipeline" in refused("reference", tmp_path / "pipe", tmp_path / "pipe.ref.npz")
+
+
+def test_previews_of_a_run_are_no_samples(reference: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "run" / "previews", 4)
+    (tmp_path / "run" / "recipe.yaml").write_text("name: tiny")
+    assert "holds no pipeline" in refused("score", tmp_path / "run", reference)
+
+
+def test_options_that_would_do_nothing(reference: Path, real: Path, tmp_path: Path) -> None:
+    message = refused("score", real, reference, "--convention", "adm")
+    assert "fd has no convention 'adm'" in message
+    assert "--num" in refused("reference", real, tmp_path / "a.npz", "--num", 5)
+    assert "--device quantum: " in refused("score", real, reference, "--device", "quantum")
+    score = evaluate("score", real, reference, "--device", "cpu", "--json")
+    assert json.loads(score.stdout)["n"] == 40
+
+
+def test_the_command_says_it_in_a_line(tmp_path: Path) -> None:
+    process = start("eval", "score", str(tmp_path / "nowhere"), str(tmp_path / "absent.npz"))
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert "absent.npz: there is no such file" in err
+    assert "Traceback" not in err
 
 
 def test_only_warnings_for_users_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tessera import distributed
 from tessera.errors import DataError
 from tessera.metrics import weights
 from tessera.metrics.evaluate import check_comparable
@@ -119,6 +122,10 @@ def test_torch_fidelity_caches(tmp_path: Path) -> None:
     found = read_measured(tmp_path / "cifar-inception-v3-compat-features-2048.pt")
     assert found.features is not None
     assert torch.equal(found.features, features)
+    torch.save(features.bfloat16().requires_grad_(), tmp_path / "half.pt")
+    half = read_measured(tmp_path / "half.pt").features
+    assert half is not None
+    assert torch.equal(half, features.bfloat16().float())
     arrays = moments(2048)
     arrays["mu"] = arrays["mu"].astype(np.float32)
     torch.save(arrays, tmp_path / "stat.pt")
@@ -199,6 +206,25 @@ def test_images_of_an_npz_are_not_read_at_once(tmp_path: Path) -> None:
         assert np.array_equal(data.read(np.array([2, 7])), images[[2, 7]].transpose(0, 3, 1, 2))
         assert data.labels is not None
         assert data.labels.tolist() == list(range(9))
+
+
+def test_weights_are_looked_for_by_one_process_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "checkpoints" / weights.INCEPTION.file
+    waited = []
+
+    @contextlib.contextmanager
+    def main_first() -> Iterator[None]:
+        waited.append(cached.is_file())
+        yield
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(distributed, "main_first", main_first)
+    cached.parent.mkdir()
+    cached.write_bytes(b"")
+    assert weights.find_weights(weights.INCEPTION) == cached
+    assert waited == [True]
 
 
 def test_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
     total = (terms["vb"].sum(axis=1) + terms["prior"]).mean()
     assert total == pytest.approx(found[0]["bits_per_dimension"], rel=1e-5)
     assert "bits per dimension" in run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors",
-                                       "--steps", "3", "--num", "2")  # fmt: skip
+                                       "--steps", "3", "--num", "2", "--device", "cpu")  # fmt: skip
     with pytest.raises(TesseraError, match=r"terms\.txt"):
         run("eval", "nll", tmp_path / "0", tmp_path / "d.safetensors", "--out", "terms.txt")
     pipeline(0, low_resolution=4).save(tmp_path / "sr")

@@ -12,7 +12,9 @@ import torch
 from training_case import read_metrics, tiny_recipe
 
 import tessera
-from tessera.errors import RecipeError
+from tessera.errors import RecipeError, TesseraError
+from tessera.metrics.images import ArrayImages
+from tessera.metrics.reference import save_reference
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.training import evaluation, run_folder
 from tessera.training.trainer import Trainer
@@ -77,12 +79,62 @@ def test_evaluation_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
     assert "evaluate" in dump_recipe(before)
 
 
+def test_what_is_missing_is_said_before_the_training(tmp_path: Path) -> None:
+    def first_step(**section: Any) -> str:
+        run = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        with pytest.raises(TesseraError) as error:
+            next(iter(Trainer(tiny_recipe(tmp_path, evaluate=EVALUATE | section), run).steps()))
+        return str(error.value)
+
+    weights, statistics = tmp_path / "weights.pth", tmp_path / "cifar.npz"
+    inception = {"features": "inception", "metrics": ["fid"]}
+    assert "there is no such file" in first_step(**inception, weights=str(weights))
+    weights.touch()
+    np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
+    known = {"weights": str(weights), "reference": str(statistics)}
+    assert "sFID compares" in first_step(**inception | known | {"metrics": ["sfid"]})
+    dino = {"features": "dinov2", "metrics": ["fd"]}
+    assert "choose one" in first_step(**dino | known)
+    assert "holds no in-domain classifier" in first_step(reference=str(statistics))
+
+
+def test_statistics_of_other_images_are_not_taken_for_the_references(tmp_path: Path) -> None:
+    """A resumed run may name another reference than the one that it began with."""
+    random = np.random.default_rng(0)
+    learner = Trainer(tiny_recipe(tmp_path), tmp_path / "run").learner
+    found = []
+    for name in ("a", "b"):
+        images = random.integers(0, 255, (20, 8, 8, 3)).astype(np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images, np.arange(20) % 2)
+        section = EVALUATE | {"metrics": ["fd"], "reference": str(tmp_path / f"{name}.npz")}
+        recipe = tiny_recipe(tmp_path, evaluate=section)
+        made = evaluation.Evaluation(recipe, None, tmp_path / "run", [])
+        made.make(learner, 8)
+        assert made._sides is not None
+        found.append(made._sides[1].name)
+    assert found == ["a.npz", "b.npz"]
+
+
+def test_a_reference_file_stays_the_reference_where_features_are_measured(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (20, 3, 8, 8)).astype(np.uint8)
+    reference = evaluation.build_reference(ArrayImages("other", images, np.arange(20) % 2))
+    save_reference(tmp_path / "other.npz", reference)
+    section = EVALUATE | {"reference": str(tmp_path / "other.npz")}
+    made = evaluation.Evaluation(tiny_recipe(tmp_path, evaluate=section), None, tmp_path, [])
+    assert made._recipe.evaluate is not None
+    measured = made._open(made._recipe.evaluate, torch.device("cpu"))[1]
+    assert measured.features is not None
+    assert measured.moments is not None
+    torch.testing.assert_close(measured.moments.mu, reference.statistics.mu)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"metrics": ["fid"]}, "features=inception"),
         ({"metrics": ["kid"], "images": 100}, "1,000"),
         ({"metrics": ["speed"]}, "metrics"),
+        ({"weights": "inception.pth"}, "classifier has no file of weights"),
         ({"images": 1}, "images"),
     ],
 )

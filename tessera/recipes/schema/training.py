@@ -113,6 +113,11 @@ class EvaluateConfig(Section):
                 f"{', '.join(only)} need evaluate.features=inception; the distance on "
                 "other features is called fd"
             )
+        if self.weights is not None and self.features == "classifier":
+            raise ValueError(
+                "the classifier has no file of weights, it is trained on the real images; "
+                "evaluate.weights goes with evaluate.features=inception or dinov2"
+            )
         if "kid" in self.metrics and self.images < 1000:
             raise ValueError("kid needs at least 1,000 evaluate.images")
         return self
