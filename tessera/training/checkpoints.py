@@ -10,12 +10,12 @@ checkpoints/000000409600/
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _VERSION = 1
 # The option by which every process writes its own shards; PyTorch 2.8 calls it otherwise.
 _EACH_ITS_SHARD = (
     "save_distributed"
-    if "save_distributed" in inspect.signature(HuggingFaceStorageWriter).parameters
+    if "save_distributed" in signature(HuggingFaceStorageWriter).parameters
     else "save_sharded"
 )
 _STATE, _CHECKSUMS, _SHARDS = "state.json", "checksums.json", "shards"
