@@ -75,7 +75,7 @@ class Polynomial:
         """x' [N, D] in float32 and p(x) [N] in float64."""
         dim = features.shape[1]
         centred = (features - self._middle.to(features.dtype)).to(torch.float32)
-        along = torch.cat([part.double() @ self._middle for part in features.split(1024)])
+        along = torch.cat([part.double() @ self._middle for part in torch.split(features, 1024)])
         square = self._middle.square().sum()
         return centred, 0.5 * (1 - square / dim) + along / dim
 

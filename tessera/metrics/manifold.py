@@ -102,11 +102,11 @@ def _squared_radii(side: Screen, k: int) -> Tensor:
     radii = exact.kthvalue(k, dim=1).values
     # The rest is farther than every candidate's bound; where that does not settle it, look at all.
     unsettled = (radii > nearest.amax(dim=1)) & (radii > 0) & (n - 1 > count)
-    for rows in _chunks(unsettled, n):
-        bounds = side.lower_bounds(rows, side, slice(None))
-        bounds[torch.arange(len(rows), device=device), rows] = torch.inf
-        every = side.distances(rows, side, bounds <= radii[rows][:, None])
-        radii[rows] = every.kthvalue(k, dim=1).values
+    for far in _chunks(unsettled, n):
+        bounds = side.lower_bounds(far, side, slice(None))
+        bounds[torch.arange(len(far), device=device), far] = torch.inf
+        every = side.distances(far, side, bounds <= radii[far][:, None])
+        radii[far] = every.kthvalue(k, dim=1).values
     return radii
 
 
@@ -161,7 +161,8 @@ class _Reach:
 def _chunks(flags: Tensor, width: int) -> list[Tensor]:
     """Row numbers that are set in `flags`, so many at once that `width` columns of them fit."""
     rows = flags.nonzero().squeeze(1)
-    return [part for part in rows.split(max(1, _AT_ONCE // width)) if len(part)]
+    parts = torch.split(rows, max(1, _AT_ONCE // width))
+    return [part for part in parts if len(part)]
 
 
 def _blocks(side: Screen) -> list[slice]:
