@@ -10,6 +10,7 @@ checkpoints/000000409600/
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -35,6 +36,12 @@ from tessera.files import atomic_folder, sha256, write_json
 from tessera.training.parallel import assign
 
 _VERSION = 1
+# The option by which every process writes its own shards; PyTorch 2.8 calls it otherwise.
+_EACH_ITS_SHARD = (
+    "save_distributed"
+    if "save_distributed" in inspect.signature(HuggingFaceStorageWriter).parameters
+    else "save_sharded"
+)
 _STATE, _CHECKSUMS, _SHARDS = "state.json", "checksums.json", "shards"
 
 State = dict[str, Any]
@@ -202,7 +209,8 @@ def _load_groups(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     # Safetensors shards, because PyTorch's own shard format reads its index with pickle.
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    options: dict[str, Any] = {_EACH_ITS_SHARD: True}
+    writer = HuggingFaceStorageWriter(str(folder), **options)
     with _quiet():
         save_distributed(dict(tensors), storage_writer=writer)
 
