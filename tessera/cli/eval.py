@@ -40,6 +40,8 @@ WEIGHTS = typer.Option(
     None, help="File with the extractor's weights; or it is found or downloaded."
 )
 DEVICE = typer.Option(None, help="cpu, cuda, ... (default: the fastest)")
+# torchrun takes --num for an abbreviation of options of its own, wherever it stands.
+NUM = ("--images", "--num")
 _SAMPLED = 1000
 
 
@@ -49,7 +51,9 @@ def features(
     out: Path = typer.Argument(help="Feature file to write (.npz)."),
     features: str = typer.Option("inception", help="Feature extractor: inception or dinov2."),
     weights: Path | None = WEIGHTS,
-    num: int | None = typer.Option(None, min=2, help="Images; of a pipeline 1,000 by default."),
+    num: int | None = typer.Option(
+        None, *NUM, min=2, help="Images; of a pipeline 1,000 by default."
+    ),
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; of a drawn subset."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
     device: str | None = DEVICE,
@@ -77,7 +81,7 @@ def reference(
     features: str = typer.Option("classifier", help="Extractor: classifier, inception or dinov2."),
     weights: Path | None = WEIGHTS,
     num: int | None = typer.Option(
-        None, min=2, help="Images, not for the classifier; of a pipeline 1,000 by default."
+        None, *NUM, min=2, help="Images, not for the classifier; of a pipeline 1,000 by default."
     ),
     seed: int = typer.Option(0, min=0, help="Of the classifier's training; as in `features`."),
     training_images: int = typer.Option(
@@ -141,7 +145,7 @@ def score(
     features: str | None = FEATURES,
     weights: Path | None = WEIGHTS,
     num: int | None = typer.Option(
-        None, min=2, help="Images to score; of a pipeline 1,000 by default, of images all."
+        None, *NUM, min=2, help="Images to score; of a pipeline 1,000 by default, of images all."
     ),
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; the classifier's seed."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
@@ -241,6 +245,10 @@ class _Sides:
         if ours is not None and num is not None:
             ours = draw(ours, num, seed)
         # What cannot be compared should be said before hours of extraction.
+        source = None
+        if ours is None:
+            source = _source(self.samples, num, seed, batch, self.device)
+            check_enough(source.name, source.total, needs(pairs))
         expected = ours or Measured(str(self.samples), self.name, None)
         if theirs is not None:
             check_comparable(expected, theirs)
@@ -250,10 +258,6 @@ class _Sides:
                 check_comparable(Measured(str(self.samples), self.name, digits), theirs)
         wanted = needs(pairs, reference=True)
         only_samples = all(metric == "is" for metric, _ in pairs)
-        source = None
-        if ours is None:
-            source = _source(self.samples, num, seed, batch, self.device)
-            check_enough(source.name, source.total, needs(pairs))
         if theirs is not None and not only_samples:
             theirs, _ = complete(theirs, wanted, lambda: self.extractor)
         if self.known is None and not only_samples:

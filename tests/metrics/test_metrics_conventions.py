@@ -143,9 +143,9 @@ def test_a_subset_of_stored_features_is_that_of_the_images(folder: Path) -> None
 def test_other_weights_are_refused_before_the_images_are_read(folder: Path, tmp_path: Path) -> None:
     other = formula_weights() | {"fc.bias": torch.zeros(1008)}
     torch.save(other, tmp_path / "other.pth")
-    message = refused(
-        "score", tmp_path / "nowhere", folder / "real.npz", "--weights", tmp_path / "other.pth"
-    )
+    images = write_images(tmp_path / "images", 4, size=16, channels=3)
+    (images / "dark" / "002.png").write_bytes(b"")
+    message = refused("score", images, folder / "real.npz", "--weights", tmp_path / "other.pth")
     assert "other inception weights" in message
 
 
