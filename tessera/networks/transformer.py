@@ -82,7 +82,11 @@ def attend(qkv: Tensor) -> Tensor:
     if not explicit:
         h: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return h
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scale = q.shape[-1] ** -0.5
+    if tokens < q.shape[-1]:  # scaled where there are fewer numbers
+        scores = (q @ k.transpose(-1, -2)).mul(scale)
+    else:
+        scores = (q * scale) @ k.transpose(-1, -2)
     weights = scores.softmax(dim=-1).to(v.dtype)
     return torch.matmul(weights, v).transpose(1, 2)
 
