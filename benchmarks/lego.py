@@ -82,7 +82,7 @@ def brick_call(
 
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants, print the tables, and keep them if asked to."""
-    batch = 256 if device().type == "cuda" else 8
+    batch = 256 if device().type == "cuda" else 4
     sections = []
     tops = {
         precision: ceilings(dtype)["matrix product"]
