@@ -38,7 +38,8 @@ def features(images: int, seed: int) -> Tensor:
     """Positive features [N, D] with strongly unequal directions, as those of Inception are."""
     random = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, DIM + 1).pow(-0.7)
-    mixing = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)))[0]
+    mixing: Tensor
+    mixing, _ = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)))
     normal = torch.randn(images, DIM, generator=random) * spectrum
     return (0.4 + normal @ mixing + 0.02 * seed).abs()
 

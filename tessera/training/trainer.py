@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class Trainer:
         for _ in self.steps():
             pass
 
-    def steps(self) -> Iterator[StepReport]:
+    def steps(self) -> Generator[StepReport, None, None]:
         """Train; an iterator over the steps, after each of which metrics, previews and checkpoints
         that are due have been made.
 
