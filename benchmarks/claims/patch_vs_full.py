@@ -112,7 +112,8 @@ def main() -> None:
     if not options.no_record:
         note = (
             f"{options.samples} samples of {options.steps} steps, seed {options.seed}, {threads} "
-            f"thread{'s' * (threads > 1)} an arm; evaluation does not count as training. ![picture]({picture.name})"
+            f"thread{'s' * (threads > 1)} an arm; evaluation does not count as training. "
+            f"![picture]({picture.name})"
         )
         record(TITLE, f"{note}\n\n{markdown(columns, rows)}")
 
