@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tessera import memory
 from tessera.errors import TesseraError
 
 T = TypeVar("T")
@@ -66,7 +67,8 @@ def session(name: str | None = None, timeout_minutes: float = 30) -> Iterator[to
     """Join the process group that the launcher's environment describes, and leave it at the end.
 
     Nothing is joined when there is one process only, or when the caller has joined already.
-    Yields the device of this process, as in `device`, which is made the current one.
+    Yields the device of this process, as in `device`, which is made the current one. On a CPU, the
+    process keeps freed memory from then on (`memory.keep_freed`).
 
     Raises:
         TesseraError: the launcher's environment is incomplete, or there is no device `name`.
@@ -74,6 +76,8 @@ def session(name: str | None = None, timeout_minutes: float = 30) -> Iterator[to
     chosen = device(name)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        memory.keep_freed()
     joined = _join(chosen, timeout_minutes)
     try:
         yield chosen

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import RESULTS, device, synchronize
+from tessera import distributed
 from tessera.errors import TesseraError
 from tessera.images import grid, save_png
 from tessera.metrics.reference import Reference
@@ -53,7 +54,8 @@ def parser_for(module: str, description: str | None) -> argparse.ArgumentParser:
 def run(main: Callable[[], None]) -> None:
     """The program, with the library's errors as a line for people."""
     try:
-        main()
+        with distributed.session():
+            main()
     except TesseraError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -40,15 +40,15 @@ def nll(
 
     if out is not None and out.suffix != ".npz":
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
-    where = distributed.device(device)
-    pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
-    count = min(num, len(images))
-    with progress("bits per dimension", count, unit="images") as bar:
-        bits = evaluate(
-            pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
-            steps=steps, noise_schedule=noise_schedule, clip=clip,
-            low_resolution=pipe.recipe.low_resolution, advance=bar.advance,
-        )  # fmt: skip
+    with distributed.session(device) as where:
+        pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
+        count = min(num, len(images))
+        with progress("bits per dimension", count, unit="images") as bar:
+            bits = evaluate(
+                pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
+                steps=steps, noise_schedule=noise_schedule, clip=clip,
+                low_resolution=pipe.recipe.low_resolution, advance=bar.advance,
+            )  # fmt: skip
     if out is not None:
         names = ("vb", "mse", "noise_mse", "prior")
         with atomic_file(out) as file:

@@ -24,13 +24,15 @@ def quickstart(
     ),
 ) -> None:
     """Train on handwritten digits, sample, score, and write report.html: minutes on two cores."""
+    from tessera import distributed
     from tessera.files import atomic_file
     from tessera.quickstart.report import render
     from tessera.quickstart.run import run
 
     out = out or _free_folder("quickstart")
     changes = [*(overrides or []), *([f"training.images={images}"] if images else [])]
-    result = run(out, seed=seed, overrides=changes, digits=digits, samples=samples)
+    with distributed.session():
+        result = run(out, seed=seed, overrides=changes, digits=digits, samples=samples)
     report = out / "report.html"
     with atomic_file(report) as file:
         file.write(render(result).encode())

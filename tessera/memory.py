@@ -1,0 +1,21 @@
+"""Memory of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed() -> bool:
+    """Keep what is freed for the tensors to come; False where the C library is not glibc.
+
+    By default glibc maps every tensor of over 32 MiB anew and unmaps it in the end. The kernel then
+    clears the same pages at every step, which takes longer than many an operation on them. The
+    process needs no more than before at its peak, but does not shrink after it. For tensors in the
+    processor's memory only: PyTorch keeps that of GPUs by itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
