@@ -13,7 +13,7 @@ from tessera.errors import DataError
 from tessera.metrics.kernels import Kernel, Operand, Polynomial
 from tessera.progress import progress
 
-_ROWS = 256  # of a kernel matrix at once, so that it stays in the processor's cache
+_ROWS = 512  # of a kernel matrix at once, so that it stays in the processor's cache
 SEED = 2020
 SIZE = 1000  # images in a subset
 
