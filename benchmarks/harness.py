@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -35,19 +34,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def now() -> float:
+    """Seconds on the host's clock, when the accelerator has done its work."""
+    synchronize()
+    return time.perf_counter()
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Wall time of one call."""
-    synchronize()
-    start = time.perf_counter()
+    start = now()
     function()
-    synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def interleaved(
     variants: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[Key, float]:
-    """Median seconds of each variant; the variants take turns so that drift hits all alike."""
+    """Least seconds of each variant, as others on the machine only add; taken in turns."""
     for _ in range(warmup):
         for function in variants.values():
             function()
@@ -55,7 +58,7 @@ def interleaved(
     for _ in range(rounds):
         for name, function in variants.items():
             times[name].append(seconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
@@ -79,7 +82,7 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     convolution()
     flops = {"matrix product": 2 * a.shape[0] ** 3, "convolution": 6 * x.numel() * 256 * 9}
     calls = {"matrix product": product, "convolution": convolution}
-    return {name: flops[name] / min(seconds(calls[name]) for _ in range(8)) for name in flops}
+    return {name: flops[name] / min(seconds(calls[name]) for _ in range(24)) for name in flops}
 
 
 def machine() -> str:

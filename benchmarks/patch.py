@@ -1,7 +1,7 @@
 """Patch-wise against full-image training of one network: seconds per million training images.
 
 Both go through the trainer's own data feed and learner. Steps of every patch size and of full
-images take turns; each time is put together from the steps' medians by the schedule's
+images take turns; each time is put together from the steps' least times by the schedule's
 probabilities, and stands beside what the FLOPs predict.
 """
 
@@ -79,7 +79,7 @@ def stepper(target: Learner, recipe: Recipe, stack: ExitStack) -> Callable[[], A
 
 
 def measure(resolution: int, rounds: int) -> tuple[dict[str, float], list[PatchSize], int]:
-    """Median seconds of a step on full images ("full") and on patches (by their side)."""
+    """Least seconds of a step on full images ("full") and on patches (by their side)."""
     sizes = patch_sizes(resolution, (resolution // 4, resolution // 2, resolution), 0.5)
     with ExitStack() as stack:
         data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "images.safetensors"
