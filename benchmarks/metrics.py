@@ -191,9 +191,10 @@ def run(rounds: int, record_figures: bool) -> None:
     show("Distances between features", columns, rows)
     if record_figures:
         threads = f"{torch.get_num_threads()} threads; " if device().type == "cpu" else ""
+        turns = f"the best of {rounds} rounds, taken in turns" if rounds > 1 else "one round"
         note = (
-            f"{threads}products of bounds in {fast_dtype(device())}; the best of {rounds} rounds, "
-            "taken in turns. torch-fidelity's Fréchet distance and KID, and SciPy's root, are "
+            f"{threads}products of bounds in {fast_dtype(device())}; {turns}. "
+            "torch-fidelity's Fréchet distance and KID, and SciPy's root, are "
             "NumPy on the CPU."
         )
         name = f"Distances between features of {images:,} images"

@@ -32,7 +32,9 @@ print(int(kept), first, faults())
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_pages_of_freed_memory_serve_again() -> None:
     """A second block of 64 MiB needs hardly a page from the kernel."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    )
     kept, first, second = map(int, done.stdout.split())
     if not kept:
         pytest.skip("another C library")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tessera.metrics.screening import fast_dtype
 
-_ROWS = 512  # prepared at once, so that they stay in the processor's cache
+_ROWS = 256  # prepared at once, so that they stay in the processor's cache
 _HALF_PRECISION_DIM = 512  # shorter products are cheap, and average less rounding away
 
 _VARIANCE = 1.0  # of features; that of Inception's is about 0.1. Beyond, rounding would show
@@ -87,7 +87,7 @@ class Polynomial:
     def operand(self, features: Tensor) -> Operand:
         """x' / √D and 3 p(x)."""
         dim = features.shape[1]
-        variance = sum(float(x.square().sum()) for _, x, _ in self._parts(features))
+        variance = sum(float(torch.linalg.vecdot(x, x).sum()) for _, x, _ in self._parts(features))
         averages = dim >= _HALF_PRECISION_DIM and variance < _VARIANCE * features.numel()
         dtype = fast_dtype(features.device) if averages else torch.float32
         low = torch.empty_like(features, dtype=dtype)
@@ -118,14 +118,12 @@ class Polynomial:
         vectors = features.new_zeros(3, subsets, dim, dtype=torch.float64)
         diagonal = torch.zeros_like(powers[0])
         for rows, centred, p in self._parts(features):
-            some = member[:, rows]
-            some64 = some.to(torch.float64)
-            for power in range(4):
-                powers[power] += some64 @ p**power
-            for power in range(3):
-                vectors[power] += some @ (centred * (p**power).to(torch.float32)[:, None])
-            squares = centred.square().sum(dim=1).double() / dim
-            diagonal += some64 @ (8 * p**3 + 12 * p**2 * squares)
+            weights = member[:, rows] * p ** torch.arange(4, device=p.device)[:, None, None]
+            powers += weights.sum(dim=2)
+            low = weights[:3].to(torch.float32).flatten(0, 1)
+            vectors += (low @ centred).reshape(vectors.shape)
+            squares = torch.linalg.vecdot(centred, centred).double() / dim
+            diagonal += 8 * weights[3].sum(dim=1) + 12 * weights[2] @ squares
         return powers, vectors, diagonal
 
     @staticmethod
