@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -98,12 +100,28 @@ def _join(chosen: torch.device, timeout_minutes: float) -> bool:
         )
     # Gloo stands beside NCCL so that small decisions can be agreed on the CPU, without the GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    with _stdout_to_stderr():
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
     return True
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what C++ prints to stderr: Gloo greets on stdout (PyTorch 2.8), where JSON may go."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            ctypes.CDLL(None).fflush(None)  # of C's own buffer
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _translate_slurm() -> None:

@@ -182,7 +182,7 @@ def plot(
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for label, points in curves.items():
@@ -191,6 +191,10 @@ def plot(
         xlabel=xlabel, ylabel="Fréchet distance (classifier)", yscale="log", xscale=xscale,
         title=title,
     )  # fmt: skip
+    for axis in (axes.yaxis, *([axes.xaxis] if xscale == "log" else [])):
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5, 7)))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

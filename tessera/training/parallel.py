@@ -63,6 +63,10 @@ def wrap(step: nn.Module, mode: Literal["ddp", "fsdp"], device: torch.device) ->
         for block in repeated_blocks(step):
             fully_shard(block)
         fully_shard(step)
+        for part in step.modules():
+            # The average of Gloo is a sum in PyTorch 2.8 (pytorch/pytorch#162338); sums are sums.
+            if isinstance(part, FSDPModule) and device.type == "cpu":
+                part.set_force_sum_reduction_for_comms(True)
         return step
     return DistributedDataParallel(
         step,
