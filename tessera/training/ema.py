@@ -37,7 +37,7 @@ class Ema:
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.weights = {n: p.detach().clone().float() for n, p in trained.items()}
         self.local_weights = local(self.weights.values())
-        self._parameters = local(trained.values())
+        self._trained = list(trained.values())
 
     @torch.no_grad()
     def update(self, images_seen: int, batch: int, keep: Tensor) -> None:
@@ -48,13 +48,15 @@ class Ema:
             keep: 0-dim, 1 if the step was skipped (the average stays as it is), else 0; on the
                 device, so that nobody waits for it.
         """
+        # Asked for anew, because FSDP may replace a shard (PyTorch 2.8 does, of uneven ones).
+        parameters = local(self._trained)
         share = (1 - keep) * (1 - decay(self.config, images_seen, batch))
         if share.device.type == "cpu":
             shares = [share] * len(self.local_weights)
-            torch._foreach_lerp_(self.local_weights, self._parameters, shares)
+            torch._foreach_lerp_(self.local_weights, parameters, shares)
             return
         # With a share on the device, the above would start a kernel for each tensor.
-        moves = torch._foreach_sub(self._parameters, self.local_weights)
+        moves = torch._foreach_sub(parameters, self.local_weights)
         torch._foreach_mul_(moves, share)
         torch._foreach_add_(self.local_weights, moves)
 
