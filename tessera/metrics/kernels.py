@@ -87,8 +87,9 @@ class Polynomial:
     def operand(self, features: Tensor) -> Operand:
         """x' / √D and 3 p(x)."""
         dim = features.shape[1]
-        variance = sum(float(torch.linalg.vecdot(x, x).sum()) for _, x, _ in self._parts(features))
-        averages = dim >= _HALF_PRECISION_DIM and variance < _VARIANCE * features.numel()
+        squares = torch.stack([x.square().sum() for _, x, _ in self._parts(features)])
+        variance = float(squares.sum()) / features.numel()
+        averages = dim >= _HALF_PRECISION_DIM and variance < _VARIANCE
         dtype = fast_dtype(features.device) if averages else torch.float32
         low = torch.empty_like(features, dtype=dtype)
         extra = features.new_empty(len(features), dtype=torch.float32)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
 
-from tessera import distributed
+from tessera import distributed, memory
 from tessera.errors import TesseraError
 from tessera.progress import progress, quantity
 
@@ -38,6 +39,21 @@ def test_incomplete_environment_is_explained(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(TesseraError, match=r"RANK, MASTER_ADDR.*torchrun"), distributed.session():
         pass
+
+
+def test_a_session_on_the_cpu_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(memory, "keep_freed", lambda: calls.append(True))
+    with distributed.session("cpu"):
+        assert calls == [True]
+
+
+def test_greetings_of_c_libraries_stay_out_of_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """Where JSON is read from; C keeps what it prints in a buffer of its own."""
+    with distributed._stdout_to_stderr():
+        ctypes.CDLL(None).puts(b"greetings")
+    print("{}")
+    assert capfd.readouterr() == ("{}\n", "greetings\n")
 
 
 def test_one_process_has_no_group() -> None:
