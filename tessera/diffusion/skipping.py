@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
@@ -172,13 +172,15 @@ class Skipping(Denoiser):
         return Posterior(mean)
 
 
-def cut_bricks(denoiser: Preconditioned | Experts, schedule: BrickSchedule) -> Denoiser:
+def cut_bricks(denoiser: nn.Module, schedule: BrickSchedule) -> Denoiser:
     """A model's denoiser, running as many bricks as the schedule says; of all its experts.
 
     Raises:
         TesseraError: see `Skipping`.
     """
     if isinstance(denoiser, Experts):
-        parts = [part for part in denoiser.experts if isinstance(part, Preconditioned)]
-        return Experts([Skipping(part, schedule) for part in parts], denoiser.thresholds)
+        parts = [cut_bricks(part, schedule) for part in denoiser.experts]
+        return Experts(parts, denoiser.thresholds)
+    if not isinstance(denoiser, Preconditioned):
+        raise TesseraError("only a denoiser around one network can skip bricks of it")
     return Skipping(denoiser, schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -127,8 +127,10 @@ def choose_labels(
         )
     if isinstance(labels, str) and labels == "balanced":
         return np.array([seed % num_classes for seed in seeds], np.int64)
-    if isinstance(labels, str) or not isinstance(labels, Iterable) or np.ndim(labels) == 0:  # type: ignore[arg-type]
-        return np.full(len(seeds), class_index(labels, num_classes, class_names), np.int64)  # type: ignore[arg-type]
+    if getattr(labels, "ndim", None) == 0:  # an array of one number calls itself iterable
+        labels = operator.index(cast(SupportsIndex, labels))
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        return np.full(len(seeds), class_index(labels, num_classes, class_names), np.int64)
     indices = [class_index(label, num_classes, class_names) for label in labels]
     if len(indices) != len(seeds):
         raise TesseraError(

@@ -110,9 +110,11 @@ class _Probe(Denoiser):
     def __init__(self, model: Denoiser) -> None:
         super().__init__()
         self.sigma_min, self.sigma_max = model.sigma_min, model.sigma_max
-        self.round_sigma = model.round_sigma  # type: ignore[method-assign]
         self.begins: list[float] = []
-        self._levels = model.levels
+        self._round, self._levels = model.round_sigma, model.levels
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self._round(sigma)
 
     @property
     def levels(self) -> Tensor | None:
