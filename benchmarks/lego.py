@@ -37,7 +37,6 @@ from tessera.recipes.schema import (
     LegoConfig,
     Recipe,
 )
-from tessera.sampling.core import step_sigmas
 
 SHAPE = (3, 64, 64)
 STEPS = 10
@@ -160,7 +159,7 @@ def _skipping(model: Preconditioned, batch: int, rounds: int) -> str:
     `tessera sample`, from the median time of whole and of cut evaluations, here of all runs.
     """
     sizes = [brick.size for brick in NETWORKS[LEGO].bricks]
-    levels = step_sigmas(build_sampler(EdmSampler(steps=STEPS)), model)
+    levels = build_sampler(EdmSampler(steps=STEPS)).levels(model)
     schedules = {ratio: last_brick_schedule(sizes, ratio, levels) for ratio in RATIOS}
     denoisers = {ratio: Skipping(model, schedule) for ratio, schedule in schedules.items()}
     times = evaluation_seconds(model.network, denoisers, batch, rounds)

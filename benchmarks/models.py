@@ -15,7 +15,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.randomness import AddressedDraws
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.edm import edm_sampler
 from tessera.sampling.seeds import SeedNoise
 from tessera.training.learner import Learner, MicroBatch, Objective, TrainStep, set_precision
 
@@ -79,7 +79,7 @@ def sampling(
 
     def sample() -> Any:
         with torch.inference_mode(), autocast(precision):
-            *_, last = sample_edm(denoiser, latents, cond, SeedNoise(range(batch)), steps=steps)
+            *_, last = edm_sampler(steps=steps)(denoiser, latents, cond, SeedNoise(range(batch)))
         return last.x
 
     return sample

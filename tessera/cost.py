@@ -41,7 +41,7 @@ from tessera.recipes.build import (
     recipe_objective,
 )
 from tessera.recipes.schema import DiscreteObjective, LegoConfig, Recipe
-from tessera.sampling.core import Sampler, step_sigmas
+from tessera.sampling.core import Sampler
 from tessera.sampling.seeds import SeedNoise
 
 
@@ -258,7 +258,7 @@ def choose_bricks(
     if bricks is not None:
         return parse_schedule(bricks) if isinstance(bricks, str) else bricks
     sizes = [brick.size for brick in network.bricks]
-    return last_brick_schedule(sizes, skip, step_sigmas(sampler, denoiser))
+    return last_brick_schedule(sizes, skip, sampler.levels(denoiser))
 
 
 def forward_flops(

@@ -20,6 +20,7 @@ from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.images import batches
 from tessera.randomness import AddressedDraws
 from tessera.sampling.ddpm import visited
+from tessera.sampling.levels import process_levels
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def bits_per_dimension(
 
     Args:
         noise: step to standard normal noise like x; asked from the noisiest step down.
-        steps, noise_schedule: see `sample_ddpm`.
+        steps, noise_schedule: see `process_levels`.
         clip: cut the estimates to [-1, 1].
     """
-    process, denoiser = visited(denoiser, steps, noise_schedule)
+    levels = process_levels(denoiser, steps=steps, noise_schedule=noise_schedule)
+    process, denoiser = visited(denoiser, levels)
     bound = Bound(process, x.device)
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in reversed(range(len(process))):

@@ -399,7 +399,7 @@ class Pipeline:
             range(len(images)), labels, guidance=guidance, guidance_interval=guidance_interval,
             guide=guide, low_res=low_res, precision=precision, sampler="ddim", **options,
         )  # fmt: skip
-        sampler = section.model_dump(exclude={"kind", "eta"})
+        levels = plan.sampler.levels(plan.denoiser)
         parts: list[Tensor] = []
         for rows in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
             x = self.codec.encode_mean(self._from_numpy(images[rows]))
@@ -409,7 +409,9 @@ class Pipeline:
                 small = low_res[rows % len(low_res)]
                 cond = replace(cond, image=from_uint8(self._from_numpy(small)))
             with plan.autocast:
-                *_, last = encode_ddim(plan.denoiser, x, cond, **sampler)
+                *_, last = encode_ddim(
+                    plan.denoiser, x, cond, levels, clip=section.clip, quantile=section.quantile
+                )
             parts.append(last.x.to("cpu", torch.float32))
         return torch.cat(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,11 @@ from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
-from tessera.sampling.ablation import sample_ablation
-from tessera.sampling.core import Sampler
-from tessera.sampling.ddpm import sample_ddim, sample_ddpm
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.ablation import ablation_levels, ablation_sampler
+from tessera.sampling.core import Levels, Sampler
+from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
+from tessera.sampling.edm import edm_sampler
+from tessera.sampling.levels import edm_levels, listed_levels, process_levels
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `training.precision` makes products and convolutions compute in; fp32 is not there."""
@@ -174,16 +176,33 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
 
 
 def build_sampler(section: schema.SamplerConfig) -> Sampler:
-    """The sampler with its options bound."""
+    """The sampler with its options bound: its own noise levels, or those of `section.levels`."""
+    options = section.model_dump(exclude={"kind", "levels"})
     match section:
         case schema.EdmSampler():
-            return partial(sample_edm, **_options(section))
+            sampler = edm_sampler(**options)
         case schema.AblationSampler():
-            return partial(sample_ablation, **_options(section))
+            sampler = ablation_sampler(**options)
         case schema.DdpmSampler():
-            return partial(sample_ddpm, **_options(section))
+            sampler = ddpm_sampler(**options)
         case schema.DdimSampler():
-            return partial(sample_ddim, **_options(section))
+            sampler = ddim_sampler(**options)
+    if section.levels is None:
+        return sampler
+    return replace(sampler, levels=build_levels(section.levels))
+
+
+def build_levels(section: schema.LevelsConfig) -> Levels:
+    """The function that places the noise levels of a sampler."""
+    match section:
+        case schema.EdmLevelsConfig():
+            return partial(edm_levels, **_options(section))
+        case schema.MethodLevelsConfig():
+            return partial(ablation_levels, discretization=section.kind, **_options(section))
+        case schema.ProcessLevelsConfig():
+            return partial(process_levels, **_options(section))
+        case schema.ListedLevelsConfig():
+            return partial(listed_levels, **_options(section))
 
 
 def _options(section: schema.Section) -> dict[str, Any]:

@@ -7,9 +7,10 @@ improved DDPM.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
+    Sampler,
     SamplerState,
     churned,
     denoise,
@@ -38,19 +40,15 @@ def sample_ablation(
     latents: Tensor,
     cond: Conditioning,
     noise: NoiseSource,
+    levels: Sequence[float],
     *,
-    steps: int = 18,
     solver: Literal["heun", "euler"] = "heun",
     discretization: Discretization = "edm",
     schedule: Schedule = "linear",
     scaling: Scaling = "none",
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    rho: float = 7.0,
     epsilon_s: float = 1e-3,
-    c_1: float = 0.001,
-    c_2: float = 0.008,
-    timesteps: int = 1000,
     alpha: float = 1.0,
     s_churn: float = 0.0,
     s_min: float = 0.0,
@@ -63,37 +61,23 @@ def sample_ablation(
     The states that are yielded are x / s, at noise level σ like those of every sampler.
 
     Args:
-        steps: number of steps; one step goes from σ_max to 0.
+        levels: noise levels at which the steps begin, falling.
         solver: "heun" stands for the second-order method that `alpha` selects.
-        discretization: where the steps are: EDM's, VP's, VE's or improved DDPM's noise levels.
+        discretization: which noise levels the ODE's σ(t) runs over by default.
         schedule: σ(t) of the ODE: t, VP's or √t.
         scaling: s(t) of the ODE: 1, or VP's 1 / √(1 + σ²).
-        sigma_min, sigma_max: ends of the noise levels, cut to what the denoiser supports; by
-            default those of the discretisation.
-        rho: EDM's exponent of the steps.
+        sigma_min, sigma_max: the range of VP's σ(t), cut to what the denoiser supports; by default
+            that of the discretisation.
         epsilon_s: VP's last time.
-        c_1, c_2, timesteps: of improved DDPM's table of noise levels.
         alpha: where the second evaluation is made, as a share of the step: 1 is Heun's method,
             1/2 the midpoint method.
         s_churn, s_min, s_max, s_noise: as in `sample_edm`.
         refine: improves x after each step.
     """
-    low, high = _default_range(discretization, epsilon_s)
-    sigma_min = max(low if sigma_min is None else sigma_min, denoiser.sigma_min)
-    sigma_max = min(high if sigma_max is None else sigma_max, denoiser.sigma_max)
-    beta_d, beta_min = schedules.vp_betas(sigma_min, sigma_max, epsilon_s)
-    curve = _curve(schedule, beta_d, beta_min)
+    low, high = _range(denoiser, discretization, sigma_min, sigma_max, epsilon_s)
+    curve = _curve(schedule, *schedules.vp_betas(low, high, epsilon_s))
     scale = _scale(scaling)
-
-    if discretization == "vp":
-        levels = schedules.vp_steps(steps, beta_d, beta_min, epsilon_s)
-    elif discretization == "ve":
-        levels = schedules.ve_steps(steps, sigma_min, sigma_max)
-    elif discretization == "iddpm":
-        levels = schedules.iddpm_steps(steps, sigma_min, sigma_max, timesteps, c_1, c_2)
-    else:
-        levels = schedules.edm_steps(steps, sigma_min, sigma_max, rho)
-    t = [*map(curve.time, round_sigmas(denoiser, levels)), 0.0]
+    steps, t = len(levels), [*map(curve.time, levels), 0.0]
     sigmas = [curve.sigma(time) for time in t[:-1]]
     t_hat = [*map(curve.time, churned(denoiser, sigmas, s_churn, s_min, s_max))]
     # Without churn a step starts where the last one ended, also in the last digit.
@@ -130,8 +114,76 @@ def sample_ablation(
         sigma = curve.sigma(t[i + 1])
         s = scale.value(sigma)
         if refine is not None:
-            x = refine(x / s, sigma, cond) * s
+            x = refine(model, x / s, sigma, cond, noise) * s
         yield SamplerState(i + 1, steps, sigma, x / s if s != 1 else x, denoised)
+
+
+def ablation_levels(
+    denoiser: Denoiser,
+    *,
+    steps: int = 18,
+    discretization: Discretization = "edm",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    epsilon_s: float = 1e-3,
+    c_1: float = 0.001,
+    c_2: float = 0.008,
+    timesteps: int = 1000,
+) -> list[float]:
+    """The noise levels of a method, falling.
+
+    Args:
+        steps: number of levels; one step goes from σ_max to 0.
+        discretization: where they are: EDM's, VP's, VE's or improved DDPM's noise levels.
+        sigma_min, sigma_max: ends, cut to what the denoiser supports; by default those of the
+            discretisation.
+        rho: EDM's exponent of the steps.
+        epsilon_s: VP's last time.
+        c_1, c_2, timesteps: of improved DDPM's table of noise levels.
+    """
+    low, high = _range(denoiser, discretization, sigma_min, sigma_max, epsilon_s)
+    if discretization == "vp":
+        levels = schedules.vp_steps(steps, *schedules.vp_betas(low, high, epsilon_s), epsilon_s)
+    elif discretization == "ve":
+        levels = schedules.ve_steps(steps, low, high)
+    elif discretization == "iddpm":
+        levels = schedules.iddpm_steps(steps, low, high, timesteps, c_1, c_2)
+    else:
+        levels = schedules.edm_steps(steps, low, high, rho)
+    return round_sigmas(denoiser, levels)
+
+
+def ablation_sampler(
+    *,
+    steps: int = 18,
+    discretization: Discretization = "edm",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+    epsilon_s: float = 1e-3,
+    c_1: float = 0.001,
+    c_2: float = 0.008,
+    timesteps: int = 1000,
+    **options: Any,
+) -> Sampler:
+    """The generalised solver at the noise levels of a method.
+
+    Args:
+        steps, rho, c_1, c_2, timesteps: see `ablation_levels`.
+        discretization, sigma_min, sigma_max, epsilon_s: of the levels and of the solver.
+        options: further ones of `sample_ablation`.
+    """
+    shared: dict[str, Any] = {
+        "discretization": discretization,
+        "sigma_min": sigma_min,
+        "sigma_max": sigma_max,
+        "epsilon_s": epsilon_s,
+    }
+    levels = partial(
+        ablation_levels, steps=steps, rho=rho, c_1=c_1, c_2=c_2, timesteps=timesteps, **shared
+    )
+    return Sampler(levels, partial(sample_ablation, **shared, **options))
 
 
 @dataclass(frozen=True)
@@ -179,8 +231,22 @@ def _scalar(function: Callable[[Tensor], Tensor]) -> Callable[[float], float]:
     return lambda value: function(torch.tensor(value, dtype=torch.float64)).item()
 
 
-def _default_range(discretization: Discretization, epsilon_s: float) -> tuple[float, float]:
+def _range(
+    denoiser: Denoiser,
+    discretization: Discretization,
+    sigma_min: float | None,
+    sigma_max: float | None,
+    epsilon_s: float,
+) -> tuple[float, float]:
+    """Ends of the noise levels: those given, or the method's, as far as the denoiser knows them."""
     if discretization == "vp":
-        low, high = schedules.vp_sigma(torch.tensor([epsilon_s, 1.0], dtype=torch.float64)).tolist()
-        return low, high
-    return {"ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[discretization]
+        times = torch.tensor([epsilon_s, 1.0], dtype=torch.float64)
+        low, high = schedules.vp_sigma(times).tolist()
+    else:
+        low, high = {"ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[
+            discretization
+        ]
+    return (
+        max(low if sigma_min is None else sigma_min, denoiser.sigma_min),
+        min(high if sigma_max is None else sigma_max, denoiser.sigma_max),
+    )

@@ -13,12 +13,6 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
 
-Refine = Callable[[Tensor, float, Conditioning], Tensor]
-"""Hook after each step: (x, its noise level σ, cond) to a better x at the same σ (e.g. MCMC).
-
-After the last step σ is 0.
-"""
-
 
 class NoiseSource(Protocol):
     """Random numbers of a batch of B images, used up in the order of the calls."""
@@ -51,16 +45,59 @@ class SamplerState:
     denoised: Tensor
 
 
-class Sampler(Protocol):
-    """Every sampler, once its options are bound.
+class Refine(Protocol):
+    """Hook after each step: x at noise level σ to a better x at the same σ (e.g. MCMC).
 
-    `latents` [B, C, H, W] are unit normal noise, or the image to start from where a method starts
-    from one. The state is yielded after every step; the last one holds the sample.
+    The denoiser is that of the step, with all its wrappers; after the last step σ is 0.
     """
 
     def __call__(
-        self, denoiser: Denoiser, latents: Tensor, cond: Conditioning, noise: NoiseSource
+        self, denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning, noise: NoiseSource
+    ) -> Tensor: ...
+
+
+class Solver(Protocol):
+    """From noise to a sample along given noise levels, once its options are bound.
+
+    `latents` [B, C, H, W] are unit normal noise, or the image to start from where a method starts
+    from one; `levels` are the noise levels at which the steps begin, falling, without the final 0.
+    The state is yielded after every step; the last one holds the sample.
+    """
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        cond: Conditioning,
+        noise: NoiseSource,
+        levels: Sequence[float],
     ) -> Iterator[SamplerState]: ...
+
+
+Levels = Callable[[Denoiser], list[float]]
+"""Where the steps of a sampler begin, for a denoiser: noise levels, falling, without the final 0.
+
+Only levels that the denoiser supports.
+"""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Noise levels and a solver that walks down them; any levels go with any solver.
+
+    Attributes:
+        levels: where the steps begin, of the denoiser at hand.
+        solver: makes the steps.
+    """
+
+    levels: Levels
+    solver: Solver
+
+    def __call__(
+        self, denoiser: Denoiser, latents: Tensor, cond: Conditioning, noise: NoiseSource
+    ) -> Iterator[SamplerState]:
+        """From `latents` to samples; see `Solver`."""
+        return self.solver(denoiser, latents, cond, noise, self.levels(denoiser))
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -94,48 +131,6 @@ def churned(
     """
     gamma = min(s_churn / len(sigmas), math.sqrt(2) - 1)
     return round_sigmas(denoiser, [s * (1 + gamma * (s_min <= s <= s_max)) for s in sigmas])
-
-
-def step_sigmas(sampler: Sampler, denoiser: Denoiser) -> list[float]:
-    """The noise levels at which the steps of `sampler` begin, without evaluating `denoiser`."""
-    probe = _Probe(denoiser)
-    for _ in sampler(probe, torch.zeros(1, 1, 1, 1), Conditioning(), _NoNoise()):
-        pass
-    return probe.begins
-
-
-class _Probe(Denoiser):
-    """Supports the noise levels of another denoiser, and notes where steps begin."""
-
-    def __init__(self, model: Denoiser) -> None:
-        super().__init__()
-        self.sigma_min, self.sigma_max = model.sigma_min, model.sigma_max
-        self.begins: list[float] = []
-        self._round, self._levels = model.round_sigma, model.levels
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self._round(sigma)
-
-    @property
-    def levels(self) -> Tensor | None:
-        return self._levels
-
-    def for_step(self, sigma: float) -> Denoiser:
-        self.begins.append(sigma)
-        return self
-
-    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
-        return Posterior(z)
-
-
-class _NoNoise:
-    """A `NoiseSource` of zeros for one image."""
-
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(1, *shape, dtype=dtype)
-
-    def integers(self, high: int) -> Tensor:
-        return torch.zeros(1, dtype=torch.int64)
 
 
 def round_sigmas(denoiser: Denoiser, sigmas: Tensor | Sequence[float]) -> list[float]:

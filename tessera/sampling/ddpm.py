@@ -9,26 +9,29 @@ Ho, Jain & Abbeel 2020; Nichol & Dhariwal 2021 (learned variances, fewer steps);
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.discrete import Process, spaced_steps
+from tessera.diffusion.discrete import Process
 from tessera.diffusion.guidance import Guided
-from tessera.errors import TesseraError
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
+    Sampler,
     SamplerState,
     denoise,
     evaluate,
     state_dtype,
 )
+from tessera.sampling.levels import process_levels
 
 Clip = Literal["auto", "none", "static", "dynamic"]
 """What is done to the estimate of the image at every step.
@@ -38,88 +41,111 @@ static: cut to [-1, 1]; dynamic: cut to the given quantile of its absolute value
 """
 
 
-@torch.no_grad()
 def sample_ddpm(
     denoiser: Denoiser,
     latents: Tensor,
     cond: Conditioning,
     noise: NoiseSource,
+    levels: Sequence[float],
     *,
-    steps: str = "",
     variance: Literal["learned", "large", "small"] = "learned",
     clip: Clip = "auto",
     quantile: float = 0.995,
-    noise_schedule: str | None = None,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
     """Ancestral sampling; one call of the denoiser and one draw of noise a step, but for the last.
 
     Args:
-        steps: "" for all of the process, or a spacing: "250", "90,60,60,20,20", "ddim50"; see
-            `spaced_steps`.
+        levels: noise levels at which the steps begin, falling.
         variance: of the steps: as the network says (large where it does not), β, or β̃.
         clip, quantile: see `Clip`.
-        noise_schedule: the process of denoisers that know a continuous range of noise levels, 1000
-            steps of "linear", "cosine", ...; None for the denoiser's own.
         refine: improves x after each step.
-
-    Raises:
-        TesseraError: a spacing that the process does not have, or a continuous denoiser without
-            `noise_schedule`.
     """
-    process, denoiser = visited(denoiser, steps, noise_schedule)
+    process, model = visited(denoiser, levels)
     fixed = process.posterior_log_variance if variance == "small" else process.large_log_variance
-    levels = process.sigmas.tolist()
-    z = _start(latents, levels)
-    for index in reversed(range(len(levels))):
-        sigma, rho = levels[index], levels[index - 1] if index else 0.0
-        posterior = evaluate(denoiser.for_step(sigma), z, sigma, cond)
-        x0 = clipped(posterior.mean.to(z.dtype), clip, quantile, denoiser)
-        z = x0 + (rho / sigma) ** 2 * (z - x0)
-        if index:
-            draw = noise.normal(tuple(z.shape[1:]), z.dtype)
-            learned = posterior.log_variance if variance == "learned" else None
-            if learned is None:
-                z = z + math.sqrt(math.exp(fixed[index]) * (1 + rho**2)) * draw
-            else:
-                z = z + (0.5 * learned.to(z.dtype)).exp() * math.sqrt(1 + rho**2) * draw
-        z = z if refine is None else refine(z, rho, cond)
-        yield SamplerState(len(levels) - index, len(levels), rho, z, x0)
+
+    def move(z: Tensor, x0: Tensor, step: _Step) -> Tensor:
+        z = x0 + (step.rho / step.sigma) ** 2 * (z - x0)
+        if step.rho == 0:
+            return z
+        draw = noise.normal(tuple(z.shape[1:]), z.dtype)
+        learned = step.log_variance if variance == "learned" else None
+        if learned is None:
+            return z + math.sqrt(math.exp(fixed[step.number]) * (1 + step.rho**2)) * draw
+        return z + (0.5 * learned.to(z.dtype)).exp() * math.sqrt(1 + step.rho**2) * draw
+
+    return _walk(model, latents, cond, noise, levels, move, clip, quantile, refine)
 
 
-@torch.no_grad()
 def sample_ddim(
     denoiser: Denoiser,
     latents: Tensor,
     cond: Conditioning,
     noise: NoiseSource,
+    levels: Sequence[float],
     *,
-    steps: str = "",
     eta: float = 0.0,
     clip: Clip = "auto",
     quantile: float = 0.995,
-    noise_schedule: str | None = None,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
     """DDIM; one call of the denoiser a step. Noise is drawn if `eta` is above 0.
 
     Args:
+        levels: noise levels at which the steps begin, falling.
         eta: amount of noise: 0 is deterministic, 1 as much as β̃ (with the same variance as DDPM).
-        steps, clip, quantile, noise_schedule, refine: see `sample_ddpm`.
+        clip, quantile, refine: see `sample_ddpm`.
     """
-    process, denoiser = visited(denoiser, steps, noise_schedule)
-    levels = process.sigmas.tolist()
-    z = _start(latents, levels)
-    for index in reversed(range(len(levels))):
-        sigma, rho = levels[index], levels[index - 1] if index else 0.0
-        mean = denoise(denoiser.for_step(sigma), z, sigma, cond)
-        x0 = clipped(mean, clip, quantile, denoiser)
-        u = eta * rho * math.sqrt(1 - (rho / sigma) ** 2)
-        z = x0 + math.sqrt(max(rho**2 - u**2, 0.0)) * (z - x0) / sigma
-        if index and eta > 0:
+    _, model = visited(denoiser, levels)
+
+    def move(z: Tensor, x0: Tensor, step: _Step) -> Tensor:
+        u = eta * step.rho * math.sqrt(1 - (step.rho / step.sigma) ** 2)
+        z = x0 + math.sqrt(max(step.rho**2 - u**2, 0.0)) * (z - x0) / step.sigma
+        if step.rho > 0 and eta > 0:
             z = z + u * noise.normal(tuple(z.shape[1:]), z.dtype)
-        z = z if refine is None else refine(z, rho, cond)
-        yield SamplerState(len(levels) - index, len(levels), rho, z, x0)
+        return z
+
+    return _walk(model, latents, cond, noise, levels, move, clip, quantile, refine)
+
+
+class _Step(NamedTuple):
+    """A step of a discrete process.
+
+    Attributes:
+        number: of the step, from the cleanest.
+        sigma, rho: noise levels before and after it.
+        log_variance: [B, C, H, W] of the network, where it is learned.
+    """
+
+    number: int
+    sigma: float
+    rho: float
+    log_variance: Tensor | None
+
+
+@torch.no_grad()
+def _walk(
+    denoiser: Denoiser,
+    latents: Tensor,
+    cond: Conditioning,
+    noise: NoiseSource,
+    levels: Sequence[float],
+    move: Callable[[Tensor, Tensor, _Step], Tensor],
+    clip: Clip,
+    quantile: float,
+    refine: Refine | None,
+) -> Iterator[SamplerState]:
+    """Down the levels by steps (z, clipped estimate of x, step) to the next z."""
+    # x_T is unit normal, and z = x_T / √ᾱ_T.
+    z = latents.to(state_dtype(latents.device)) * math.sqrt(1 + levels[0] ** 2)
+    steps = len(levels)
+    for done, (sigma, rho) in enumerate(itertools.pairwise([*levels, 0.0]), 1):
+        model = denoiser.for_step(sigma)
+        posterior = evaluate(model, z, sigma, cond)
+        x0 = clipped(posterior.mean.to(z.dtype), clip, quantile, denoiser)
+        z = move(z, x0, _Step(steps - done, sigma, rho, posterior.log_variance))
+        z = z if refine is None else refine(model, z, rho, cond, noise)
+        yield SamplerState(done, steps, rho, z, x0)
 
 
 @torch.no_grad()
@@ -127,50 +153,57 @@ def encode_ddim(
     denoiser: Denoiser,
     images: Tensor,
     cond: Conditioning,
+    levels: Sequence[float],
     *,
-    steps: str = "",
     clip: Clip = "auto",
     quantile: float = 0.995,
-    noise_schedule: str | None = None,
 ) -> Iterator[SamplerState]:
     """DDIM backwards, from images [B, C, H, W] in model space to the latents that give them.
 
     The last state's x are the latents of `sample_ddim` with eta 0 (its σ is infinite); the others
     are z at their noise level. `denoised` is the estimate that the step was made with.
+
+    Args:
+        levels: those of the way down, falling.
+        clip, quantile: see `sample_ddpm`.
     """
-    process, denoiser = visited(denoiser, steps, noise_schedule)
-    levels = process.sigmas.tolist()
-    z = images.to(state_dtype(images.device)) * math.sqrt(1 + levels[0] ** 2)
-    for index, sigma in enumerate(levels):
-        mean = denoise(denoiser.for_step(sigma), z, sigma, cond)
-        x0 = clipped(mean, clip, quantile, denoiser)
+    _, model = visited(denoiser, levels)
+    rising = [*reversed(levels), math.inf]
+    z = images.to(state_dtype(images.device)) * math.sqrt(1 + rising[0] ** 2)
+    for done, (sigma, rho) in enumerate(itertools.pairwise(rising), 1):
+        mean = denoise(model.for_step(sigma), z, sigma, cond)
+        x0 = clipped(mean, clip, quantile, model)
         direction = (z - x0) / sigma
-        final = index + 1 == len(levels)
-        rho = math.inf if final else levels[index + 1]
-        z = direction if final else x0 + rho * direction
-        yield SamplerState(index + 1, len(levels), rho, z, x0)
+        z = direction if rho == math.inf else x0 + rho * direction
+        yield SamplerState(done, len(levels), rho, z, x0)
 
 
-def visited(
-    denoiser: Denoiser, steps: str = "", noise_schedule: str | None = None
-) -> tuple[Process, Denoiser]:
-    """The process that a sampler walks down, and the denoiser for it.
+def visited(denoiser: Denoiser, levels: Sequence[float]) -> tuple[Process, Denoiser]:
+    """The process that visits these noise levels, falling, and the denoiser for it."""
+    rising = torch.tensor(levels, dtype=torch.float64, device="cpu").flip(0)
+    return Process.of_sigmas(rising), denoiser.for_levels(rising)
 
-    Raises:
-        TesseraError: see `sample_ddpm`.
+
+def ddpm_sampler(*, steps: str = "", noise_schedule: str | None = None, **options: Any) -> Sampler:
+    """Ancestral sampling along a discrete process.
+
+    Args:
+        steps, noise_schedule: see `process_levels`.
+        options: those of `sample_ddpm`.
     """
-    levels = denoiser.levels
-    if levels is None:
-        if noise_schedule is None:
-            raise TesseraError(
-                "this model knows a continuous range of noise levels, and samplers of discrete "
-                "processes need to be told which ones to visit: give noise_schedule=linear or "
-                "another, or use the sampler edm"
-            )
-        levels = Process.named(noise_schedule).sigmas
-        levels = levels[(levels >= denoiser.sigma_min) & (levels <= denoiser.sigma_max)]
-    kept = levels[spaced_steps(len(levels), steps)]
-    return Process.of_sigmas(kept), denoiser.for_levels(kept)
+    levels = partial(process_levels, steps=steps, noise_schedule=noise_schedule)
+    return Sampler(levels, partial(sample_ddpm, **options))
+
+
+def ddim_sampler(*, steps: str = "", noise_schedule: str | None = None, **options: Any) -> Sampler:
+    """DDIM along a discrete process.
+
+    Args:
+        steps, noise_schedule: see `process_levels`.
+        options: those of `sample_ddim`.
+    """
+    levels = partial(process_levels, steps=steps, noise_schedule=noise_schedule)
+    return Sampler(levels, partial(sample_ddim, **options))
 
 
 def clipped(x0: Tensor, clip: Clip, quantile: float, denoiser: Denoiser | None = None) -> Tensor:
@@ -185,8 +218,3 @@ def clipped(x0: Tensor, clip: Clip, quantile: float, denoiser: Denoiser | None =
     rank = round(quantile * (values.shape[1] - 1)) + 1
     limit = values.kthvalue(rank, dim=1).values.clamp(min=1)[:, None, None, None]
     return x0.clamp(-limit, limit) / limit
-
-
-def _start(latents: Tensor, levels: list[float]) -> Tensor:
-    """z of the first step: x_T is unit normal, and z = x_T / √ᾱ_T."""
-    return latents.to(state_dtype(latents.device)) * math.sqrt(1 + levels[-1] ** 2)

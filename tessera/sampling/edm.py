@@ -7,24 +7,25 @@ models", algorithms 1 (deterministic) and 2 (stochastic).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.schedules import edm_steps
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
+    Sampler,
     SamplerState,
     churned,
     denoise,
-    round_sigmas,
     state_dtype,
 )
+from tessera.sampling.levels import edm_levels
 
 
 @torch.no_grad()
@@ -33,12 +34,9 @@ def sample_edm(
     latents: Tensor,
     cond: Conditioning,
     noise: NoiseSource,
+    levels: Sequence[float],
     *,
-    steps: int = 18,
     solver: Literal["heun", "euler"] = "heun",
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
     s_churn: float = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
@@ -51,16 +49,13 @@ def sample_edm(
     image does not jump when the window moves past a step; with 0, none is needed and none drawn.
 
     Args:
-        steps: number of steps; one step goes from σ_max to 0.
+        levels: noise levels at which the steps begin, falling.
         solver: "euler" leaves out the second-order correction (one call a step).
-        sigma_min, sigma_max: ends of the noise levels, cut to what the denoiser supports.
-        rho: larger values take shorter steps near σ_min.
         s_churn, s_min, s_max, s_noise: amount of added noise, the range of σ in which it is added,
             and its scale.
         refine: improves x after each step.
     """
-    sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
-    t = [*round_sigmas(denoiser, edm_steps(steps, sigma_min, sigma_max, rho)), 0.0]
+    steps, t = len(levels), [*levels, 0.0]
     t_hat = churned(denoiser, t[:-1], s_churn, s_min, s_max)
 
     x = latents.to(state_dtype(latents.device)) * t[0]
@@ -82,5 +77,23 @@ def sample_edm(
             denoised = denoise(model, x_next, t[i + 1], cond)
             x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2
 
-        x = x_next if refine is None else refine(x_next, t[i + 1], cond)
+        x = x_next if refine is None else refine(model, x_next, t[i + 1], cond, noise)
         yield SamplerState(i + 1, steps, t[i + 1], x, denoised)
+
+
+def edm_sampler(
+    *,
+    steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    **options: Any,
+) -> Sampler:
+    """EDM's solver at EDM's noise levels.
+
+    Args:
+        steps, sigma_min, sigma_max, rho: see `edm_levels`.
+        options: those of `sample_edm`.
+    """
+    levels = partial(edm_levels, steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    return Sampler(levels, partial(sample_edm, **options))

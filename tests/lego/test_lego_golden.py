@@ -19,7 +19,7 @@ from tessera.networks.layers import PositionalEmbedding
 from tessera.networks.lego import Grid, coordinates
 from tessera.networks.transformer import sincos_table
 from tessera.recipes.schema import EmaConfig, OptimizerConfig
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.edm import edm_sampler
 from tessera.training.ema import decay
 from tessera.training.optimizers import learning_rate
 
@@ -186,13 +186,11 @@ def test_trajectories(name: str) -> None:
         noise = RecordedSteps(golden["in.churn_noise"] if churn else None)
         estimates: list[Tensor] = []
         states = list(
-            sample_edm(
+            edm_sampler(steps=steps, **churn)(
                 Watched(denoiser, estimates),
                 golden["in.latents"],
                 recorded_conditioning(golden),
                 noise,
-                steps=steps,
-                **churn,
             )
         )
         trajectory = torch.stack([golden["in.latents"] * levels[0], *(s.x for s in states)])

@@ -33,7 +33,6 @@ from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import AblationSampler, EdmSampler
-from tessera.sampling.core import step_sigmas
 
 LEVELS = [80.0, 20.0, 5.0, 1.0, 0.1]
 
@@ -76,7 +75,7 @@ def test_schedule_as_text() -> None:
 
 @pytest.mark.parametrize("section", [EdmSampler(steps=5), AblationSampler(steps=5, alpha=0.5)])
 def test_steps_of_a_sampler(section: EdmSampler | AblationSampler) -> None:
-    levels = step_sigmas(build_sampler(section), tiny_pipeline().denoiser)
+    levels = build_sampler(section).levels(tiny_pipeline().denoiser)
     assert len(levels) == 5
     assert levels == sorted(levels, reverse=True)
     assert levels[0] == pytest.approx(80)

@@ -34,7 +34,7 @@ from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser, build_objective
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.schema import Recipe
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.edm import edm_sampler
 from tessera.training.learner import Learner, MicroBatch, TrainStep
 
 NETWORKS = ["net_ddpmpp", "net_implicit", "net_adm_latent"]
@@ -150,7 +150,7 @@ def test_sampler(run: dict[str, Any]) -> None:
     options = {names.get(k, k.lower()): v for k, v in run["options"].items()}
     noise = RecordedSteps(numbers.get(f"in.{index}.step_noise"))
     model = denoiser if run["cfg"] is None else Guided(denoiser, run["cfg"])
-    states = list(sample_edm(model, latents, cond, noise, **options))
+    states = list(edm_sampler(**options)(model, latents, cond, noise))
     assert relative_error(states[-1].x, numbers[f"out.{index}.final"]) <= 5e-4
 
 

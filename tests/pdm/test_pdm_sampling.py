@@ -17,8 +17,9 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser, Process
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
-from tessera.sampling.ddpm import encode_ddim, sample_ddim, sample_ddpm
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler, encode_ddim
+from tessera.sampling.edm import edm_sampler
+from tessera.sampling.levels import process_levels
 from tessera.sampling.seeds import SeedNoise
 
 RUNS = [
@@ -68,16 +69,18 @@ def test_recorded_loops(name: str, run: dict[str, Any]) -> None:
     clip: Any = "auto" if run.get("clip", True) else "none"
     if run.get("dynamic_threshold") is False:
         clip = "static"
-    options = {"steps": run["diffusion"].get("timestep_respacing", ""), "clip": clip}
+    steps = run["diffusion"].get("timestep_respacing", "")
+    options = {"clip": clip}
     if run["sampler"] == "ddim_reverse":
         # The recording encodes the same numbers that the other runs begin with.
-        states = list(encode_ddim(denoiser, golden["in.x_T"], cond, **options))
+        levels = process_levels(denoiser, steps=steps)
+        states = list(encode_ddim(denoiser, golden["in.x_T"], cond, levels, **options))
     else:
-        sampler: Any = sample_ddpm
+        sampler: Any = ddpm_sampler
         if run["sampler"] == "ddim":
-            sampler, options["eta"] = sample_ddim, run["eta"]
+            sampler, options["eta"] = ddim_sampler, run["eta"]
         noise = RecordedNoise(golden[f"in.noises.{run['noises']}"][:])
-        states = list(sampler(denoiser, golden["in.x_T"], cond, noise, **options))
+        states = list(sampler(steps=steps, **options)(denoiser, golden["in.x_T"], cond, noise))
     samples = torch.stack(
         [s.x if math.isinf(s.sigma) else s.x / math.sqrt(1 + s.sigma**2) for s in states]
     )
@@ -109,19 +112,19 @@ class Gaussian(nn.Module):
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [
-        (sample_ddpm, {"steps": "250", "clip": "none"}),
-        (sample_ddpm, {"steps": "250", "clip": "none", "variance": "small"}),
-        (sample_ddim, {"steps": "250", "clip": "none"}),
-        (sample_ddim, {"steps": "250", "clip": "none", "eta": 1.0}),
-        (sample_edm, {"steps": 40}),
-        (sample_edm, {"steps": 40, "s_churn": 20}),
+        (ddpm_sampler, {"steps": "250", "clip": "none"}),
+        (ddpm_sampler, {"steps": "250", "clip": "none", "variance": "small"}),
+        (ddim_sampler, {"steps": "250", "clip": "none"}),
+        (ddim_sampler, {"steps": "250", "clip": "none", "eta": 1.0}),
+        (edm_sampler, {"steps": 40}),
+        (edm_sampler, {"steps": 40, "s_churn": 20}),
     ],
 )
 def test_all_samplers_find_the_same_distribution(sampler: Any, options: dict[str, Any]) -> None:
     own = Discrete("cosine")
     denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
     noise = SeedNoise(range(600))
-    *_, last = sampler(denoiser, noise.normal((1, 4, 4)), Conditioning(), noise, **options)
+    *_, last = sampler(**options)(denoiser, noise.normal((1, 4, 4)), Conditioning(), noise)
     assert last.x.mean() == pytest.approx(0.2, abs=0.03)
     assert last.x.std() == pytest.approx(0.5, abs=0.03)
     assert last.step == last.steps
@@ -132,9 +135,11 @@ def test_ddim_forth_and_back() -> None:
     own = Discrete("linear")
     denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
     images = 0.2 + 0.5 * SeedNoise(range(8)).normal((1, 4, 4))
-    *_, encoded = encode_ddim(denoiser, images, Conditioning(), clip="none")
+    *_, encoded = encode_ddim(
+        denoiser, images, Conditioning(), process_levels(denoiser), clip="none"
+    )
     noise = SeedNoise([0])
-    *_, decoded = sample_ddim(denoiser, encoded.x, Conditioning(), noise, clip="none")
+    *_, decoded = ddim_sampler(clip="none")(denoiser, encoded.x, Conditioning(), noise)
     torch.testing.assert_close(decoded.x.float(), images, rtol=0, atol=0.02)
 
 
@@ -144,5 +149,5 @@ def test_ddim_with_all_noise_is_finite(steps: str) -> None:
     denoiser = DiscreteDenoiser(Gaussian(own.process), own, (1, 4, 4))
     noise = SeedNoise([1, 2])
     latents = noise.normal((1, 4, 4))
-    *_, last = sample_ddim(denoiser, latents, Conditioning(), noise, steps=steps, eta=1.0)
+    *_, last = ddim_sampler(steps=steps, eta=1.0)(denoiser, latents, Conditioning(), noise)
     assert last.x.isfinite().all()

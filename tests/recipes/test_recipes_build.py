@@ -186,26 +186,30 @@ def test_the_schema_and_the_objects_have_the_same_defaults() -> None:
     from tessera.diffusion.discrete import Discrete
     from tessera.diffusion.discrete_objective import DiscreteObjective
     from tessera.networks.patched_unet import PatchedUNet
-    from tessera.sampling.ablation import sample_ablation
-    from tessera.sampling.ddpm import sample_ddim, sample_ddpm
-    from tessera.sampling.edm import sample_edm
+    from tessera.sampling import ablation, ddpm, edm, levels
 
     pairs = [
         (schema.SongUNetConfig, SongUNet),
         (schema.AdmUNetConfig, AdmUNet),
         (schema.PatchedUNetConfig, PatchedUNet),
-        (schema.DdpmSampler, sample_ddpm),
-        (schema.DdimSampler, sample_ddim),
+        (schema.DdpmSampler, ddpm.sample_ddpm, levels.process_levels),
+        (schema.DdimSampler, ddpm.sample_ddim, levels.process_levels),
         (schema.DiscreteObjective, DiscreteObjective),
         (schema.DiscretePreconditioning, Discrete),
-        (schema.EdmSampler, sample_edm),
-        (schema.AblationSampler, sample_ablation),
+        (schema.EdmSampler, edm.sample_edm, levels.edm_levels, edm.edm_sampler),
+        (schema.AblationSampler, ablation.sample_ablation, ablation.ablation_levels),
+        (schema.EdmLevelsConfig, levels.edm_levels),
+        (schema.ProcessLevelsConfig, levels.process_levels),
     ]
-    for section, target in pairs:
-        signature = inspect.signature(target)
+    for section, *targets in pairs:
+        defaults = {
+            name: parameter.default
+            for target in targets
+            for name, parameter in inspect.signature(target).parameters.items()
+        }
         for name, field in section.model_fields.items():
-            if name != "kind":
-                assert signature.parameters[name].default == field.default, (target, name)
+            if name not in ("kind", "levels"):
+                assert defaults[name] == field.default, (section, name)
     for section, kind in (
         (schema.AugmentConfig, build.Augmentation),
         (schema.EdmObjective, build.objectives.EdmObjective),

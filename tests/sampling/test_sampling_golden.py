@@ -14,8 +14,8 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.preconditioning import Edm, Iddpm, Preconditioned, Ve, Vp
 from tessera.images import to_uint8
-from tessera.sampling.ablation import sample_ablation
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.ablation import ablation_sampler
+from tessera.sampling.edm import edm_sampler
 from tessera.sampling.seeds import SeedNoise
 
 NAMES = {
@@ -56,8 +56,8 @@ class Toy(Denoiser):
 
 def run(name: str, *arguments: Any, **options: Any) -> Tensor:
     options = {NAMES.get(key, key): value for key, value in options.items()}
-    sampler = {"edm": sample_edm, "abl": sample_ablation}[name]
-    states = list(sampler(*arguments, **options))
+    make = {"edm": edm_sampler, "abl": ablation_sampler}[name]
+    states = list(make(**options)(*arguments))
     assert [state.step for state in states] == list(range(1, options.get("steps", 18) + 1))
     assert states[-1].sigma == 0
     return states[-1].x

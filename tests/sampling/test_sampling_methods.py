@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
-from tessera.sampling.ablation import sample_ablation
-from tessera.sampling.core import SamplerState
-from tessera.sampling.edm import sample_edm
+from tessera.sampling.ablation import ablation_sampler
+from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.edm import edm_sampler
 from tessera.sampling.seeds import SeedNoise
 
 MEAN, STD = 0.3, 0.5
@@ -60,18 +60,18 @@ def exact(unit: Tensor, sigma_max: float) -> Tensor:
 
 def error(sample: Sample, steps: int, **options: Any) -> float:
     unit = latents()
-    *_, last = sample(Gaussian(), unit, Conditioning(), NoNoise(), steps=steps, **options)
+    *_, last = sample(steps=steps, **options)(Gaussian(), unit, Conditioning(), NoNoise())
     return float((last.x - exact(unit, 80.0)).abs().max())
 
 
 @pytest.mark.parametrize(
     ("sample", "options", "order"),
     [
-        (sample_edm, {}, 2),
-        (sample_edm, {"solver": "euler"}, 1),
-        (sample_ablation, {}, 2),
-        (sample_ablation, {"alpha": 0.5}, 3),  # one more than promised, on a Gaussian
-        (sample_ablation, {"schedule": "vp", "scaling": "vp", "sigma_max": 80.0}, 2),
+        (edm_sampler, {}, 2),
+        (edm_sampler, {"solver": "euler"}, 1),
+        (ablation_sampler, {}, 2),
+        (ablation_sampler, {"alpha": 0.5}, 3),  # one more than promised, on a Gaussian
+        (ablation_sampler, {"schedule": "vp", "scaling": "vp", "sigma_max": 80.0}, 2),
     ],
 )
 def test_order_of_convergence(sample: Sample, options: dict[str, Any], order: int) -> None:
@@ -84,16 +84,16 @@ def test_order_of_convergence(sample: Sample, options: dict[str, Any], order: in
 def test_churn_keeps_the_distribution() -> None:
     unit = SeedNoise(range(3000)).normal((1, 2, 2))
     noise = SeedNoise(range(3000, 6000))
-    *_, last = sample_edm(Gaussian(), unit, Conditioning(), noise, steps=80, s_churn=20.0)
+    *_, last = edm_sampler(steps=80, s_churn=20.0)(Gaussian(), unit, Conditioning(), noise)
     assert abs(last.x.mean() - MEAN) < 0.02
     assert abs(last.x.std() - STD) < 0.02
 
 
-@pytest.mark.parametrize("sample", [sample_edm, sample_ablation])
+@pytest.mark.parametrize("sample", [edm_sampler, ablation_sampler])
 @pytest.mark.parametrize(("solver", "calls"), [("heun", 13), ("euler", 7)])
 def test_calls(sample: Sample, solver: str, calls: int) -> None:
     denoiser = Gaussian()
-    states = list(sample(denoiser, latents(2), Conditioning(), NoNoise(), steps=7, solver=solver))
+    states = list(sample(steps=7, solver=solver)(denoiser, latents(2), Conditioning(), NoNoise()))
     assert denoiser.calls == calls
     assert [state.step for state in states] == [1, 2, 3, 4, 5, 6, 7]
     assert [state.sigma for state in states] == sorted((s.sigma for s in states), reverse=True)
@@ -104,18 +104,18 @@ def test_calls(sample: Sample, solver: str, calls: int) -> None:
 @pytest.mark.parametrize("discretization", ["edm", "vp", "ve", "iddpm"])
 def test_one_step_is_the_denoised_noise(discretization: str) -> None:
     denoiser, unit = Gaussian(), latents(3)
-    *_, last = sample_ablation(
-        denoiser, unit, Conditioning(), NoNoise(), steps=1, discretization=discretization
+    *_, last = ablation_sampler(steps=1, discretization=discretization)(
+        denoiser, unit, Conditioning(), NoNoise()
     )
     assert denoiser.calls == 1
     assert torch.isfinite(last.x).all()
     assert torch.allclose(last.x, last.denoised)
     assert last.steps == 1
-    *_, edm = sample_edm(denoiser, unit, Conditioning(), NoNoise(), steps=1)
+    *_, edm = edm_sampler(steps=1)(denoiser, unit, Conditioning(), NoNoise())
     assert (edm.x - MEAN).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("sample", [sample_edm, sample_ablation])
+@pytest.mark.parametrize("sample", [edm_sampler, ablation_sampler])
 def test_noise_is_drawn_at_every_step_with_churn(sample: Sample) -> None:
     # Also at those outside of the window, so that a seed's stream does not depend on it.
     drawn: list[torch.dtype] = []
@@ -126,7 +126,7 @@ def test_noise_is_drawn_at_every_step_with_churn(sample: Sample) -> None:
             return super().normal(shape, dtype)
 
     options = {"steps": 5, "s_churn": 10.0, "s_min": 1.0, "s_max": 2.0}
-    list(sample(Gaussian(), latents(2), Conditioning(), Counting(range(2)), **options))
+    list(sample(**options)(Gaussian(), latents(2), Conditioning(), Counting(range(2))))
     assert drawn == [torch.float64] * 5
 
 
@@ -134,15 +134,18 @@ def test_noise_is_drawn_at_every_step_with_churn(sample: Sample) -> None:
 def test_refinement_sees_unscaled_states(options: dict[str, Any]) -> None:
     seen: list[tuple[float, float]] = []
 
-    def refine(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
+    def refine(
+        denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning, noise: NoiseSource
+    ) -> Tensor:
+        assert isinstance(denoiser, Gaussian)
         seen.append((sigma, float(x.std())))
         return x
 
     unit = latents(256)
-    sample = sample_ablation if options else sample_edm
-    plain = list(sample(Gaussian(), unit, Conditioning(), NoNoise(), steps=30, **options))
+    sample = ablation_sampler if options else edm_sampler
+    plain = list(sample(steps=30, **options)(Gaussian(), unit, Conditioning(), NoNoise()))
     refined = list(
-        sample(Gaussian(), unit, Conditioning(), NoNoise(), steps=30, refine=refine, **options)
+        sample(steps=30, refine=refine, **options)(Gaussian(), unit, Conditioning(), NoNoise())
     )
     assert [sigma for sigma, _ in seen] == [state.sigma for state in plain]
     for sigma, spread in seen:
@@ -150,9 +153,10 @@ def test_refinement_sees_unscaled_states(options: dict[str, Any]) -> None:
     assert torch.allclose(plain[-1].x, refined[-1].x)
     shifted = list(
         sample(
-            Gaussian(), unit, Conditioning(), NoNoise(), steps=3,
-            refine=lambda x, sigma, cond: x + 1 if sigma == 0 else x, **options,
-        )
-    )  # fmt: skip
-    plain = list(sample(Gaussian(), unit, Conditioning(), NoNoise(), steps=3, **options))
+            steps=3,
+            refine=lambda _denoiser, x, sigma, *_: x + 1 if sigma == 0 else x,
+            **options,
+        )(Gaussian(), unit, Conditioning(), NoNoise())
+    )
+    plain = list(sample(steps=3, **options)(Gaussian(), unit, Conditioning(), NoNoise()))
     assert torch.allclose(shifted[-1].x, plain[-1].x + 1)

@@ -1,17 +1,89 @@
-"""The samplers."""
+"""The samplers: noise levels and solvers."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from tessera.recipes.schema.base import NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+
+SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
+OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
 
 
-class EdmSampler(Section):
+class EdmLevelsConfig(Section):
+    """EDM's noise levels, evenly spaced in σ^(1/ρ)."""
+
+    kind: Literal["edm"] = "edm"
+    steps: PositiveInt = 18
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80
+    rho: PositiveFloat = Field(7, description="larger: shorter steps at low noise")
+
+
+class MethodLevelsConfig(Section):
+    """The noise levels of VP, VE or improved DDPM."""
+
+    kind: Literal["vp", "ve", "iddpm"]
+    steps: PositiveInt = 18
+    sigma_min: PositiveFloat | None = Field(None, description="null: the method's own")
+    sigma_max: PositiveFloat | None = Field(None, description="null: the method's own")
+    epsilon_s: PositiveFloat = Field(1e-3, description="last time of VP")
+
+
+class ProcessLevelsConfig(Section):
+    """The noise levels of a discrete process."""
+
+    kind: Literal["process"] = "process"
+    steps: str = Field("", description=SPACING)
+    noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
+
+
+class ListedLevelsConfig(Section):
+    """Noise levels one by one, as fitted to a model."""
+
+    kind: Literal["list"] = "list"
+    sigmas: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
+        min_length=1, description="where the steps begin, falling; the last one ends at 0"
+    )
+
+
+LevelsConfig = Annotated[
+    EdmLevelsConfig | MethodLevelsConfig | ProcessLevelsConfig | ListedLevelsConfig,
+    Field(discriminator="kind"),
+]
+
+
+class SamplerSection(Section):
+    """What every sampler has."""
+
+    OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
+    """Keys of the sampler that place its own noise levels."""
+
+    levels: LevelsConfig | None = Field(
+        None, description="other noise levels than the sampler's own: edm, vp, process, list, ..."
+    )
+
+    @model_validator(mode="after")
+    def _one_set_of_levels(self) -> Self:
+        given = [
+            name
+            for name in self.OWN_LEVELS
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.levels is not None and given:
+            raise ValueError(
+                f"{', '.join(given)} and levels both say where the steps are; give one of them"
+            )
+        return self
+
+
+class EdmSampler(SamplerSection):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
+
+    OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
 
     kind: Literal["edm"] = "edm"
     steps: PositiveInt = 18
@@ -25,8 +97,10 @@ class EdmSampler(Section):
     s_noise: NonNegative = 1
 
 
-class AblationSampler(Section):
+class AblationSampler(SamplerSection):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
+
+    OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
 
     kind: Literal["ablation"] = "ablation"
     steps: PositiveInt = 18
@@ -48,20 +122,18 @@ class AblationSampler(Section):
     s_noise: NonNegative = 1
 
 
-class ProcessSampler(Section):
+class ProcessSampler(SamplerSection):
     """What samplers of discrete processes share."""
 
-    steps: str = Field(
-        "", description="number, list (90,60,60,20,20) or ddimN; empty for all of the process"
-    )
+    OWN_LEVELS = ("steps", "noise_schedule")
+
+    steps: str = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
         description="estimates of x; auto: dynamic if guided, else static; none of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
-    noise_schedule: str | None = Field(
-        None, description="noise levels for models of a continuous range, like linear or cosine"
-    )
+    noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
 
 
 class DdpmSampler(ProcessSampler):
