@@ -156,6 +156,7 @@ def build_view(recipe: schema.Recipe) -> View:
                 progressive=view.schedule == "progressive",
                 total_images=training.images,
                 per_pixel=view.per_pixel,
+                reduction=recipe_objective(recipe).reduction,
             )
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process
-from tessera.diffusion.guidance import Guided
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
@@ -209,7 +208,7 @@ def ddim_sampler(*, steps: str = "", noise_schedule: str | None = None, **option
 def clipped(x0: Tensor, clip: Clip, quantile: float, denoiser: Denoiser | None = None) -> Tensor:
     """The estimate x0 [B, C, H, W] after clipping, see `Clip`."""
     if clip == "auto":
-        clip = "dynamic" if isinstance(denoiser, Guided) else "static"
+        clip = "dynamic" if denoiser is not None and denoiser.guided else "static"
     if clip == "none":
         return x0
     if clip == "static":

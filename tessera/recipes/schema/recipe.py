@@ -215,11 +215,6 @@ class Recipe(Section):
                 "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
                 "leave out coords"
             )
-        if isinstance(self.preconditioning, IddpmPreconditioning):
-            raise ValueError(
-                "preconditioning.kind: iddpm needs a network that learns variances, which bricks "
-                "do not; choose edm, vp or ve"
-            )
         return self
 
     @model_validator(mode="after")
