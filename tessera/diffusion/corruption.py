@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from tessera.randomness import Draws
+
+
+class Corruption(Protocol):
+    """What an objective does to clean images before a denoiser sees them."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
+        """z [B, C, H, W] from x like it at noise levels σ [B]; draws "noise"."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
-from tessera.diffusion.corruption import GaussianCorruption
+from tessera.diffusion.corruption import Corruption, GaussianCorruption
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process
 from tessera.diffusion.objectives import EVERYWHERE, Reduction
@@ -108,6 +108,7 @@ class DiscreteObjective(nn.Module):
         small_variance: for networks that learn none, use β̃ instead of β in the "kl" losses.
         label_dropout: share of images trained without their class, for guidance.
         sigma_range: train on noise levels low <= σ < high only, as one of several experts.
+        corruption: what makes z of x.
     """
 
     reduction: ClassVar[Reduction] = "mean"
@@ -123,11 +124,12 @@ class DiscreteObjective(nn.Module):
         small_variance: bool = False,
         label_dropout: float = 0.1,
         sigma_range: tuple[float, float] = EVERYWHERE,
+        corruption: Corruption = GaussianCorruption(),
     ) -> None:
         super().__init__()
         self.weight, self.loss, self.rescale_variance = weight, loss, rescale_variance
         self.small_variance, self.label_dropout = small_variance, label_dropout
-        self.sigma_range = sigma_range
+        self.sigma_range, self.corruption = sigma_range, corruption
         self.history = LossHistory(levels) if timesteps == "loss_second_moment" else None
         self._tables: _Tables | None = None
 
@@ -148,7 +150,7 @@ class DiscreteObjective(nn.Module):
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
         index, importance = self._draw(tables, draws)
         sigma = tables.sigmas[index]
-        z = GaussianCorruption()(x, sigma, draws)
+        z = self.corruption(x, sigma, draws)
         posterior = denoiser(z, sigma, cond)
         terms: dict[str, Tensor] = {}
         if self.loss == "mse":

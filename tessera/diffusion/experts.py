@@ -89,7 +89,7 @@ class Experts(Denoiser):
 
     @property
     def levels(self) -> Tensor | None:
-        own = [expert.levels for expert in self._denoisers()]
+        own = [expert.levels for expert in self.denoisers()]
         if any(levels is None for levels in own):
             return None
         parts = [
@@ -100,14 +100,14 @@ class Experts(Denoiser):
         return torch.cat(parts)
 
     def for_levels(self, levels: Tensor) -> Experts:
-        return Experts([e.for_levels(levels) for e in self._denoisers()], self.thresholds)
+        return Experts([e.for_levels(levels) for e in self.denoisers()], self.thresholds)
 
     def for_step(self, sigma: float) -> Denoiser:
-        return Experts([e.for_step(sigma) for e in self._denoisers()], self.thresholds)
+        return Experts([e.for_step(sigma) for e in self.denoisers()], self.thresholds)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         rounded, owner = sigma.clone(), self.owner(sigma)
-        for index, expert in enumerate(self._denoisers()):
+        for index, expert in enumerate(self.denoisers()):
             rounded = torch.where(owner == index, expert.round_sigma(sigma), rounded)
         return rounded
 
@@ -132,5 +132,6 @@ class Experts(Denoiser):
         part: Posterior = self.experts[expert](z[ours], sigma[rows], cond[ours])
         return part
 
-    def _denoisers(self) -> list[Denoiser]:
+    def denoisers(self) -> list[Denoiser]:
+        """The experts, from the cleanest interval to the noisiest."""
         return [expert for expert in self.experts if isinstance(expert, Denoiser)]

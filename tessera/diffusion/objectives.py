@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.corruption import GaussianCorruption
+from tessera.diffusion.corruption import Corruption, GaussianCorruption
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.schedules import vp_sigma, vp_time
 from tessera.errors import TesseraError
@@ -48,11 +48,13 @@ class DenoisingObjective(ABC):
     Args:
         label_dropout: share of images trained without their class, for guidance.
         sigma_range: draw noise levels low <= σ < high only, as one of several experts.
+        corruption: what makes z of x.
     """
 
     reduction: ClassVar[Reduction] = "sum"
     label_dropout: float = 0.0
     sigma_range: tuple[float, float] = EVERYWHERE
+    corruption: Corruption = GaussianCorruption()
 
     @abstractmethod
     def sigma(self, draws: Draws) -> Tensor:
@@ -72,7 +74,7 @@ class DenoisingObjective(ABC):
         """The weighted squared error of each pixel at noise levels σ [B], float32 [B, C, H, W]."""
         if self.label_dropout > 0:
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
-        z = GaussianCorruption()(x, sigma, draws)
+        z = self.corruption(x, sigma, draws)
         posterior = denoiser(z, sigma, cond)
         error = torch.stack([(d - x).square() for d in posterior.estimates]).mean(dim=0)
         return self.weight(sigma)[:, None, None, None] * error

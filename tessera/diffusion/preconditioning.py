@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -212,14 +213,14 @@ class Preconditioned(Denoiser):
         self.sigma_min = preconditioning.sigma_min
         self.sigma_max = preconditioning.sigma_max
 
-    def forward(
-        self, z: Tensor, sigma: Tensor, cond: Conditioning, *, bricks: int | None = None
-    ) -> Posterior:
-        """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all.
+    def around(self, network: nn.Module) -> Self:
+        """The same denoiser around another network, such as a part of its own."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": network}
+        return other
 
-        Args:
-            bricks: how many bricks of a stack to run; None: all of them, or a network of one part.
-        """
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        """Estimate x from z [B, C, H, W] at noise levels σ, [B] or one number for all."""
         with full_precision(z.device):
             z = z.to(torch.float32)
             sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
@@ -231,8 +232,7 @@ class Preconditioned(Denoiser):
                 size = (z.shape[-2], z.shape[-1])
                 image = F.interpolate(image, size, mode="bilinear", align_corners=False)
                 scaled = torch.cat([scaled, image], dim=1)
-        prefix = {} if bricks is None else {"bricks": bricks}
-        raw = self.network(scaled, c.noise.expand(len(z)), cond, **prefix)
+        raw = self.network(scaled, c.noise.expand(len(z)), cond)
         with full_precision(z.device):
             skip = c_skip * z
             *stages, mean = (

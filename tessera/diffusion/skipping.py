@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,68 +118,71 @@ class Skipping(Wrapper):
     Wrap it in guidance, not the other way round; both evaluations of guidance then skip.
 
     Args:
-        denoiser: a stack that was trained with every brick's output.
+        denoiser: the whole stack.
+        prefixes: the denoisers of its first so many bricks, one for each number in `schedule`.
         schedule: bricks by noise level.
 
-    Raises:
-        TesseraError: the network is no stack of bricks, was trained with its last output only, or
-            has not as many bricks as the schedule names.
+    Example:
+        >>> skipping = cut_bricks(denoiser, parse_schedule("0-0.5:1"))  # doctest: +SKIP
     """
 
-    def __init__(self, denoiser: Preconditioned, schedule: BrickSchedule) -> None:
+    def __init__(
+        self, denoiser: Denoiser, prefixes: Mapping[int, Denoiser], schedule: BrickSchedule
+    ) -> None:
         super().__init__(denoiser)
-        check = getattr(denoiser.network, "check_prefix", None)
-        if check is None:
-            raise TesseraError(
-                "only networks made of bricks (network.kind=lego) can skip any; this one has a "
-                "single part"
-            )
-        for part in schedule.ranges:
-            check(part.bricks)
+        self.prefixes = nn.ModuleDict({str(bricks): d for bricks, d in prefixes.items()})
         self.schedule = schedule
 
     def around(self, denoiser: Denoiser) -> Skipping:
-        assert isinstance(denoiser, Preconditioned)
-        return Skipping(denoiser, self.schedule)
+        return Skipping(denoiser, self._prefixes(), self.schedule)
+
+    def for_levels(self, levels: Tensor) -> Denoiser:
+        prefixes = {bricks: d.for_levels(levels) for bricks, d in self._prefixes().items()}
+        return Skipping(self.denoiser.for_levels(levels), prefixes, self.schedule)
 
     def for_step(self, sigma: float) -> Denoiser:
-        denoiser, bricks = self.denoiser.for_step(sigma), self.schedule.bricks(sigma)
-        if bricks is None:
-            return denoiser
-        assert isinstance(denoiser, Preconditioned)
-        return Skipping(denoiser, BrickSchedule((Range(0.0, math.inf, bricks),)))
+        return self._of(self.schedule.bricks(sigma)).for_step(sigma)
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser; images at different noise levels run as many bricks as theirs need."""
         levels = sigma.reshape(-1).expand(len(z))
         wanted = [self.schedule.bricks(level) for level in levels.tolist()]
         if len(set(wanted)) == 1:
-            posterior: Posterior = self.denoiser(z, sigma, cond, bricks=wanted[0])
+            posterior: Posterior = self._of(wanted[0])(z, sigma, cond)
             return posterior
         counts = [*dict.fromkeys(wanted)]
         rows = [torch.tensor([i for i, w in enumerate(wanted) if w == n]) for n in counts]
-        pairs = zip(counts, rows, strict=True)
-        return joined([self._part(*pair, z, levels, cond) for pair in pairs], rows)
+        parts = [
+            self._of(count)(z[here], levels[row.to(levels.device)], cond[here])
+            for count, row in zip(counts, rows, strict=True)
+            for here in (row.to(z.device),)
+        ]
+        return joined(parts, rows)
 
-    def _part(
-        self, bricks: int | None, rows: Tensor, z: Tensor, levels: Tensor, cond: Conditioning
-    ) -> Posterior:
-        here = rows.to(z.device)
-        part: Posterior = self.denoiser(
-            z[here], levels[rows.to(levels.device)], cond[here], bricks=bricks
-        )
-        return part
+    def _of(self, bricks: int | None) -> Denoiser:
+        """The denoiser that runs so many bricks; None: all."""
+        return self.denoiser if bricks is None else self._prefixes()[bricks]
+
+    def _prefixes(self) -> dict[int, Denoiser]:
+        return {int(n): d for n, d in self.prefixes.items() if isinstance(d, Denoiser)}
 
 
-def cut_bricks(denoiser: nn.Module, schedule: BrickSchedule) -> Denoiser:
+def cut_bricks(denoiser: Denoiser, schedule: BrickSchedule) -> Denoiser:
     """A model's denoiser, running as many bricks as the schedule says; of all its experts.
 
     Raises:
-        TesseraError: see `Skipping`.
+        TesseraError: the network is no stack of bricks, was trained with its last output only, or
+            has not as many bricks as the schedule names.
     """
     if isinstance(denoiser, Experts):
-        parts = [cut_bricks(part, schedule) for part in denoiser.experts]
+        parts = [cut_bricks(part, schedule) for part in denoiser.denoisers()]
         return Experts(parts, denoiser.thresholds)
-    if not isinstance(denoiser, Preconditioned):
-        raise TesseraError("only a denoiser around one network can skip bricks of it")
-    return Skipping(denoiser, schedule)
+    prefix = getattr(getattr(denoiser, "network", None), "prefix", None)
+    if not isinstance(denoiser, Preconditioned) or prefix is None:
+        raise TesseraError(
+            "only networks made of bricks (network.kind=lego) can skip any; this one has a single "
+            "part"
+        )
+    counts = dict.fromkeys(part.bricks for part in schedule.ranges)
+    prefixes = {bricks: denoiser.around(prefix(bricks)) for bricks in counts}
+    return Skipping(denoiser, prefixes, schedule)

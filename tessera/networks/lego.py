@@ -137,14 +137,14 @@ class Lego(nn.Module):
             f"{allowed}"
         )
 
-    def check_prefix(self, bricks: int | None) -> None:
-        """Whether the stack may be cut after `bricks` bricks; None for not cut.
+    def prefix(self, bricks: int) -> nn.Module:
+        """The network of the first `bricks` bricks; it shares their weights.
 
         Raises:
             TesseraError: there are not as many, or only the last output was trained.
         """
-        if bricks is None or bricks == len(self.specs):
-            return
+        if bricks == len(self.specs):
+            return self
         if not 1 <= bricks < len(self.specs):
             raise TesseraError(
                 f"cannot run {bricks} bricks: the stack has {len(self.specs)}, and at least the "
@@ -155,6 +155,7 @@ class Lego(nn.Module):
                 "this stack was trained with its last output only (network.joint=false), so no "
                 "brick may be skipped. Train it with network.joint=true"
             )
+        return _Prefix(self, bricks)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated transformer blocks, in the order of their use."""
@@ -162,30 +163,30 @@ class Lego(nn.Module):
             assert isinstance(brick, Brick)
             yield from brick.blocks
 
-    def forward(
-        self, x: Tensor, noise: Tensor, cond: Conditioning, *, bricks: int | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor | tuple[Tensor, ...]:
         """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output, like x.
-
-        Args:
-            bricks: run the first so many bricks only and return the last one's output; None: all.
 
         Returns:
             The last brick's output; of a joint stack in training mode, those of all bricks.
 
         Raises:
-            TesseraError: the canvas does not fit the bricks, or the stack cannot be cut there.
+            TesseraError: the canvas does not fit the bricks.
         """
+        outputs = self.outputs(x, noise, cond, len(self.specs))
+        return outputs if self.joint and self.training else outputs[-1]
+
+    def outputs(
+        self, x: Tensor, noise: Tensor, cond: Conditioning, bricks: int
+    ) -> tuple[Tensor, ...]:
+        """What each of the first `bricks` bricks gives out, each like x."""
         self.check_canvas(*x.shape[-2:])
-        self.check_prefix(bricks)
         c = self._embed(noise, cond)
         place = coordinates(x, cond)
         outputs: list[Tensor] = []
         for brick in self.model[:bricks]:
             previous = outputs[-1:]
             outputs.append(brick(torch.cat([*previous, x, place], dim=1), c))
-        every = self.joint and self.training and bricks is None
-        return tuple(outputs) if every else outputs[-1]
+        return tuple(outputs)
 
     def _embed(self, noise: Tensor, cond: Conditioning) -> Tensor:
         """The conditioning vector, float32 [B, D]."""
@@ -196,6 +197,18 @@ class Lego(nn.Module):
             if self.map_augment is not None and cond.augment is not None:
                 c = c + self.map_augment(cond.augment)
             return c
+
+
+class _Prefix(nn.Module):
+    """The first bricks of a stack as a network of its own."""
+
+    def __init__(self, stack: Lego, bricks: int) -> None:
+        super().__init__()
+        self.stack, self.bricks = stack, bricks
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        """As `Lego.forward`: the output of the last brick that runs."""
+        return self.stack.outputs(x, noise, cond, self.bricks)[-1]
 
 
 class Brick(nn.Module):

@@ -14,7 +14,7 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.objectives import EdmObjective
-from tessera.diffusion.skipping import Skipping, last_brick_schedule
+from tessera.diffusion.skipping import cut_bricks, last_brick_schedule
 from tessera.networks.layers import PositionalEmbedding
 from tessera.networks.lego import Grid, coordinates
 from tessera.networks.transformer import sincos_table
@@ -46,7 +46,7 @@ def test_outputs(name: str) -> None:
         assert len(stages) == (len(network.specs) if joint else 0)
         for key in stages:
             count = int(key.rsplit(".", 1)[1]) + 1
-            assert_near(network(x, noise, cond, bricks=count), golden[key])
+            assert_near(network.prefix(count)(x, noise, cond), golden[key])
         if "out.eval_zero_labels" in golden:
             plain = Conditioning(augment=cond.augment)
             assert_near(network(x, noise, plain), golden["out.eval_zero_labels"])
@@ -107,7 +107,7 @@ def test_denoised_and_guided(name: str) -> None:
         none = denoiser(x, sigma, Conditioning()).mean
         assert_near(none, golden["out.D_labels_none"], atol=5e-5)
         for index in range(len(denoiser.network.specs)):
-            stage = denoiser(x, sigma, cond, bricks=index + 1).mean
+            stage = denoiser.around(denoiser.network.prefix(index + 1))(x, sigma, cond).mean
             assert_near(stage, golden[f"out.D_stage.{index}"], atol=5e-5)
         for variant in about["cfg_variants"]:
             channels = None if variant["guided_channels"] == "all" else 3
@@ -179,7 +179,7 @@ def test_trajectories(name: str) -> None:
         early = options["steps_with_early_exit"]
         schedule = last_brick_schedule(sizes, len(early) / steps, levels[:steps])
         assert [i for i in range(steps) if schedule.bricks(levels[i])] == early
-        denoiser: Denoiser = Skipping(model, schedule) if early else model
+        denoiser: Denoiser = cut_bricks(model, schedule) if early else model
         if options["cfg_scale"] is not None:
             denoiser = Guided(denoiser, options["cfg_scale"])
         churn = {k.lower(): v for k, v in (options["churn"] or {}).items()}

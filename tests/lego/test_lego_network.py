@@ -80,7 +80,7 @@ def test_flops_of_each_brick(name: str) -> None:
     spent = 0.0
     for count, expected in enumerate(macs, start=1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(x, noise, Conditioning(), bricks=count)
+            network.prefix(count)(x, noise, Conditioning())
         total = counter.get_total_flops() / 2e9
         assert total - spent == pytest.approx(expected, rel=0.02, abs=0.06)
         spent = total
@@ -115,8 +115,8 @@ def test_bricks_see_their_own_patch_only() -> None:
     changed[:, :, 5, 6] += 1
     with torch.no_grad():
         for bricks, size in ((1, 4), (2, 8), (3, 16)):
-            before = network(x, noise, Conditioning(), bricks=bricks)
-            after = network(changed, noise, Conditioning(), bricks=bricks)
+            before = network.prefix(bricks)(x, noise, Conditioning())
+            after = network.prefix(bricks)(changed, noise, Conditioning())
             rows, columns = (before != after).any(dim=1)[0].nonzero().unbind(1)
             top, left = 5 // size * size, 6 // size * size
             assert (rows.min(), rows.max()) == (top, top + size - 1)

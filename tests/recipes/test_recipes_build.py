@@ -174,8 +174,8 @@ def test_options_reach_the_objects() -> None:
     assert augment is not None
     assert augment.p == 0.3
     sampler = build.build_sampler(recipe.sampling)
-    assert isinstance(sampler, functools.partial)
-    assert sampler.keywords["discretization"] == "vp"
+    assert isinstance(sampler.levels, functools.partial)
+    assert sampler.levels.keywords["discretization"] == "vp"
     assert build.build_augment(None) is None
 
 
