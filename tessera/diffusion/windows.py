@@ -44,7 +44,7 @@ class Windows(Denoiser):
                 f"{size[0]}x{size[1]} (height x width)"
             )
         if not 0 <= overlap < 1:
-            raise TesseraError(f"overlap {overlap:g}: give a share from 0 to less than 1")
+            raise TesseraError(f"`overlap={overlap:g}`: give a share from 0 to less than 1")
         self.denoiser = denoiser
         self.overlap, self.batch = overlap, batch
         self.shape = (channels, *size)

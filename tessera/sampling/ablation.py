@@ -23,6 +23,7 @@ from tessera.sampling.core import (
     SamplerState,
     churned,
     denoise,
+    noise_range,
     round_sigmas,
     state_dtype,
 )
@@ -77,10 +78,16 @@ def sample_ablation(
             1/2 the midpoint method.
         s_churn, s_min, s_max, s_noise: as in `sample_edm`.
         refine: improves x after each step.
+
+    Raises:
+        TesseraError: no noise levels lie between the ends.
     """
     low, high = _default_range(discretization, epsilon_s)
-    sigma_min = max(low if sigma_min is None else sigma_min, denoiser.sigma_min)
-    sigma_max = min(high if sigma_max is None else sigma_max, denoiser.sigma_max)
+    sigma_min, sigma_max = noise_range(
+        denoiser,
+        low if sigma_min is None else sigma_min,
+        high if sigma_max is None else sigma_max,
+    )
     beta_d, beta_min = schedules.vp_betas(sigma_min, sigma_max, epsilon_s)
     curve = _curve(schedule, beta_d, beta_min)
     scale = _scale(scaling)

@@ -164,8 +164,8 @@ def visited(
         if noise_schedule is None:
             raise TesseraError(
                 "this model knows a continuous range of noise levels, and samplers of discrete "
-                "processes need to be told which ones to visit: give noise_schedule=linear or "
-                "another, or use the sampler edm"
+                "processes need to be told which ones to visit: give `noise_schedule=linear` "
+                "or another, or use `sampler=edm`"
             )
         levels = Process.named(noise_schedule).sigmas
         levels = levels[(levels >= denoiser.sigma_min) & (levels <= denoiser.sigma_max)]

@@ -22,6 +22,7 @@ from tessera.sampling.core import (
     SamplerState,
     churned,
     denoise,
+    noise_range,
     round_sigmas,
     state_dtype,
 )
@@ -58,8 +59,11 @@ def sample_edm(
         s_churn, s_min, s_max, s_noise: amount of added noise, the range of σ in which it is added,
             and its scale.
         refine: improves x after each step.
+
+    Raises:
+        TesseraError: no noise levels lie between the ends.
     """
-    sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
+    sigma_min, sigma_max = noise_range(denoiser, sigma_min, sigma_max)
     t = [*round_sigmas(denoiser, edm_steps(steps, sigma_min, sigma_max, rho)), 0.0]
     t_hat = churned(denoiser, t[:-1], s_churn, s_min, s_max)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tessera.recipes.schema.base import NonNegative, Probability, Section
+
+
+def _check_range(sigma_min: float | None, sigma_max: float | None) -> None:
+    if sigma_min is not None and sigma_max is not None and sigma_min >= sigma_max:
+        raise ValueError(f"`sigma_min={sigma_min:g}` must be less than `sigma_max={sigma_max:g}`")
 
 
 class EdmSampler(Section):
@@ -23,6 +28,11 @@ class EdmSampler(Section):
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
     s_noise: NonNegative = 1
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
 
 
 class AblationSampler(Section):
@@ -46,6 +56,11 @@ class AblationSampler(Section):
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
     s_noise: NonNegative = 1
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
 
 
 class ProcessSampler(Section):
