@@ -248,12 +248,12 @@ def choose_bricks(
     if skip == 0 and bricks is None:
         return None
     if skip != 0 and bricks is not None:
-        raise TesseraError("skip and bricks both say which bricks run; give one of them")
+        raise TesseraError("`skip` and `bricks` both say which bricks run; give one of them")
     network = recipe.network
     if not isinstance(network, LegoConfig):
         raise TesseraError(
             f"only networks made of bricks (network.kind=lego) can skip any; this one is a "
-            f"{network.kind}. Leave out skip and bricks"
+            f"{network.kind}. Leave out `skip` and `bricks`"
         )
     if bricks is not None:
         return parse_schedule(bricks) if isinstance(bricks, str) else bricks

@@ -51,7 +51,7 @@ def device(name: str | None = None) -> torch.device:
             named = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise TesseraError(
-                f"--device {name}: {str(error).splitlines()[0]}. Name a device that this machine "
+                f"`device={name}`: {str(error).splitlines()[0]}. Name a device that this machine "
                 "has, such as cpu"
             ) from error
         if name != "cuda":  # which of several is for the launcher to say

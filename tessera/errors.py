@@ -7,7 +7,11 @@ from types import ModuleType
 
 
 class TesseraError(Exception):
-    """Something the user can put right; the command prints the message and exits with code 2."""
+    """Something the user can put right; the command prints the message and exits with code 2.
+
+    Parameters of the library's functions stand in backquotes, with a value or without (`steps=4`),
+    so that the command line can name its options in their place.
+    """
 
 
 class RecipeError(TesseraError):

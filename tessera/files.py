@@ -6,11 +6,61 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from tessera.errors import DataError
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` and `~name` at its beginning as the home folder that they stand for.
+
+    A folder that is really called `~` is named by its absolute path.
+    """
+    return Path(os.path.expanduser(path))
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` is written like `user/name` on the Hugging Face hub, and is no path here.
+
+    Where a folder `user` is, what is asked for is a path in it, there or not.
+    """
+    text = os.fspath(name)
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not Path(text).parent.is_dir()
+
+
+def check_folder_name(path: Path, endings: str, escape: str) -> None:
+    """Raise for a name like `photos.jpg`, by which no folder is meant.
+
+    Args:
+        endings: the endings of files that can be written instead, in words.
+        escape: what the caller gives for a folder of that name all the same.
+
+    Raises:
+        DataError: the name ends like that of a file, and no folder is there.
+    """
+    looks_like_file = re.fullmatch(r"\.(?=\w*[A-Za-z])\w{2,5}", path.suffix)
+    if looks_like_file and not path.is_dir():
+        raise DataError(
+            f"{path}: {path.suffix} files cannot be written. End the name in {endings}, or in "
+            f"nothing for a folder (if a folder is to be called so: `{escape}`)"
+        )
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise if a file would be lost.
+
+    Raises:
+        DataError: something is at `path`, and it is not to be overwritten.
+    """
+    if path.exists() and not overwrite:
+        raise DataError(
+            f"{path} exists already; choose another name, or give `overwrite=True` to replace it"
+        )
 
 
 @contextlib.contextmanager
@@ -19,7 +69,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 
     On an exception the temporary file is removed and whatever stood under `path` stays.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -39,7 +89,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a temporary folder beside `path` that takes its place when the block ends well."""
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     try:

@@ -95,6 +95,13 @@ def progress(
         )
 
 
+def note(text: str) -> None:
+    """A line on stderr; nothing if stderr is no terminal or on other ranks."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if console.is_terminal and distributed.is_main():
+        console.print(text, markup=False)
+
+
 def quantity(value: float) -> str:
     """A count in at most five characters: 950, 12.3k, 1.20M."""
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

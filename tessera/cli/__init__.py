@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tessera._version import __version__
+from tessera.cli.app import App
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
@@ -20,7 +21,7 @@ from tessera.cli.train import train
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
-app = typer.Typer(
+app = App(
     name="tessera",
     help="Train, sample and score image diffusion models at a fraction of the usual compute.",
     no_args_is_help=True,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from tessera.cli.app import App
 from tessera.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from tessera.data.latents import LatentReport, Precision
     from tessera.data.transforms import Filter, Transform
 
-data_app = typer.Typer(
-    help="Make image sets for training, and look into them.", no_args_is_help=True
-)
+data_app = App(help="Make image sets for training, and look into them.", no_args_is_help=True)
 _LISTED = 10
 
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
@@ -48,14 +47,19 @@ def convert(
         str | None, typer.Option(metavar="N|WxH", help="Size of the result, pixels.")
     ] = None,
     transform: Annotated[
-        str, typer.Option(help="none (plain resize), center-crop or center-crop-wide.")
-    ] = "none",
-    filter_: Annotated[
         str,
         typer.Option(
-            "--filter", help="For resizing: lanczos, bicubic, bilinear, hamming, box, nearest."
+            help="none (plain resize), center-crop, center-crop-wide, adm-center-crop (as "
+            "guided-diffusion, DiT and PDM) or lsun-crop (as their LSUN tool)."
         ),
-    ] = "lanczos",
+    ] = "none",
+    resample: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            help="For resizing: lanczos (the default), bicubic, bilinear, hamming, box, nearest.",
+        ),
+    ] = None,
     channels: Annotated[
         int | None,
         typer.Option(min=1, max=3, help="3 makes all images RGB, 1 grey; otherwise as they are."),
@@ -101,7 +105,7 @@ def convert(
         target,
         resolution=None if resolution is None else parse_size(resolution),
         transform=cast("Transform", transform),
-        resample=cast("Filter", filter_),
+        resample=cast("Filter | None", resample),
         channels=channels,
         max_images=max_images,
         form=cast("Format | None", form),

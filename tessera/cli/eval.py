@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from tessera.cli.app import App
 from tessera.cli.nll import nll
 from tessera.cli.score_tables import (
     measured_rows,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tessera.metrics.formats import Measured
     from tessera.metrics.reference import Reference
 
-eval_app = typer.Typer(no_args_is_help=True, help="Score images against real ones.")
+eval_app = App(no_args_is_help=True, help="Score images against real ones.")
 eval_app.command()(nll)
 
 FEATURES = typer.Option(None, help="Feature extractor: classifier, inception or dinov2.")

@@ -30,7 +30,7 @@ def experts(
         values = [float(part) for part in (thresholds or "").split(",") if part.strip()]
     except ValueError:
         raise TesseraError(f"--thresholds {thresholds!r}: give numbers like 4,0.25") from None
-    made = assemble([Pipeline.load(source) for source in pipelines], values)
+    made = assemble([Pipeline.load(source, device="cpu") for source in pipelines], values)
     made.save(out)
     between = ", ".join(f"{threshold:g}" for threshold in made.recipe.snr_splits)
     print(f"{len(pipelines)} experts, SNR thresholds {between}, written to {out}")

@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-recipes_app = typer.Typer(
+from tessera.cli.app import App
+
+recipes_app = App(
     help="List the shipped recipes, or show every key of one.", invoke_without_command=True
 )
 

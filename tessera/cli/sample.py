@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 
 from tessera.errors import TesseraError
+from tessera.files import check_folder_name, check_free
 
 if TYPE_CHECKING:
     from tessera.pipelines.generate import Job, Summary
@@ -35,6 +37,7 @@ _ablation = partial(
 Format = StrEnum("Format", ["png", "npz", "grid"])
 WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
 Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
+_SUFFIXES = {"npz": ".npz", "grid": ".png"}  # of the formats that are one file
 Precision = StrEnum("Precision", ["fp32", "bf16"])
 Sampler = StrEnum("Sampler", ["edm", "ablation", "ddpm", "ddim"])
 Clip = StrEnum("Clip", ["auto", "none", "static", "dynamic"])
@@ -49,7 +52,7 @@ def sample(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
     seeds: str = typer.Option("0-63", help="One image for each seed, like 0-63,100."),
     out: Path = typer.Option(Path("samples"), help="Folder; or a file .npz or .png (a grid)."),
-    label: str | None = typer.Option(
+    labels: str | None = typer.Option(
         None,
         "--class",
         metavar="CLASS",
@@ -60,6 +63,9 @@ def sample(
         None,
         "--format",
         help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
+    ),
+    overwrite: bool = typer.Option(
+        False, "--overwrite", help="Replace an NPZ, a grid or an animation of the same name."
     ),
     subdirs: bool = typer.Option(False, "--subdirs", help="A sub-folder for each 1,000 seeds."),
     grid: bool = typer.Option(False, "--grid", help="A grid beside the folder of PNGs, too."),
@@ -192,8 +198,13 @@ def sample(
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
+    if out.suffix.lower() != _SUFFIXES.get(kind) and output != Format.png:
+        check_folder_name(out, _SUFFIXES.get(kind, ".npz or .png (a grid)"), "output=png")
+    places = _Places.choose(out, kind, grid, show_bricks, trajectory)
+    places.check(overwrite)
 
     from tessera import distributed
+    from tessera.pipelines.bricks import joint_bricks
     from tessera.pipelines.generate import Job
     from tessera.pipelines.pipeline import Pipeline
     from tessera.sampling.output import Trajectory
@@ -210,57 +221,101 @@ def sample(
             options["low_res"] = _read_images(low_res)
         if guide is not None:
             options["guide"] = Pipeline.load(guide, device=target)
-        job = Job(pipe, wanted, "-1" if label == "none" else label, batch, options)
+        job = Job(pipe, wanted, "-1" if labels == "none" else labels, batch, options)
+        if show_bricks:
+            joint_bricks(pipe)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
-        summary, where = _write(job, kind, out, subdirs, grid, film)
-        if show_bricks and distributed.is_main():
-            where.append(_show_bricks(job, out))
+        summary = _write(job, kind, places, subdirs, film)
+        if places.bricks is not None and distributed.is_main():
+            _show_bricks(job, places.bricks)
         if distributed.is_main():
-            _report(summary, where, trajectory)
+            _report(summary, [places.main, *places.beside()])
 
 
-def _write(
-    job: Job, kind: str, out: Path, subdirs: bool, grid: bool, film: Trajectory | None
-) -> tuple[Summary, list[Path]]:
-    """Make the images and write them; returns what was written where."""
+@dataclass(frozen=True)
+class _Places:
+    """Where the images go: a folder of PNGs or one file, and what is written beside it.
+
+    Attributes:
+        main: the folder or file.
+        folder: the folder that holds nothing but samples; None for a file under its own name.
+    """
+
+    main: Path
+    folder: Path | None
+    grid: Path | None
+    bricks: Path | None
+    trajectory: Path | None
+
+    @classmethod
+    def choose(
+        cls, out: Path, kind: str, grid: bool, show_bricks: bool, trajectory: Path | None
+    ) -> _Places:
+        """The places that the options name; `kind` is that of `--format`."""
+        suffix = _SUFFIXES.get(kind)
+        named = out if out.name.strip(".") else out.resolve()
+        return cls(
+            out if suffix in (None, out.suffix.lower()) else out / f"samples{suffix}",
+            None if suffix == out.suffix.lower() else out,
+            named.with_name(f"{named.name}-grid.png") if grid else None,
+            named.with_name(f"{named.stem}-bricks.png") if show_bricks else None,
+            trajectory,
+        )
+
+    def beside(self) -> list[Path]:
+        """The files beside the folder or file of images."""
+        return [p for p in (self.grid, self.bricks, self.trajectory) if p is not None]
+
+    def check(self, overwrite: bool) -> None:
+        """Raise if something would be lost, or samples come among files of others."""
+        from tessera.sampling.output import check_folder
+
+        files = self.beside() if self.main == self.folder else [self.main, *self.beside()]
+        if overwrite and not files:
+            raise TesseraError(
+                "--overwrite replaces single files; images in a folder are never replaced. Choose "
+                "another folder"
+            )
+        for file in files:
+            check_free(file, overwrite)
+        if self.folder is not None:
+            check_folder(self.folder, [f"samples{suffix}" for suffix in _SUFFIXES.values()])
+
+
+def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None) -> Summary:
+    """Make the images and write them."""
     from tessera import distributed
     from tessera.images import grid as tiled
     from tessera.images import save_png
     from tessera.pipelines.generate import generate_arrays, generate_folder, read_images
     from tessera.sampling.output import write_npz
 
+    out = places.main
     if kind == "png":
         summary = generate_folder(job, out, subdirs=subdirs, trajectory=film)
-        if not grid:
-            return summary, [out]
-        picture = out.with_name(out.name + "-grid.png")
-        if distributed.is_main():
-            save_png(picture, tiled(read_images(out, job.seeds, subdirs)))
-        return summary, [out, picture]
-    suffix = {"npz": ".npz", "grid": ".png"}[kind]
-    file = out if out.suffix.lower() == suffix else out / f"samples{suffix}"
-    images, labels, summary = generate_arrays(job, file.parent, trajectory=film)
+        if places.grid is not None and distributed.is_main():
+            save_png(places.grid, tiled(read_images(out, job.seeds, subdirs)))
+        return summary
+    images, labels, summary = generate_arrays(job, out.parent, trajectory=film)
     if distributed.is_main():
         if kind == "npz":
-            write_npz(file, images, labels)
+            write_npz(out, images, labels)
         else:
-            save_png(file, tiled(images))
-    return summary, [file]
+            save_png(out, tiled(images))
+    return summary
 
 
-def _show_bricks(job: Job, out: Path) -> Path:
+def _show_bricks(job: Job, picture: Path) -> None:
     """Write the picture of each brick's output beside the images."""
     from tessera.images import save_png
     from tessera.pipelines.bricks import brick_picture
 
     without = ("skip", "bricks")
     options = {name: value for name, value in job.options.items() if name not in without}
-    picture = out.with_name(f"{out.stem}-bricks.png")
     save_png(picture, brick_picture(job.pipe, job.seeds[0], job.label, **options))
-    return picture
 
 
-def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> None:
+def _report(summary: Summary, where: list[Path]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
         console.print(
@@ -278,7 +333,7 @@ def _report(summary: Summary, where: list[Path], trajectory: Path | None) -> Non
         )
     if summary.skipped:
         console.print(f"{summary.skipped} images were there already")
-    for path in [*where, *([trajectory] if trajectory is not None else [])]:
+    for path in where:
         console.print("written to", style="dim", end=" ")
         console.print(str(path), markup=False)
 

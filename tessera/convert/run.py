@@ -13,6 +13,7 @@ from tessera.convert import edm
 from tessera.convert.checkpoint import Checkpoint, Converter, read_checkpoint
 from tessera.convert.unpickle import read_state
 from tessera.errors import CheckpointError, DataError
+from tessera.files import user_path
 from tessera.pipelines.folder import mismatches, write_folder
 from tessera.recipes.build import build_network
 from tessera.recipes.loading import dump_recipe
@@ -57,6 +58,8 @@ def convert(source: Path, dest: Path, *, snapshot: Path | None = None) -> Conver
         CheckpointError: `dest` exists, or a file cannot be read or is of another kind.
         RecipeError: the network is one that the library has not.
     """
+    source, dest = user_path(source), user_path(dest)
+    snapshot = None if snapshot is None else user_path(snapshot)
     if dest.exists():
         raise CheckpointError(f"{dest} exists already. Name another folder, or remove it first")
     classes = {pair for converter in CONVERTERS for pair in converter.classes}

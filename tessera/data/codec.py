@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CheckpointError, require_extra
+from tessera.files import is_hub_id
 from tessera.images import from_uint8, to_uint8
 
 _PIXELS_AT_ONCE = 4 * 256 * 256
@@ -90,7 +91,7 @@ class VaeCodec:
         scale: float | None = None,
         shift: float | None = None,
     ) -> None:
-        self.model = model
+        self.model = os.path.expanduser(model)
         self._channels, self._downsample = channels, downsample
         self._scale, self._shift = scale, shift
         self._vae: Any = None
@@ -194,7 +195,7 @@ def _open(model: str) -> Any:
             f"{folder} holds no weights of a VAE as safetensors (pickles, .bin or .ckpt, are never "
             f"loaded). {put}"
         )
-    if not is_folder and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not is_folder and not is_hub_id(model):
         raise CheckpointError(f"there is no VAE folder {model!r}. {put}")
     diffusers = require_extra("diffusers", "latents", f"the VAE {model}")
     try:

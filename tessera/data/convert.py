@@ -29,7 +29,7 @@ from tessera.data.transforms import (
     to_channels,
 )
 from tessera.errors import DataError
-from tessera.files import atomic_file, atomic_folder
+from tessera.files import atomic_file, atomic_folder, check_folder_name, check_free, user_path
 from tessera.progress import progress
 
 Format = Literal["zip", "packed", "folder"]
@@ -78,7 +78,7 @@ def convert(
     *,
     resolution: tuple[int, int] | None = None,
     transform: Transform = "none",
-    resample: Filter = "lanczos",
+    resample: Filter | None = None,
     channels: int | None = None,
     max_images: int | None = None,
     form: Format | None = None,
@@ -95,10 +95,11 @@ def convert(
     Args:
         source: see `sources.open_source`.
         resolution: (width, height) of the result; None keeps the size of the images.
+        transform, resample: see `transforms.apply_transform`.
         channels: 3 makes all images RGB, 1 grey; None leaves them as they are.
         max_images: stop after this many images of the source.
-        form: of the result; by default `.zip` is an archive, `.safetensors` a packed set, and
-            anything else a folder.
+        form: of the result; by default `.zip` is an archive, `.safetensors` a packed set, and a
+            name without such an ending a folder.
         skip_bad: leave out images that cannot be used, instead of stopping at the first.
         overwrite: replace what stands under `target`.
         upright: turn photos as the camera's orientation tag says.
@@ -108,7 +109,7 @@ def convert(
     Raises:
         DataError: the source or an image of it cannot be used, or nothing is left of it.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     check_transform(transform, resolution, resample)
     form = _format(target, form)
     _check_target(source, target, overwrite)
@@ -245,6 +246,10 @@ def _format(target: Path, form: Format | None) -> Format:
     by_suffix = {suffix: name for name, suffix in _SUFFIXES.items()}
     guess: Format = by_suffix.get(target.suffix.lower(), "folder")
     if form is None:
+        if guess == "folder":
+            check_folder_name(
+                target, ".zip (an archive) or .safetensors (a packed set)", "form=folder"
+            )
         return guess
     if form not in FORMATS:
         raise DataError(f"format {form!r}: choose one of {', '.join(FORMATS)}")
@@ -262,8 +267,13 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise DataError(f"{target}: the result would replace its own source")
     occupied = any(target.iterdir()) if target.is_dir() else target.exists()
-    if occupied and not overwrite:
-        raise DataError(f"{target} exists already; choose another name or add --overwrite")
+    if occupied:
+        check_free(target, overwrite)
+    if occupied and target.is_dir() and not (target / LABELS_FILE).is_file():
+        raise DataError(
+            f"{target} holds something else than a data set ({LABELS_FILE} is not in it), which "
+            "would be lost; choose another name"
+        )
 
 
 # ------------------------------------------------------------------------------------------- sinks

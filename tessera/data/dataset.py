@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.decode import channels_first, decode_image, is_image, shape_text
-from tessera.data.labels import find_labels, label_array
+from tessera.data.labels import Labels, find_labels, label_array, stray_text
 from tessera.data.members import Members, open_members
 from tessera.data.packed import PackedFile
 from tessera.data.parallel import cores, ordered_map
 from tessera.errors import DataError
+from tessera.files import user_path
 from tessera.progress import progress
 
 
@@ -123,7 +123,7 @@ def open_dataset(
         >>> dataset.read(np.arange(4)).shape  # doctest: +SKIP
         (4, 3, 64, 64)
     """
-    path = Path(path)
+    path = user_path(path)
     reader: ImageReader
     skipped: list[str] = []
     labels: NDArray[Any] | None
@@ -138,7 +138,9 @@ def open_dataset(
         kind = "folder" if path.is_dir() else "zip"
         every = [name for name in members.names if is_image(name)]
         found = find_labels(members, every)
-        names, skipped = _readable(members, every) if skip_bad else (every, [])
+        kept, strays = _without_strays(members, every, found, skip_bad)
+        names, skipped = _readable(members, kept) if skip_bad else (kept, [])
+        skipped = [*strays, *skipped]
         if not names:
             raise DataError(f"{path}: no images in it" + "".join(f"\n  {s}" for s in skipped[:5]))
         class_names = found.class_names if found is not None else None
@@ -152,6 +154,18 @@ def open_dataset(
     if cache and kind != "packed":
         reader = CachedReader(reader, total)
     return ImageDataset(path.stem, kind, reader, labels, class_names, raw, xflip, skipped)
+
+
+def _without_strays(
+    members: Members, every: list[str], found: Labels | None, skip: bool
+) -> tuple[list[str], list[str]]:
+    """The images that lie in the folders of the classes; messages about those beside them."""
+    if found is None or not found.strays:
+        return every, []
+    messages = [stray_text(members.where(name)) for name in every if name in found.strays]
+    if not skip:
+        raise DataError(messages[0])
+    return [name for name in every if name not in found.strays], messages
 
 
 class PackedReader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,12 @@ class Labels:
     Attributes:
         values: one entry an image: a class index, a vector, or None where there is none.
         class_names: names of the classes in the order of their indices, if known.
+        strays: names of the images that lie beside the folders of the classes; they have none.
     """
 
     values: list[Label]
     class_names: tuple[str, ...] | None = None
+    strays: frozenset[str] = frozenset()
 
     def of(self, images: Sequence[str], chosen: Sequence[str]) -> list[Label]:
         """Labels of the chosen ones of the N images."""
@@ -47,9 +49,12 @@ def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
     """
     if LABELS_FILE in members.names:
         return parse_labels(members.read(LABELS_FILE), images, members.where(LABELS_FILE))
-    if isinstance(members, ZipMembers):
-        images = _without_common_folder(images)
-    return folder_labels(images)
+    inner = _without_common_folder(images) if isinstance(members, ZipMembers) else images
+    labels = folder_labels(inner)
+    if labels is None:
+        return None
+    pairs = zip(images, labels.values, strict=True)
+    return replace(labels, strays=frozenset(image for image, value in pairs if value is None))
 
 
 def parse_labels(text: bytes, images: Sequence[str], where: str) -> Labels | None:
@@ -82,15 +87,24 @@ def parse_labels(text: bytes, images: Sequence[str], where: str) -> Labels | Non
 def folder_labels(images: Sequence[str]) -> Labels | None:
     """Labels from the top-level folder of each file; None unless there are at least two.
 
-    Classes are numbered in the sorted order of their names; files in the root have the name "".
+    Classes are numbered in the sorted order of their names; files in the root have no label.
     The numbered folders of an archive are not classes.
     """
-    folders = [image.split("/", 1)[0] if "/" in image else "" for image in images]
-    names = sorted(set(folders))
+    folders = [image.split("/", 1)[0] if "/" in image else None for image in images]
+    names = sorted({folder for folder in folders if folder is not None})
     if len(names) < 2 or all(_ARCHIVE_NAME.fullmatch(image) for image in images):
         return None
     index = {name: i for i, name in enumerate(names)}
-    return Labels([index[folder] for folder in folders], tuple(names))
+    return Labels([None if folder is None else index[folder] for folder in folders], tuple(names))
+
+
+def stray_text(where: str) -> str:
+    """What is wrong with an image beside the folders of the classes, and what can be done."""
+    return (
+        f"{where} lies beside the folders of the classes, so it has no class. Move it into one of "
+        f'them or away; or, for a set without classes, put a {LABELS_FILE} with {{"labels": null}} '
+        "there"
+    )
 
 
 def _without_common_folder(images: Sequence[str]) -> Sequence[str]:

@@ -30,7 +30,7 @@ from tessera.data.dataset import ImageDataset, choose_subset, count_classes
 from tessera.data.packed import DTYPES, LATENTS_FORMAT, map_tensor, read_header, tensor_entry
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, check_free, user_path
 from tessera.progress import progress
 from tessera.randomness import Draws
 
@@ -87,7 +87,7 @@ class LatentDataset:
         Raises:
             DataError: no such set, damaged, or without mirrored images.
         """
-        path = Path(path)
+        path = user_path(path)
         try:
             header, start = read_header(path)
             metadata = header.pop("__metadata__", {})
@@ -155,7 +155,7 @@ _HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` ma
 
 def is_latents(path: str | os.PathLike[str]) -> bool:
     """Whether the file at `path` says that it is a set of latents."""
-    path = Path(path)
+    path = user_path(path)
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
     try:
@@ -177,7 +177,8 @@ def open_latents(
     Raises:
         DataError: there is none at `path`; images are told apart.
     """
-    if not Path(path).exists():
+    path = user_path(path)
+    if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if not is_latents(path):
         raise DataError(
@@ -234,11 +235,10 @@ def write_latents(
     Raises:
         DataError: images that the codec cannot encode, or a file that exists already.
     """
-    path, begin = Path(path), time.monotonic()
+    path, begin = user_path(path), time.monotonic()
     if path.suffix.lower() != ".safetensors":
         raise DataError(f"{path}: a set of latents is one file; end its name in .safetensors")
-    if path.exists() and not overwrite:
-        raise DataError(f"{path} exists already; choose another name or add --overwrite")
+    check_free(path, overwrite)
     channels, height, width = dataset.shape
     if channels != 3:
         raise DataError(

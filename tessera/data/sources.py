@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.data.decode import decode_image, is_image
-from tessera.data.labels import LABELS_FILE, Label, find_labels
+from tessera.data.labels import LABELS_FILE, Label, find_labels, stray_text
 from tessera.data.members import Members, ZipMembers, open_members
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, require_extra
+from tessera.files import user_path
 from tessera.pickles import NUMPY, load_pickle
 
 Pixels = NDArray[np.uint8]
@@ -72,6 +73,7 @@ def open_source(path: Path, *, upright: bool = True) -> Iterator[Source]:
     Raises:
         DataError: nothing there, or of no known kind.
     """
+    path = user_path(path)
     name = path.name.lower()
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -108,7 +110,11 @@ def _files(members: Members, upright: bool) -> Source:
     ignored = tuple(n for n in members.names if n != LABELS_FILE and not is_image(n))
     labels = find_labels(members, images)
 
+    strays = labels.strays if labels is not None else frozenset()
+
     def load(name: str) -> Pixels:
+        if name in strays:
+            raise DataError(stray_text(members.where(name)))
         return decode_image(members.read(name), members.where(name), upright=upright)
 
     values: list[Label] = labels.values if labels is not None else [None] * len(images)

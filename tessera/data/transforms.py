@@ -14,8 +14,11 @@ from PIL import Image
 from tessera.errors import DataError
 
 Pixels = NDArray[np.uint8]
-Transform = Literal["none", "center-crop", "center-crop-wide"]
+Transform = Literal["none", "center-crop", "center-crop-wide", "adm-center-crop", "lsun-crop"]
 Filter = Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"]
+
+FIXED_FILTER: frozenset[Transform] = frozenset({"adm-center-crop", "lsun-crop"})
+"""Transforms that say themselves how they resize."""
 
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 FILTERS: tuple[Filter, ...] = get_args(Filter)
@@ -29,12 +32,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def check_transform(transform: Transform, size: tuple[int, int] | None, resample: Filter) -> None:
-    """Raise DataError for choices that cannot give a square image."""
+def check_transform(
+    transform: Transform, size: tuple[int, int] | None, resample: Filter | None
+) -> None:
+    """Raise DataError for choices that cannot give a square image, or contradict each other."""
     if transform not in TRANSFORMS:
         raise DataError(f"transform {transform!r}: choose one of {', '.join(TRANSFORMS)}")
-    if resample not in FILTERS:
+    if resample is not None and resample not in FILTERS:
         raise DataError(f"filter {resample!r}: choose one of {', '.join(FILTERS)}")
+    if resample is not None and transform in FIXED_FILTER:
+        raise DataError(f"{transform} has filters of its own; leave out `resample`")
     if size is None:
         if transform != "none":
             raise DataError(f"transform {transform!r} needs the size to crop to: add a resolution")
@@ -56,7 +63,7 @@ def apply_transform(
     image: Pixels,
     transform: Transform,
     size: tuple[int, int] | None,
-    resample: Filter = "lanczos",
+    resample: Filter | None = None,
     released_wide_crop: bool = False,
 ) -> Pixels | None:
     """Crop and resize; None where center-crop-wide leaves out a picture that is too small.
@@ -64,13 +71,19 @@ def apply_transform(
     Args:
         image: uint8 [H, W] or [H, W, 3]; the crops turn grey into three equal channels.
         size: (width, height); None keeps the image as it is.
+        resample: filter, lanczos by default; the crops of ADM and LSUN have their own.
         released_wide_crop: repeat the released tool, which cuts to rows of the wrong aspect ratio
             and so stretches most pictures.
     """
     if size is None:
         return image
+    resample = resample or "lanczos"
     if transform == "none":
         return resize(image, size, resample)
+    if transform == "adm-center-crop":
+        return _adm_crop(_rgb(image), size[0])
+    if transform == "lsun-crop":
+        return _short_side_crop(_rgb(image), size[0], "box")
     if transform == "center-crop":
         side = min(image.shape[:2])
         return resize(_rgb(_cut(image, side, side)), size, resample)
@@ -83,6 +96,22 @@ def resize(image: Pixels, size: tuple[int, int], resample: Filter) -> Pixels:
         return image
     method = Image.Resampling[resample.upper()]
     return np.array(Image.fromarray(image).resize(size, method), dtype=np.uint8)
+
+
+def _adm_crop(image: Pixels, side: int) -> Pixels:
+    """Halved by BOX while at least twice the size, then BICUBIC, then cut (guided-diffusion)."""
+    while min(image.shape[:2]) >= 2 * side:
+        image = resize(image, (image.shape[1] // 2, image.shape[0] // 2), "box")
+    return _short_side_crop(image, side, "bicubic")
+
+
+def _short_side_crop(image: Pixels, side: int, resample: Filter) -> Pixels:
+    """The shorter side brought to `side`, and the square in the middle."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    image = resize(image, (round(width * scale), round(height * scale)), resample)
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
 
 
 def _wide(image: Pixels, size: tuple[int, int], resample: Filter, released: bool) -> Pixels | None:

@@ -25,3 +25,7 @@ class GaussianCorruption:
     def __call__(self, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
         """Corrupt x [B, C, H, W] at noise levels σ [B]; draws "noise"."""
         return x + sigma[:, None, None, None] * draws.normal("noise", *x.shape[1:])
+
+
+GAUSSIAN = GaussianCorruption()
+"""The corruption of all methods but relay diffusion's later stages."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
-from tessera.diffusion.corruption import Corruption, GaussianCorruption
+from tessera.diffusion.corruption import GAUSSIAN, Corruption
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process
 from tessera.diffusion.objectives import EVERYWHERE, Reduction
@@ -124,7 +124,7 @@ class DiscreteObjective(nn.Module):
         small_variance: bool = False,
         label_dropout: float = 0.1,
         sigma_range: tuple[float, float] = EVERYWHERE,
-        corruption: Corruption = GaussianCorruption(),
+        corruption: Corruption = GAUSSIAN,
     ) -> None:
         super().__init__()
         self.weight, self.loss, self.rescale_variance = weight, loss, rescale_variance

@@ -44,7 +44,7 @@ class Guided(Wrapper):
         if weak is None and denoiser.num_classes == 0:
             raise TesseraError(
                 "classifier-free guidance needs a model that was trained with classes; this one "
-                "knows none. Leave out the guidance, or guide by a weaker model"
+                "knows none. Leave out `guidance`, or guide by a weaker model"
             )
         if weak is not None and weak.shape != denoiser.shape:
             raise TesseraError(
@@ -53,7 +53,7 @@ class Guided(Wrapper):
             )
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise TesseraError(
-                f"guidance interval {interval[0]:g},{interval[1]:g}: give the lower noise level "
+                f"`guidance_interval={interval[0]:g},{interval[1]:g}`: give the lower noise level "
                 "first, then the higher one"
             )
         self.guided = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.corruption import Corruption, GaussianCorruption
+from tessera.diffusion.corruption import GAUSSIAN, Corruption
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.schedules import vp_sigma, vp_time
 from tessera.errors import TesseraError
@@ -54,7 +54,7 @@ class DenoisingObjective(ABC):
     reduction: ClassVar[Reduction] = "sum"
     label_dropout: float = 0.0
     sigma_range: tuple[float, float] = EVERYWHERE
-    corruption: Corruption = GaussianCorruption()
+    corruption: Corruption = GAUSSIAN
 
     @abstractmethod
     def sigma(self, draws: Draws) -> Tensor:

@@ -60,12 +60,12 @@ def parse_schedule(text: str) -> BrickSchedule:
             ranges.append(Range(low, high, int(bricks)))
         except ValueError:
             raise TesseraError(
-                f"bricks {text!r}: {part.strip()!r} is no range of noise levels with a number of "
+                f"`bricks={text}`: {part.strip()!r} is no range of noise levels with a number of "
                 "bricks. Write LOW-HIGH:BRICKS, like 0-0.5:2,20-inf:1"
             ) from None
         if not 0 <= low < high:
             raise TesseraError(
-                f"bricks {text!r}: {part.strip()!r} must begin at the lower noise level"
+                f"`bricks={text}`: {part.strip()!r} must begin at the lower noise level"
             )
     return BrickSchedule(tuple(ranges))
 
@@ -88,7 +88,7 @@ def last_brick_schedule(
             smallest.
     """
     if not 0 <= ratio <= 1:
-        raise TesseraError(f"skip {ratio:g}: give the share of the steps, from 0 to 1")
+        raise TesseraError(f"`skip={ratio:g}`: give the share of the steps, from 0 to 1")
     skipped = round(ratio * len(step_sigmas))
     if skipped == 0:
         return BrickSchedule()
@@ -96,7 +96,7 @@ def last_brick_schedule(
         raise TesseraError(
             f"bricks of {', '.join(map(str, sizes))} pixels have no last brick that is the largest "
             "or the smallest of several, so there is no rule for when to skip it. Give the noise "
-            "levels yourself, as in bricks='0-0.5:1'"
+            "levels yourself, as in `bricks=0-0.5:1`"
         )
     prefix = len(sizes) - 1
     if skipped == len(step_sigmas):

@@ -45,7 +45,7 @@ class Windows(Wrapper):
                 f"{size[0]}x{size[1]} (height x width)"
             )
         if not 0 <= overlap < 1:
-            raise TesseraError(f"overlap {overlap:g}: give a share from 0 to less than 1")
+            raise TesseraError(f"`overlap={overlap:g}`: give a share from 0 to less than 1")
         self.overlap, self.batch = overlap, batch
         self.shape = (channels, *size)
         down, across = (_starts(*sides, overlap) for sides in zip(size, window, strict=True))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tessera._version import __version__
 from tessera.errors import DataError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
@@ -66,7 +66,7 @@ class Measured:
 
 def is_measured(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds statistics or features, rather than images alone."""
-    path = Path(path)
+    path = user_path(path)
     if path.suffix in (".pkl", ".pt", ".pth"):
         return True
     if path.suffix != ".npz":
@@ -86,7 +86,7 @@ def read_measured(path: str | os.PathLike[str], features: str | None = None) -> 
     Raises:
         DataError: the file is missing, damaged, unsafe, or none of these.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix == ".pkl":
         return _from_pickle(path, features)
     if path.suffix in (".pt", ".pth"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
+from tessera.files import user_path
 from tessera.metrics.classifier import LabelledImages
 
 
@@ -56,7 +57,7 @@ def open_images(path: str | os.PathLike[str]) -> LabelledImages:
         DataError: nothing is there, it holds no images, or it cannot be read; images with an alpha
             channel raise it when they are read.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix == ".npz" and path.is_file():
         return _open_npz(path)
     # What lies under transparent pixels is no sample.

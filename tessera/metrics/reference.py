@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch
 from tessera import distributed
 from tessera._version import __version__
 from tessera.errors import DataError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
 from tessera.metrics.features import measure
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
@@ -83,7 +82,7 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
     Raises:
         DataError: the file is missing, damaged, or was made by another tool.
     """
-    path = Path(path)
+    path = user_path(path)
     arrays = read_npz(path)
     if "tessera" not in arrays:
         raise DataError(
@@ -119,7 +118,7 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
 
 def has_classifier(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a reference with its own classifier, as `save_reference` writes it."""
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != ".npz" or "tessera" not in npz_names(path):
         return False
     description = str(read_npz(path, only=("tessera",))["tessera"])
@@ -141,7 +140,7 @@ def open_reference(
     Raises:
         DataError: neither can be read.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix == ".npz" and "arr_0" not in npz_names(path):
         return load_reference(path, device)
     built: Reference | None = None

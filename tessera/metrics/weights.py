@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.errors import DataError
-from tessera.files import sha256
+from tessera.files import sha256, user_path
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def find_weights(wanted: Weights, path: str | os.PathLike[str] | None = None) ->
         DataError: it is not there and cannot be downloaded; the message says what to put where.
     """
     if path is not None:
-        if not Path(path).is_file():
-            raise DataError(f"{path}: there is no such file; it should be {wanted.title}")
-        return Path(path)
+        file = user_path(path)
+        if not file.is_file():
+            raise DataError(f"{file}: there is no such file; it should be {wanted.title}")
+        return file
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     # A process that comes late must not find the download of another and take a shorter way.
     with distributed.main_first():

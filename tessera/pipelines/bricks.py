@@ -114,6 +114,21 @@ def _per_image(calls: list[tuple[int, float]]) -> float:
     return statistics.median(seconds / images for images, seconds in calls)
 
 
+def joint_bricks(pipe: Pipeline) -> LegoConfig:
+    """The stack of bricks of a pipeline, each of which has an output of its own.
+
+    Raises:
+        TesseraError: the network is no stack of bricks, or was not trained to be cut.
+    """
+    network = pipe.recipe.network
+    if not isinstance(network, LegoConfig) or not network.joint:
+        raise TesseraError(
+            "only a stack of bricks that was trained jointly (network.kind=lego, "
+            "network.joint=true) can show each brick's output (`show_bricks`)"
+        )
+    return network
+
+
 def brick_picture(
     pipe: Pipeline, seed: int, label: Any = None, *, levels: int = 5, **options: Any
 ) -> NDArray[np.uint8]:
@@ -133,12 +148,7 @@ def brick_picture(
     Raises:
         TesseraError: the network is no stack of bricks, or was not trained to be cut.
     """
-    network = pipe.recipe.network
-    if not isinstance(network, LegoConfig) or not network.joint:
-        raise TesseraError(
-            "only a stack of bricks that was trained jointly (network.kind=lego, "
-            "network.joint=true) can show each brick's output"
-        )
+    network = joint_bricks(pipe)
     options = {k: v for k, v in options.items() if k not in CANVAS_OPTIONS}
     states: list[tuple[float, Tensor]] = []
 

@@ -147,7 +147,8 @@ def choose_canvas(
     if size is not None:
         if asked:
             raise TesseraError(
-                "size makes a larger whole picture, the other options a part of one: give either"
+                "`size` makes a larger whole picture, and `window`, `resolution` and `mask_coords` "
+                "a part of one: give either"
             )
         return _larger(recipe, size, layout, overlap)
     if not asked:
@@ -156,11 +157,11 @@ def choose_canvas(
     if recipe.coord_frequencies is None:
         raise TesseraError(
             "this model does not know where its pixels lie, so it makes whole pictures only. "
-            "Leave out window, resolution and mask_coords, or train with view.kind=patches or "
-            "coords.frequencies=0"
+            "Leave out `window`, `resolution` and `mask_coords`, or train with "
+            "view.kind=patches or coords.frequencies=0"
         )
     if window_noise not in ("crop", "own"):
-        raise TesseraError(f"window_noise {window_noise!r}: choose crop or own")
+        raise TesseraError(f"`window_noise={window_noise}`: choose crop or own")
     side = resolution or width
     x, y, w, h = window or (0, 0, side, side)
     if side < 2 or w < 1 or h < 1:
@@ -181,7 +182,7 @@ def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: floa
     channels, *trained = recipe.shape
     fits = recipe.network.fits
     if layout not in ("tiles", "pad", "windows"):
-        raise TesseraError(f"layout {layout!r}: choose tiles, pad or windows")
+        raise TesseraError(f"`layout={layout}`: choose tiles, pad or windows")
     if min(size) < 1:
         raise TesseraError(f"a picture of {size[0]}x{size[1]} pixels (height x width) is none")
     height, width = size
@@ -192,13 +193,13 @@ def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: floa
                 f"{height}x{width} (height x width). Give a larger canvas, or another layout"
             )
         if not 0 <= overlap < 1:
-            raise TesseraError(f"overlap {overlap:g}: give a share from 0 to less than 1")
+            raise TesseraError(f"`overlap={overlap:g}`: give a share from 0 to less than 1")
     elif layout == "pad":
         height, width = (next(n for n in itertools.count(side) if fits(n)) for side in size)
     elif not (fits(height) and fits(width)):
         raise TesseraError(
             f"a picture of {height}x{width} pixels (height x width) does not fit the network: "
-            f"both must be {recipe.network.sides}. Or choose layout windows or pad"
+            f"both must be {recipe.network.sides}. Or choose `layout=windows` or `layout=pad`"
         )
     return Canvas(
         channels, 0, 0, width, height, max(height, width), True, False, False, size,

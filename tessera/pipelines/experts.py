@@ -10,6 +10,7 @@ import torch
 
 from tessera.diffusion.experts import Experts
 from tessera.errors import CheckpointError, TesseraError
+from tessera.files import user_path
 from tessera.pipelines.folder import FolderConfig, write_experts
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.loading import dump_recipe
@@ -27,6 +28,8 @@ class ExpertsPipeline(Pipeline):
     Raises:
         TesseraError: see `Experts`.
     """
+
+    kind = "experts"
 
     def __init__(self, pipes: Sequence[Pipeline], thresholds: Sequence[float]) -> None:
         first = pipes[0]
@@ -46,7 +49,7 @@ class ExpertsPipeline(Pipeline):
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced."""
         write_experts(
-            Path(folder),
+            user_path(folder),
             dump_recipe(self.recipe),
             [pipe.save for pipe in self.pipes],
             self.recipe.snr_splits,
@@ -82,7 +85,7 @@ def assemble(pipes: Sequence[Pipeline], thresholds: Sequence[float] = ()) -> Exp
 
 
 def load_experts(
-    folder: Path, config: FolderConfig, *, ema: str | int | None, device: torch.device | str
+    folder: Path, config: FolderConfig, *, ema: str | int | None, device: torch.device
 ) -> ExpertsPipeline:
     """Open the experts of a folder whose configuration was read.
 
@@ -95,5 +98,5 @@ def load_experts(
                 f"{folder / name} is missing. Save or download the pipeline again, with all its "
                 "folders"
             )
-    pipes = [Pipeline.load(folder / name, ema=ema) for name in config.experts]
+    pipes = [Pipeline.load(folder / name, ema=ema, device="cpu") for name in config.experts]
     return ExpertsPipeline(pipes, config.thresholds).to(device)

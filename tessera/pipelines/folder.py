@@ -11,6 +11,7 @@ which is a pipeline itself, and the thresholds between them. `kind` tells a read
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
-from tessera.files import atomic_file, atomic_folder, sha256, write_json
+from tessera.files import atomic_file, atomic_folder, is_hub_id, sha256, user_path, write_json
+from tessera.progress import note
 
 FORMAT = "tessera-pipeline"
 VERSION = 1
@@ -140,12 +142,24 @@ def _header(kind: str, images_seen: int, class_names: Sequence[str] | None) -> d
 
 def _check_replaceable(folder: Path) -> None:
     """Raise if something else than a pipeline would be lost in the place of a new one."""
-    if not folder.exists() or (folder / "config.json").is_file():
+    if not folder.exists() or _is_pipeline(folder):
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise CheckpointError(
             f"{folder} exists and is no pipeline; saving would remove it. Name another folder"
         )
+
+
+def _is_pipeline(folder: Path) -> bool:
+    """Whether a folder's `config.json` is ours, of whatever version: other tools have one, too."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except (ValueError, RecursionError):  # damaged: ours if there is nothing else than we write
+        ours = re.compile(r"config\.json|model(-[^/]+)?\.safetensors|expert-\d+")
+        return all(ours.fullmatch(path.name) for path in folder.iterdir())
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def find_folder(source: str | Path) -> Path:
@@ -154,7 +168,7 @@ def find_folder(source: str | Path) -> Path:
     Raises:
         CheckpointError: there is no pipeline under that name.
     """
-    path = Path(source)
+    path = user_path(source)
     for folder in (path, path / "pipeline"):
         if (folder / "config.json").is_file():
             return folder
@@ -168,11 +182,13 @@ def find_folder(source: str | Path) -> Path:
             f"{path} is not a pipeline. If it is a checkpoint of EDM's released code, make a "
             f"pipeline of it once: tessera convert {path} {path.with_suffix('')}"
         )
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if is_hub_id(source):
         return _download(str(source))
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*/")], 1)
+    hint = f"Did you mean {path.parent / near[0]}? " if near else ""
     raise CheckpointError(
-        f"there is no pipeline {str(source)!r}. Name a pipeline folder, the folder of a run, or a "
-        "Hugging Face id like user/name"
+        f"there is no pipeline {str(source)!r}: no such folder. {hint}Name a pipeline folder, the "
+        "folder of a run, or a Hugging Face id like user/name"
     )
 
 
@@ -310,6 +326,7 @@ def _saveable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _download(repository: str) -> Path:
     hub = require_extra("huggingface_hub", "hub", f"There is no folder {repository!r}; the hub")
+    note(f"there is no folder {repository}; asking the Hugging Face hub")
     try:
         folder = hub.snapshot_download(
             repository, allow_patterns=["config.json", "*.safetensors", "*/config.json"]

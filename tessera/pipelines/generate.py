@@ -21,6 +21,7 @@ from torch import nn
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.cost import choose_bricks
+from tessera.files import user_path
 from tessera.images import save_png
 from tessera.pipelines.bricks import Savings, Usage
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
@@ -134,12 +135,13 @@ def generate_folder(
     Models with classes also leave `dataset.json`, the class of each file.
 
     Raises:
-        TesseraError: the folder holds images of other settings.
+        TesseraError: the folder holds something else, or images of other settings.
     """
+    folder = user_path(folder)
     paths = {seed: image_path(folder, seed, subdirs) for seed in job.seeds}
     with distributed.main_first():
         if distributed.is_main():
-            claim_folder(folder, job.settings(), list(paths.values()))
+            claim_folder(folder, job.settings())
     # Decided on by one process before any writes, so that all agree.
     there = distributed.broadcast({seed for seed, path in paths.items() if path.exists()})
 
@@ -208,6 +210,7 @@ def generate_arrays(
 
 def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
     """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
+    folder = user_path(folder)
     images = [np.asarray(Image.open(image_path(folder, seed, subdirs))) for seed in seeds]
     return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
 

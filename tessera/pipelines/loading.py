@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tessera import distributed
 from tessera.errors import CheckpointError, TesseraError
 from tessera.pipelines import folder as folders
 from tessera.pipelines.experts import load_experts
@@ -19,23 +20,29 @@ def load(
     source: str | Path,
     *,
     ema: str | int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     vae: str | Path | None = None,
 ) -> Pipeline:
     """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
 
     Args:
         ema: name of another average than the default, see `Pipeline.emas`.
+        device: where the model goes; by default the fastest of this machine, as on the command
+            line: a GPU, Apple's, or the CPU.
         vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of a kind not known here.
-        TesseraError: a VAE for a model of pixels.
+        TesseraError: a VAE for a model of pixels, or a device that this machine has not.
+
+    Example:
+        >>> pipe = tessera.load("runs/a", device="cpu")  # doctest: +SKIP
     """
+    where = distributed.device(None if device is None else str(device))
     folder = folders.find_folder(source)
     config = folders.read_config(folder)
     if config.kind == "experts":
-        return _with_vae(load_experts(folder, config, ema=ema, device=device), source, vae)
+        return _with_vae(load_experts(folder, config, ema=ema, device=where), source, vae)
     if config.kind != "diffusion":
         raise CheckpointError(
             f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
@@ -58,7 +65,7 @@ def load(
         emas=[weights.name for weights in config.weights],
         checksum=entry.sha256,
     )
-    return _with_vae(pipe.to(device), source, vae)
+    return _with_vae(pipe.to(where), source, vae)
 
 
 def _with_vae(pipe: Pipeline, source: str | Path, vae: str | Path | None) -> Pipeline:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, SupportsIndex, cast
+from dataclasses import dataclass
+from typing import Any, Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tessera.conditioning import NO_CLASS
+from tessera.diffusion.denoiser import Denoiser
 from tessera.errors import TesseraError
+from tessera.pipelines.canvas import Canvas
 from tessera.recipes.schema import (
     AblationSampler,
     DdimSampler,
@@ -25,14 +28,36 @@ from tessera.recipes.schema import (
     SamplerConfig,
     VaeCodec,
 )
+from tessera.sampling.core import Sampler
 from tessera.sampling.seeds import parse_seeds
 
-Seeds = Iterable[int] | int | str
+Seeds = Iterable[int] | str
 Label = SupportsIndex | str
 Precision = Literal["fp32", "bf16"]
+Output = Literal["numpy", "pil", "tensor"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
 """Options whose presence selects the ablation sampler."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes the images of one call.
+
+    Attributes:
+        classes: of all images; None where each seed draws its own.
+        canvas: the part of the picture that is made.
+        denoiser: with all wrappers that were asked for.
+        autocast: the arithmetic of the network.
+    """
+
+    classes: NDArray[np.int64] | None
+    canvas: Canvas
+    sampler: Sampler
+    denoiser: Denoiser
+    autocast: torch.autocast
+
 
 Kind = type[EdmSampler] | type[AblationSampler] | type[DdpmSampler] | type[DdimSampler]
 KINDS: dict[str, Kind] = {
@@ -44,12 +69,37 @@ KINDS: dict[str, Kind] = {
 
 
 def list_seeds(seeds: Seeds) -> list[int]:
-    """Seeds in any of the forms that callers may give, as a list."""
+    """Seeds in any of the forms that callers may give, as a list.
+
+    Raises:
+        TesseraError: one number alone, which may be meant as a seed or as a count; or no numbers.
+    """
     if isinstance(seeds, str):
         return parse_seeds(seeds)
-    if isinstance(seeds, int):
-        return [seeds]
-    return [int(seed) for seed in seeds]
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        pass
+    try:
+        number = operator.index(cast(SupportsIndex, seeds))
+    except TypeError:
+        raise TesseraError(
+            f"`seeds`: expected whole numbers, or text like '0-63,100', got {seeds!r}"
+        ) from None
+    raise TesseraError(
+        f"`seeds={number}`: one number may be meant as a seed or as a count. Give [{number}] for "
+        f"the image of seed {number}, or range({number}) for {number} images"
+    )
+
+
+def check_batch(batch: int) -> None:
+    """Check that `batch` images can be made at once.
+
+    Raises:
+        TesseraError: it is less than 1.
+    """
+    if batch < 1:
+        raise TesseraError(f"`batch={batch}`: give at least 1 image at once")
 
 
 def choose_sampler(
@@ -70,7 +120,7 @@ def choose_sampler(
     options = dict(options)
     wanted = options.pop("sampler", section.kind)
     if wanted not in KINDS:
-        raise TesseraError(f"there is no sampler {wanted!r}. Choose {', '.join(KINDS)}")
+        raise TesseraError(f"`sampler={wanted}`: there is none. Choose {', '.join(KINDS)}")
     if wanted != section.kind:
         section = KINDS[wanted]()
     values = section.model_dump()
@@ -91,7 +141,9 @@ def choose_sampler(
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise TesseraError(
-            f"sampler option {where} = {first['input']!r}: {first['msg'].lower()}"
+            f"`{where}={first['input']}`: {first['msg'].lower()}"
+            if where
+            else first["msg"].removeprefix("Value error, ")
         ) from error
     if isinstance(chosen, ProcessSampler) and isinstance(recipe.codec, VaeCodec):
         clip = "none" if chosen.clip == "auto" else chosen.clip
@@ -123,7 +175,7 @@ def choose_labels(
         return None
     if num_classes == 0:
         raise TesseraError(
-            "a class was asked for, but this model was trained without classes. Leave out the class"
+            "a class was asked for, but this model was trained without classes. Leave out `labels`"
         )
     if isinstance(labels, str) and labels == "balanced":
         return np.array([seed % num_classes for seed in seeds], np.int64)
@@ -169,9 +221,36 @@ def class_index(label: Label, num_classes: int, class_names: Sequence[str] | Non
 
 def _known(num_classes: int, names: list[str]) -> str:
     known = f"The classes are 0 to {num_classes - 1}"
-    if names:
-        known += f": {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
-    return known
+    return f"{known}: {shortened(names)}" if names else known
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first dozen of the names."""
+    return f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+
+
+def check_guidance(scale: float, by_weaker: bool, classes: NDArray[np.int64] | None) -> None:
+    """Check that guidance has something to act on.
+
+    Raises:
+        TesseraError: no image has a class, so guiding away from the model without class costs
+            two evaluations for the result of one.
+    """
+    if not by_weaker and classes is not None and len(classes) and (classes == NO_CLASS).all():
+        raise TesseraError(
+            f"`guidance={scale:g}` does nothing for images without a class, and costs twice as "
+            "much. Leave it out, give classes by `labels`, or guide by a weaker model (`guide`)"
+        )
+
+
+def check_output(output: str) -> None:
+    """Check that `Pipeline.sample` knows this form of images.
+
+    Raises:
+        TesseraError: it does not.
+    """
+    if output not in OUTPUTS:
+        raise TesseraError(f"`output={output}`: there is none. Choose {', '.join(OUTPUTS)}")
 
 
 def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
@@ -190,7 +269,7 @@ def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
         given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
         raise TesseraError(
             f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
-            "Give them as low_res (--low-res)"
+            "Give them as `low_res`"
         )
 
 
@@ -228,5 +307,5 @@ def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
         TesseraError: there is no such precision.
     """
     if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
+        raise TesseraError(f"`precision={precision}`: there is none. Choose fp32 or bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

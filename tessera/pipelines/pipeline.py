@@ -24,18 +24,25 @@ from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, cut_bricks
 from tessera.errors import TesseraError
+from tessera.files import user_path
 from tessera.images import from_uint8, to_pil
 from tessera.pipelines import folder as folders
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
-from tessera.pipelines.canvas import Canvas, choose_canvas
+from tessera.pipelines.canvas import choose_canvas
+from tessera.pipelines.description import description
 from tessera.pipelines.options import (
     Label,
+    Output,
+    Plan,
     Precision,
     Seeds,
     autocast_for,
+    check_batch,
+    check_guidance,
     check_images,
     check_latents,
     check_low_res,
+    check_output,
     choose_labels,
     choose_sampler,
     list_seeds,
@@ -43,7 +50,7 @@ from tessera.pipelines.options import (
 from tessera.recipes.build import build_codec, build_sampler
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import DdimSampler, Recipe
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState
+from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.ddpm import encode_ddim
 from tessera.sampling.seeds import SeedNoise
 
@@ -63,24 +70,6 @@ class SampledBatch:
     images: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What makes the images of one call.
-
-    Attributes:
-        classes: of all images; None where each seed draws its own.
-        canvas: the part of the picture that is made.
-        denoiser: with all wrappers that were asked for.
-        autocast: the arithmetic of the network.
-    """
-
-    classes: NDArray[np.int64] | None
-    canvas: Canvas
-    sampler: Sampler
-    denoiser: Denoiser
-    autocast: torch.autocast
-
-
 OnStep = Callable[[Sequence[int], SamplerState], None]
 """Called after every sampler step with the batch's seeds and the sampler's state."""
 
@@ -89,6 +78,7 @@ class Pipeline:
     """A trained diffusion model.
 
     Attributes:
+        kind: what `config.json` calls models of this class.
         recipe: how the model was made, with the sampler that it is used with.
         denoiser: the model; its weights are an average over the training.
         codec: turns its samples into images.
@@ -102,6 +92,8 @@ class Pipeline:
         >>> pipe = tessera.load("runs/a")  # doctest: +SKIP
         >>> images = pipe.sample(range(16), labels=3, guidance=1.5)  # doctest: +SKIP
     """
+
+    kind = "diffusion"
 
     def __init__(
         self,
@@ -158,7 +150,7 @@ class Pipeline:
         source: str | Path,
         *,
         ema: str | int | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         vae: str | Path | None = None,
     ) -> Pipeline:
         """Open a saved pipeline; see `tessera.load`."""
@@ -177,12 +169,15 @@ class Pipeline:
         """
         states = {self.ema: self.denoiser.network.state_dict(), **self._others}
         folders.write_folder(
-            Path(folder),
+            user_path(folder),
             dump_recipe(self.recipe),
             states,
             images_seen=self.images_seen,
             class_names=self.class_names,
         )
+
+    def __repr__(self) -> str:
+        return description(self)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model to `device`."""
@@ -224,18 +219,26 @@ class Pipeline:
         seeds: Seeds,
         labels: Label | Iterable[Label] | None = None,
         *,
-        output: Literal["numpy", "pil", "tensor"] = "numpy",
+        output: Output = "numpy",
         **options: Any,
     ) -> NDArray[np.uint8] | list[Image.Image] | Tensor:
         """Make one image for each seed.
 
         Args:
-            seeds: numbers, or text like "0-63,100".
+            seeds: numbers like range(4) or [17], or text like "0-63,100". One number alone is
+                refused: 4 might mean one image, that of seed 4, or four.
             labels: see `sample_batches`.
             output: "numpy", uint8 [N, H, W, C]; "pil", a list of Pillow images; "tensor", uint8
                 [N, C, H, W] on the CPU.
             options: those of `sample_batches`.
+
+        Raises:
+            TesseraError: no seeds, no such output, or what `sample_batches` raises.
         """
+        seeds = list_seeds(seeds)
+        if not seeds:
+            raise TesseraError("`seeds` is empty; give at least one, like [0] or range(16)")
+        check_output(output)
         batches = list(self.sample_batches(seeds, labels, **options))
         images = np.concatenate([batch.images for batch in batches])
         if output == "pil":
@@ -295,8 +298,7 @@ class Pipeline:
         seeds = list_seeds(seeds)
         if not seeds:
             return
-        if batch < 1:
-            raise TesseraError(f"a batch of {batch} images: give at least 1")
+        check_batch(batch)
         plan = self._plan(
             seeds, labels, guidance=guidance, guidance_interval=guidance_interval, guide=guide,
             skip=skip, bricks=bricks, low_res=low_res, latents=latents, precision=precision,
@@ -386,6 +388,7 @@ class Pipeline:
             >>> latents = pipe.encode(photos, steps="250")  # doctest: +SKIP
             >>> pipe.sample("0-3", sampler="ddim", steps="250", latents=latents)  # doctest: +SKIP
         """
+        check_batch(batch)
         check_images(images, self.codec.image_shape(self.recipe.shape))
         section = choose_sampler(self.recipe, {**options, "sampler": "ddim"})
         assert isinstance(section, DdimSampler)
@@ -455,7 +458,7 @@ class Pipeline:
         latents: Tensor | None = None,
         precision: Precision = "fp32",
         **options: Any,
-    ) -> _Plan:
+    ) -> Plan:
         """What `sample_batches` was asked for, checked and ready to run."""
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
@@ -471,13 +474,14 @@ class Pipeline:
         if schedule is not None:
             model = cut_bricks(self.denoiser, schedule)
         if guidance != 1:
+            check_guidance(guidance, guide is not None, classes)
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
             if weak is None:
                 self._warn_if_classes_are_needed()
         self.codec.prepare()
         autocast = autocast_for(self.device, precision)
-        return _Plan(classes, canvas, sampler, canvas.wrap(model), autocast)
+        return Plan(classes, canvas, sampler, canvas.wrap(model), autocast)
 
     def _warn_if_classes_are_needed(self) -> None:
         if self.recipe.objective.label_dropout > 0 or self._warned:

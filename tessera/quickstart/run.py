@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
+from tessera.files import user_path
 from tessera.images import to_uint8
 from tessera.metrics.features import measure
 from tessera.metrics.frechet import frechet_distance
@@ -118,6 +119,7 @@ def run(
     Raises:
         TesseraError: an extra is missing, the folder is not empty, or training was stopped.
     """
+    out = user_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TesseraError(f"{out} is not empty; choose another folder with --out")
     seconds: dict[str, float] = {}

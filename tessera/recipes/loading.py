@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tessera.errors import RecipeError
+from tessera.files import user_path
 from tessera.recipes import edm, laptop, lego, patch, pdm
 from tessera.recipes.messages import describe, sections, select, suggestion
 from tessera.recipes.overrides import Data, apply_overrides, merge
@@ -75,7 +76,7 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> Data:
     recipes = shipped()
     if source in recipes:
         return dump_recipe(recipes[source]())
-    path = Path(source)
+    path = user_path(source)
     if (path / "recipe.yaml").is_file():
         raise RecipeError(
             f"{path} is the folder of a run. To go on with it: tessera train --resume {path}\n"
@@ -93,7 +94,7 @@ def _read(source: str, seen: tuple[Path, ...] = ()) -> Data:
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base: expected the name of a recipe or a file, got {base!r}")
     if base not in recipes and Path(base).suffix in _SUFFIXES:
-        base = str(path.parent / base)
+        base = str(path.parent / user_path(base))
     seen = (*seen, path.resolve())
     if Path(base).resolve() in seen:
         raise RecipeError(f"{path}: base: {base} is built on this file itself")

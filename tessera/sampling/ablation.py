@@ -25,6 +25,7 @@ from tessera.sampling.core import (
     SamplerState,
     churned,
     denoise,
+    noise_range,
     round_sigmas,
     state_dtype,
 )
@@ -141,6 +142,9 @@ def ablation_levels(
         rho: EDM's exponent of the steps.
         epsilon_s: VP's last time.
         c_1, c_2, timesteps: of improved DDPM's table of noise levels.
+
+    Raises:
+        TesseraError: no noise levels lie between the ends.
     """
     low, high = _range(denoiser, discretization, sigma_min, sigma_max, epsilon_s)
     if discretization == "vp":
@@ -246,7 +250,8 @@ def _range(
         low, high = {"ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}[
             discretization
         ]
-    return (
-        max(low if sigma_min is None else sigma_min, denoiser.sigma_min),
-        min(high if sigma_max is None else sigma_max, denoiser.sigma_max),
+    return noise_range(
+        denoiser,
+        low if sigma_min is None else sigma_min,
+        high if sigma_max is None else sigma_max,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.errors import TesseraError
 
 
 class NoiseSource(Protocol):
@@ -119,6 +120,22 @@ def evaluate(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) ->
 def denoise(denoiser: Denoiser, z: Tensor, sigma: float, cond: Conditioning) -> Tensor:
     """The denoiser's estimate of x at one noise level for the whole batch, in z's dtype."""
     return evaluate(denoiser, z, sigma, cond).mean.to(z.dtype)
+
+
+def noise_range(denoiser: Denoiser, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """σ_min and σ_max cut to what the denoiser supports.
+
+    Raises:
+        TesseraError: nothing is left between them.
+    """
+    low, high = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
+    if low >= high:
+        raise TesseraError(
+            f"no noise levels lie between `sigma_min={sigma_min:g}` and `sigma_max={sigma_max:g}`: "
+            f"the first must be the lower one, and the model knows {denoiser.sigma_min:.3g} to "
+            f"{denoiser.sigma_max:.3g}"
+        )
+    return low, high
 
 
 def churned(

@@ -14,7 +14,7 @@ from tessera.diffusion import schedules
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process, spaced_steps
 from tessera.errors import TesseraError
-from tessera.sampling.core import round_sigmas
+from tessera.sampling.core import noise_range, round_sigmas
 
 
 def edm_levels(
@@ -31,8 +31,11 @@ def edm_levels(
         steps: number of levels; one step goes from σ_max to 0.
         sigma_min, sigma_max: ends, cut to what the denoiser supports.
         rho: larger values take shorter steps near σ_min.
+
+    Raises:
+        TesseraError: no noise levels lie between the ends.
     """
-    low, high = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
+    low, high = noise_range(denoiser, sigma_min, sigma_max)
     return round_sigmas(denoiser, schedules.edm_steps(steps, low, high, rho))
 
 
@@ -56,8 +59,8 @@ def process_levels(
         if noise_schedule is None:
             raise TesseraError(
                 "this model knows a continuous range of noise levels, and samplers of discrete "
-                "processes need to be told which ones to visit: give noise_schedule=linear or "
-                "another, or use the sampler edm"
+                "processes need to be told which ones to visit: give `noise_schedule=linear` "
+                "or another, or use `sampler=edm`"
             )
         levels = Process.named(noise_schedule).sigmas
         levels = levels[(levels >= denoiser.sigma_min) & (levels <= denoiser.sigma_max)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.data.labels import LABELS_FILE
 from tessera.errors import TesseraError
-from tessera.files import atomic_file, write_json
+from tessera.files import atomic_file, user_path, write_json
 from tessera.images import grid, to_pil
 from tessera.sampling.core import SamplerState
 
@@ -30,16 +30,37 @@ def image_path(folder: Path, seed: int, subdirs: bool = False) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], ours: Sequence[Path]) -> None:
+def check_folder(folder: Path, ours: Sequence[str] = ()) -> None:
+    """Raise if samples would come among files that are not samples of ours.
+
+    Args:
+        ours: names of files that may be there.
+
+    Raises:
+        TesseraError: the folder holds other files, and no settings that its samples were made with.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TesseraError(f"{folder} is a file. Name a folder for the images")
+    if not folder.is_dir() or (folder / SETTINGS_FILE).exists():
+        return
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and p.name[0] != ".")
+    if foreign:
+        raise TesseraError(
+            f"{folder} is not empty, and holds no {SETTINGS_FILE}, by which folders of samples are "
+            f"known ({foreign[0]} is there). Choose another folder"
+        )
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings beside the images, or check that those there were made with the same.
 
     Args:
         settings: plain JSON values.
-        ours: the image files that are about to be written.
 
     Raises:
-        TesseraError: the folder holds images of other or unknown settings.
+        TesseraError: the folder holds something else, or images of other settings.
     """
+    check_folder(folder)
     path = folder / SETTINGS_FILE
     advice = "Choose another folder, or empty this one"
     if path.exists():
@@ -54,12 +75,6 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], ours: Sequence[Path]
                 f"({'; '.join(differing)}). {advice}"
             )
         return
-    foreign = next((image for image in ours if image.exists()), None)
-    if foreign is not None:
-        raise TesseraError(
-            f"{foreign} is there already, without a {SETTINGS_FILE} that tells how it was made. "
-            + advice
-        )
     write_json(path, settings)
 
 
@@ -118,7 +133,7 @@ class Trajectory:
     def __init__(
         self, path: str | os.PathLike[str], to_pixels: Callable[[Tensor], NDArray[np.uint8]]
     ) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         if self.path.suffix.lower() not in (".gif", ".webp"):
             raise TesseraError(
                 f"{self.path}: an animation is written as .gif or .webp, not as "

@@ -10,7 +10,7 @@ import yaml
 
 from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, user_path
 from tessera.recipes.loading import dump_recipe, load_recipe
 from tessera.recipes.schema import Recipe
 
@@ -47,7 +47,7 @@ def create(recipe: Recipe, run_dir: str | Path | None) -> Path:
     chosen = run_dir or recipe.run.dir
     result: Path | str | None = None
     if distributed.is_main():
-        folder = Path(chosen) if chosen is not None else _next_folder(recipe.name)
+        folder = user_path(chosen) if chosen is not None else _next_folder(recipe.name)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             result = f"{folder} is not empty. {_advice(folder)}"
         else:
@@ -87,7 +87,7 @@ def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recip
         CheckpointError: there is no run.
         RecipeError: a change that would not continue the run; the message names the key.
     """
-    path = Path(folder) / RECIPE
+    path = user_path(folder) / RECIPE
     if not path.is_file():
         raise CheckpointError(
             f"{folder} is not the folder of a run: it has no {RECIPE}. "

@@ -15,6 +15,7 @@ from tessera import distributed
 from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
+from tessera.files import user_path
 from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
@@ -100,7 +101,7 @@ class Trainer:
         self.stopped_by: int | None = None
         self._meter = tracking.Meter(self.device)
         self._seconds = 0.0
-        self.run_dir = run_folder.create(recipe, run_dir) if resume is None else Path(resume)
+        self.run_dir = run_folder.create(recipe, run_dir) if resume is None else user_path(resume)
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints", recipe.run.keep)
         self._saved: Path | None = None
         if resume is not None:

@@ -104,8 +104,8 @@ def test_steps_and_levels_reach_the_inner_denoiser(name: str) -> None:
     visited = wrapper.for_levels(LEVELS[:2])
     assert innermost(visited).mark == " levels [0.5, 1.0]"
     assert type(visited) is type(wrapper)
-        stepped = wrapper.for_step(4.0)
-        assert innermost(stepped).mark == " step 4"
+    stepped = wrapper.for_step(4.0)
+    assert innermost(stepped).mark == " step 4"
 
 
 @every_wrapper

@@ -1,6 +1,6 @@
 """The configuration of everything, as frozen, validated models; `kind` selects from a union."""
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -105,6 +105,7 @@ __all__ = [
     "SongUNetConfig",
     "TrainingConfig",
     "UNetSection",
+    "UserPath",
     "VaeCodec",
     "VeObjective",
     "VePreconditioning",

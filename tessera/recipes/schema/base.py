@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _listed(value: Any) -> Any:
@@ -17,6 +18,8 @@ def _listed(value: Any) -> Any:
 Listed = BeforeValidator(_listed)
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path (or an id of the Hugging Face hub); `~` is the home folder."""
 
 
 class Section(BaseModel):

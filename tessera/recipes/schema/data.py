@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
 
 
 class DataConfig(Section):
     """The training images and how they are read."""
 
-    path: str | None = Field(
+    path: UserPath | None = Field(
         None, description="archive (.zip), packed set or image folder; with a VAE: latents"
     )
     resolution: PositiveInt = Field(description="height and width of the images, pixels")
@@ -42,7 +42,7 @@ class VaeCodec(Section):
     """
 
     kind: Literal["vae"] = "vae"
-    model: str = Field(
+    model: UserPath = Field(
         "stabilityai/sd-vae-ft-ema",
         description="folder or Hugging Face id of an AutoencoderKL of diffusers",
     )

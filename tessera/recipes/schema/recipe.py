@@ -266,12 +266,15 @@ class Recipe(Section):
             return self
         for level, mult in enumerate(network.channel_mult):
             resolution, width = self.shape[1] >> level, network.model_channels * mult
-            if resolution in network.attn_resolutions and width % 64:
-                raise ValueError(
-                    f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
-                    f"network is {width} channels wide; its heads need a multiple of 64 channels. "
-                    f"Change network.model_channels or leave {resolution} out"
-                )
+            heads = width // 64
+            if resolution not in network.attn_resolutions or (heads and width % heads == 0):
+                continue
+            why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
+            raise ValueError(
+                f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
+                f"network is {width} channels wide, {why}. Change network.model_channels or "
+                f"leave {resolution} out"
+            )
         return self
 
 

@@ -13,6 +13,11 @@ SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
 OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
 
 
+def _check_range(sigma_min: float | None, sigma_max: float | None) -> None:
+    if sigma_min is not None and sigma_max is not None and sigma_min >= sigma_max:
+        raise ValueError(f"`sigma_min={sigma_min:g}` must be less than `sigma_max={sigma_max:g}`")
+
+
 class EdmLevelsConfig(Section):
     """EDM's noise levels, evenly spaced in σ^(1/ρ)."""
 
@@ -21,6 +26,11 @@ class EdmLevelsConfig(Section):
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
     rho: PositiveFloat = Field(7, description="larger: shorter steps at low noise")
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
 
 
 class MethodLevelsConfig(Section):
@@ -31,6 +41,11 @@ class MethodLevelsConfig(Section):
     sigma_min: PositiveFloat | None = Field(None, description="null: the method's own")
     sigma_max: PositiveFloat | None = Field(None, description="null: the method's own")
     epsilon_s: PositiveFloat = Field(1e-3, description="last time of VP")
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
 
 
 class ProcessLevelsConfig(Section):
@@ -96,6 +111,11 @@ class EdmSampler(SamplerSection):
     s_max: NonNegative = math.inf
     s_noise: NonNegative = 1
 
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
+
 
 class AblationSampler(SamplerSection):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
@@ -120,6 +140,11 @@ class AblationSampler(SamplerSection):
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
     s_noise: NonNegative = 1
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
 
 
 class ProcessSampler(SamplerSection):

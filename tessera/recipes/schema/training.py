@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
 
 
 class OptimizerConfig(Section):
@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     )
     max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
     seed: int = Field(0, ge=0)
-    initial_weights: str | None = Field(
+    initial_weights: UserPath | None = Field(
         None, description="pipeline or run whose averaged weights the training starts from"
     )
 
@@ -100,8 +100,8 @@ class EvaluateConfig(Section):
     images: int = Field(5_000, ge=2, description="samples for a score, always of the same seeds")
     batch: PositiveInt = 64
     features: Literal["classifier", "inception", "dinov2"] = "classifier"
-    weights: str | None = Field(None, description="file with the weights of the extractor")
-    reference: str | None = Field(
+    weights: UserPath | None = Field(None, description="file with the weights of the extractor")
+    reference: UserPath | None = Field(
         None, description="reference file or real images; by default the training images"
     )
 
@@ -126,7 +126,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """The run folder and what is written to it."""
 
-    dir: str | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
+    dir: UserPath | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
     log_every_images: PositiveInt = 50_000
     checkpoint_every_images: PositiveInt = 2_500_000
     keep: PositiveInt = Field(2, description="checkpoints kept")
