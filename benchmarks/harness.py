@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,6 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from tessera.files import atomic_file
+from tessera.pipelines.loading import estimate
+from tessera.recipes.schema import Recipe
 
 Key = TypeVar("Key")
 
@@ -32,6 +34,16 @@ def synchronize() -> None:
     """Wait for the accelerator, so that a host clock measures its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def forward_flops(recipe: Recipe, **options: Any) -> int:
+    """FLOPs of one evaluation of a recipe's network for one image.
+
+    Args:
+        options: of sampling, under which all evaluations cost the same.
+    """
+    cost = estimate(recipe, **options)
+    return round(cost.sample_flops / cost.evaluations)
 
 
 def now() -> float:

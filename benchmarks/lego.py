@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import ceilings, device, interleaved, now, record, section
+from benchmarks.harness import (
+    ceilings,
+    device,
+    forward_flops,
+    interleaved,
+    now,
+    record,
+    section,
+)
 from benchmarks.models import (
     Precision,
     autocast,
@@ -24,9 +32,9 @@ from benchmarks.models import (
     without_zeros,
 )
 from tessera.conditioning import Conditioning
-from tessera.cost import forward_flops
+from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.diffusion.skipping import Skipping, last_brick_schedule
+from tessera.diffusion.skipping import cut_bricks, last_brick_schedule
 from tessera.networks.lego import Brick, Lego
 from tessera.recipes.build import build_denoiser, build_objective, build_sampler
 from tessera.recipes.lego import STACKS
@@ -132,18 +140,22 @@ def run(rounds: int, record_figures: bool) -> None:
 
 
 def evaluation_seconds(
-    network: nn.Module, denoisers: dict[float, Skipping], batch: int, rounds: int
+    denoisers: dict[float, Denoiser], batch: int, rounds: int
 ) -> dict[float, list[float]]:
-    """Seconds of `network` in each evaluation of a sampling run: the least over the rounds."""
+    """Seconds of the network in each evaluation of a sampling run: the least over the rounds."""
     spent: dict[float, list[list[float]]] = {key: [] for key in denoisers}
     for number in range(rounds + 1):
         for key, denoiser in denoisers.items():
             begin: list[float] = []
             end: list[float] = []
-            hooks = (
-                network.register_forward_pre_hook(lambda *_, to=begin: to.append(now())),
-                network.register_forward_hook(lambda *_, to=end: to.append(now())),
-            )
+            hooks = [
+                hook
+                for network in denoiser.networks()
+                for hook in (
+                    network.register_forward_pre_hook(lambda *_, to=begin: to.append(now())),
+                    network.register_forward_hook(lambda *_, to=end: to.append(now())),
+                )
+            ]
             sampling(denoiser, SHAPE, batch, Conditioning(), STEPS, "fp32")()
             for hook in hooks:
                 hook.remove()
@@ -161,8 +173,8 @@ def _skipping(model: Preconditioned, batch: int, rounds: int) -> str:
     sizes = [brick.size for brick in NETWORKS[LEGO].bricks]
     levels = build_sampler(EdmSampler(steps=STEPS)).levels(model)
     schedules = {ratio: last_brick_schedule(sizes, ratio, levels) for ratio in RATIOS}
-    denoisers = {ratio: Skipping(model, schedule) for ratio, schedule in schedules.items()}
-    times = evaluation_seconds(model.network, denoisers, batch, rounds)
+    denoisers = {ratio: cut_bricks(model, schedule) for ratio, schedule in schedules.items()}
+    times = evaluation_seconds(denoisers, batch, rounds)
     # Every step but the last has two evaluations, which are cut alike.
     cut = {
         ratio: [bool(schedule.bricks(level)) for level in levels for _ in range(2)][:-1]
@@ -174,7 +186,7 @@ def _skipping(model: Preconditioned, batch: int, rounds: int) -> str:
             seconds[flag].append(time)
     whole, part = (statistics.median(seconds[flag]) for flag in (False, True))
     full = forward_flops(recipe(LEGO))
-    short = forward_flops(recipe(LEGO), bricks=len(sizes) - 1)
+    short = forward_flops(recipe(LEGO), bricks=f"0-inf:{len(sizes) - 1}")
     rows = []
     for ratio, flags in cut.items():
         share = sum(flags) / len(flags)
@@ -191,7 +203,7 @@ def _bricks(model: Preconditioned, batch: int, rounds: int, tops: dict[str, floa
     """The rate of each brick's forward pass by itself."""
     rows = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    totals = [forward_flops(recipe(LEGO), bricks=k + 1) for k in range(3)]
+    totals = [forward_flops(recipe(LEGO), bricks=f"0-inf:{k + 1}") for k in range(3)]
     for index, brick in enumerate(NETWORKS[LEGO].bricks):
         own = totals[index] - (totals[index - 1] if index else 0)
         calls = {p: brick_call(model.network, index, batch, p) for p in precisions}

@@ -14,10 +14,11 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.randomness import AddressedDraws
+from tessera.recipes.build import Objective
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.seeds import SeedNoise
-from tessera.training.learner import Learner, MicroBatch, Objective, TrainStep, set_precision
+from tessera.training.learner import Learner, MicroBatch, TrainStep, set_precision
 
 Precision = Literal["fp32", "bf16"]
 Shape = tuple[int, int, int]

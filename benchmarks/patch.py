@@ -18,8 +18,8 @@ import safetensors.numpy
 import torch
 
 from benchmarks.harness import device, interleaved, markdown, record, show
-from tessera.cost import estimate
 from tessera.data.views import PatchSize, patch_sizes
+from tessera.pipelines.loading import estimate
 from tessera.recipes.build import build_denoiser, build_objective
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import ceilings, device, interleaved, record, section
+from benchmarks.harness import (
+    ceilings,
+    device,
+    forward_flops,
+    interleaved,
+    record,
+    section,
+)
 from benchmarks.models import (
     Precision,
     autocast,
@@ -23,7 +30,6 @@ from benchmarks.models import (
     without_zeros,
 )
 from tessera.conditioning import Conditioning
-from tessera.cost import forward_flops
 from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.pdm import LSUN_NETWORKS, imagenet256, lsun256
 from tessera.recipes.schema import Recipe
@@ -78,7 +84,7 @@ def forward(recipe: Recipe, target: Learner, batch: int, precision: Precision) -
 
     def evaluate() -> Any:
         with torch.inference_mode(), autocast(precision):
-            return target.step.denoiser(x, sigma, cond).mean
+            return target.step.model(x, sigma, cond).mean
 
     return evaluate
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from tessera._version import __version__
 
 if TYPE_CHECKING:
+    from tessera.pipelines.base import Pipeline
     from tessera.pipelines.loading import load
-    from tessera.pipelines.pipeline import Pipeline
 
 __all__ = ["Pipeline", "__version__", "load"]
 

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tessera.files import atomic_file
@@ -68,3 +68,30 @@ def grid(
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return canvas
+
+
+def labelled_grid(
+    columns: list[str], rows: list[tuple[str, list[NDArray[np.uint8]]]]
+) -> NDArray[np.uint8]:
+    """Pictures in a grid with a name above each column and before each row, uint8 [H', W', 3].
+
+    Args:
+        columns: their names.
+        rows: name and pictures [H, W, C] of each row; small ones are enlarged.
+    """
+    height, width = rows[0][1][0].shape[:2]
+    scale = max(1, -(-112 // width))
+    height, width, gap, top, left = height * scale, width * scale, 6, 24, 84
+    sheet = Image.new(
+        "RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white"
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for index, name in enumerate(columns):
+        draw.text((left + index * (width + gap), 4), name, "black", font)
+    for line, (name, pictures) in enumerate(rows):
+        y = top + line * (height + gap)
+        draw.text((6, y + height // 2 - 8), name, "black", font)
+        for index, picture in enumerate(pictures):
+            enlarged = to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged.convert("RGB"), (left + index * (width + gap), y))
+    return np.asarray(sheet)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.networks.lego import Lego
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe
 
@@ -37,4 +38,4 @@ def tiny_pipeline(*overrides: str) -> Pipeline:
     denoiser = build_denoiser(recipe)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.08)
-    return Pipeline.from_denoiser(recipe, denoiser)
+    return build_pipeline(recipe, denoiser)

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.cli.cost import human
-from tessera.cost import estimate
 from tessera.errors import TesseraError
+from tessera.pipelines.loading import estimate
 from tessera.recipes.loading import load_recipe
 
 TINY = [
@@ -104,11 +104,11 @@ def test_optimizer_and_averages() -> None:
 
 def test_command() -> None:
     runner = CliRunner(env={"COLUMNS": "80"})
-    table = runner.invoke(app, ["cost", "cifar10-small", *TINY, "--guidance", "2"])
+    table = runner.invoke(app, ["cost", "cifar10-small", *TINY, "--sample", "guidance=2"])
     assert table.exit_code == 0, table.output
-    assert "70 evaluations with guidance 2" in table.output
+    assert "70 evaluations with guidance=2" in table.output
     assert max(map(len, table.output.splitlines())) <= 80
-    limited = ["--guidance", "2", "--guidance-interval", "0.2,5"]
+    limited = ["--sample", "guidance=2", "--sample", "guidance_interval=0.2,5"]
     plain = runner.invoke(app, ["cost", "cifar10-small", *TINY, "--json", *limited])
     assert 35 < json.loads(plain.stdout)["evaluations"] < 70
 
@@ -117,13 +117,13 @@ def test_command_with_skipped_bricks() -> None:
     runner = CliRunner(env={"COLUMNS": "80"})
     costs = [
         json.loads(runner.invoke(app, ["cost", "quickstart-digits-lego", "--json", *skip]).stdout)
-        for skip in ([], ["--skip", "0.5"], ["--bricks", "0-inf:1"])
+        for skip in ([], ["--sample", "skip=0.5"], ["--sample", "bricks=0-inf:1"])
     ]
     flops = [cost["sample_flops"] for cost in costs]
     assert flops[0] > flops[1] > flops[2]
-    table = runner.invoke(app, ["cost", "quickstart-digits-lego", "--skip", "0.5"])
-    assert f"23 evaluations, {1 - flops[1] / flops[0]:.1%} skipped" in table.output
-    refused = runner.invoke(app, ["cost", "quickstart-digits", "--skip", "0.5"])
+    table = runner.invoke(app, ["cost", "quickstart-digits-lego", "--sample", "skip=0.5"])
+    assert f"{1 - flops[1] / flops[0]:.1%} skipped" in table.output
+    refused = runner.invoke(app, ["cost", "quickstart-digits", "--sample", "skip=0.5"])
     assert isinstance(refused.exception, TesseraError)
 
 

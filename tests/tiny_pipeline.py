@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import parse_recipe
 
@@ -41,6 +42,4 @@ def tiny_pipeline(
             for _ in emas[1:]
         ]
     names = CLASS_NAMES[:num_classes] if num_classes else None
-    return Pipeline.from_denoiser(
-        recipe, denoiser, images_seen=5000, class_names=names, other_emas=others
-    )
+    return build_pipeline(recipe, denoiser, images_seen=5000, class_names=names, other_emas=others)

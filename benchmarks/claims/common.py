@@ -20,8 +20,9 @@ from tessera.errors import TesseraError
 from tessera.images import grid, save_png
 from tessera.metrics.reference import Reference
 from tessera.metrics.score import Score, score
-from tessera.pipelines.generate import Job, counted
-from tessera.pipelines.pipeline import Pipeline, SampledBatch
+from tessera.pipelines.base import Pipeline, SampledBatch
+from tessera.pipelines.generate import Job
+from tessera.pipelines.usage import Usage
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training.preview import ema_pipeline
@@ -139,7 +140,7 @@ def scored(
     pipe: Pipeline, reference: Reference, options: argparse.Namespace, **sampling: Any
 ) -> Scored:
     """Score samples of seeds 0, 1, ..., of all classes in turn."""
-    label = "balanced" if pipe.denoiser.num_classes else None
+    label = "balanced" if pipe.model.num_classes else None
     job = Job(pipe, range(options.samples), label, options.batch, sampling)
     first: list[SampledBatch] = []
     seconds = 0.0
@@ -147,7 +148,7 @@ def scored(
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         nonlocal seconds
         begin = time.perf_counter()
-        for made in pipe.sample_batches(job.seeds, label, batch=options.batch, **sampling):
+        for made in pipe.run(job.plan, range(options.samples), options.batch):
             seconds += time.perf_counter() - begin  # the images are on the CPU by now
             if not first:
                 first.append(made)
@@ -155,9 +156,10 @@ def scored(
             yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
             begin = time.perf_counter()
 
-    with counted(job) as evaluated:
+    usage = Usage(job.plan.networks(), pipe.device.type == "cuda")
+    with usage.watch():
         result = score(batches(), reference)
-    return Scored(result, first[0].images, evaluated[0] / options.samples, seconds)
+    return Scored(result, first[0].images, usage.evaluations / options.samples, seconds)
 
 
 def percent(value: float | None) -> str:

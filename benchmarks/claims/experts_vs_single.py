@@ -18,8 +18,8 @@ from typing import Any
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
 from tessera.metrics.reference import open_reference
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.experts import assemble
-from tessera.pipelines.pipeline import Pipeline
 
 RECIPE = "cifar10-small-pdm"
 TITLE = "PDM: a pair of experts at equal time"

@@ -18,8 +18,9 @@ from pathlib import Path
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
 from tessera.metrics.reference import open_reference
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.loading import load
-from tessera.pipelines.pipeline import Pipeline
 
 RECIPE = "cifar10-small-pdm"
 TITLE = "PDM: Heun's method on a discrete model"
@@ -109,7 +110,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             recipe = common.timed_recipe(RECIPE, options)
             pipe, _ = common.trained(recipe, Path(folder) / "run", options.minutes)
-    if pipe.denoiser.levels is None:
+    if not isinstance(pipe, DiffusionPipeline) or pipe.denoiser.levels is None:
         parser.error("this model knows continuous noise levels; give one of a discrete process")
 
     points = measure(pipe, options)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tessera._version import __version__
 from tessera.cli.app import App
+from tessera.cli.bricks import bricks
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
@@ -53,6 +54,7 @@ app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.command()(experts)
+app.command()(bricks)
 app.command()(convert)
 app.add_typer(eval_app, name="eval")
 

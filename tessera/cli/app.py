@@ -17,9 +17,6 @@ from tessera.files import user_path
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Parameters of the library that are several options of a command.
-_SEVERAL = {"window": ("image_size",), "size": ("height", "width")}
-
 
 class App(typer.Typer):
     """A group of commands whose paths may begin with `~`, and whose errors name options.
@@ -67,9 +64,6 @@ def option_names(function: Callable[..., Any]) -> dict[str, str]:
                 names[name] = (declared or [f"--{name.replace('_', '-')}"])[0].split("/")[0]
             elif isinstance(info, ArgumentInfo):
                 names[name] = info.metavar or name.upper()
-    for name, parts in _SEVERAL.items():
-        if all(part in names for part in parts):
-            names[name] = " and ".join(names[part] for part in parts)
     return names
 
 

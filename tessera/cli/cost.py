@@ -15,26 +15,22 @@ def cost(
     overrides: list[str] = typer.Argument(
         None, metavar="KEY=VALUE", help="Changes, such as training.batch=64."
     ),
-    guidance: float = typer.Option(1.0, help="Guidance weight while sampling; 1 is none."),
-    guidance_interval: str | None = typer.Option(
-        None, metavar="LOW,HIGH", help="Noise levels where guidance acts."
-    ),
-    skip: float = typer.Option(
-        0.0, min=0, max=1, help="Share of the sampler's steps without the last brick (LEGO)."
-    ),
-    bricks: str | None = typer.Option(
-        None, metavar="LOW-HIGH:N", help="Instead: run N bricks at these noise levels."
+    sample: list[str] = typer.Option(
+        [],
+        "--sample",
+        metavar="KEY=VALUE",
+        help="An option of sampling, as of `tessera sample`, like guidance=1.5; may be repeated.",
     ),
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
 ) -> None:
     """Count parameters, FLOPs and memory of a recipe, without training anything."""
-    from tessera.cli.sample import parse_interval
-    from tessera.cost import estimate
+    from tessera.cli.sample import parse_options
+    from tessera.pipelines.loading import estimate
     from tessera.recipes.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    interval = parse_interval(guidance_interval) if guidance_interval is not None else None
-    result = estimate(loaded, guidance, interval, skip, bricks)
+    given = parse_options(sample)
+    result = estimate(loaded, **given)
     if as_json:
         print(json.dumps(dataclasses.asdict(result) | {"train_bytes": result.train_bytes}))
         return
@@ -47,21 +43,21 @@ def cost(
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    guided = f" with guidance {guidance:g}" if guidance != 1 else ""
-    full = result.evaluations * result.forward_flops
-    skipped = f", {1 - result.sample_flops / full:.1%} skipped" if skip or bricks else ""
+    asked = f" with {', '.join(f'{k}={v}' for k, v in given.items())}" if given else ""
+    skipped = 1 - result.sample_flops / (result.evaluations * result.forward_flops)
+    asked += f", {skipped:.1%} skipped" if skipped >= 0.0005 else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
     kept = f"{result.micro_batch:,} images x {per_image}, {training.precision}, estimated"
     rows = [
         ("parameters", human(result.parameters), loaded.network.kind),
         ("", "", ""),
-        ("one evaluation", human(result.forward_flops, "FLOP"), "the denoiser, one image"),
+        ("one evaluation", human(result.forward_flops, "FLOP"), "the network, one image"),
         ("training, an image", human(result.train_flops, "FLOP"), "forward and backward"),
         ("training, all", human(result.run_flops, "FLOP"), f"{human(training.images)} images"),
         (
             "sampling, an image",
             human(result.sample_flops, "FLOP"),
-            f"{result.evaluations} evaluations{guided}{skipped}",
+            f"{result.evaluations} evaluations{asked}",
         ),
         ("", "", ""),
         ("weights", human(result.weight_bytes, "B"), "float32"),

@@ -22,7 +22,7 @@ def experts(
 ) -> None:
     """Put experts together into one pipeline, which samples like any other."""
     from tessera.pipelines.experts import assemble
-    from tessera.pipelines.pipeline import Pipeline
+    from tessera.pipelines.loading import load
 
     if out.exists():
         raise TesseraError(f"{out} exists already. Name another folder, or remove it first")
@@ -30,7 +30,7 @@ def experts(
         values = [float(part) for part in (thresholds or "").split(",") if part.strip()]
     except ValueError:
         raise TesseraError(f"--thresholds {thresholds!r}: give numbers like 4,0.25") from None
-    made = assemble([Pipeline.load(source, device="cpu") for source in pipelines], values)
+    made = assemble([load(source, device="cpu") for source in pipelines], values)
     made.save(out)
     between = ", ".join(f"{threshold:g}" for threshold in made.recipe.snr_splits)
     print(f"{len(pipelines)} experts, SNR thresholds {between}, written to {out}")

@@ -35,6 +35,7 @@ def nll(
     from tessera.files import atomic_file
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
+    from tessera.pipelines.diffusion import DiffusionPipeline
     from tessera.pipelines.loading import load
     from tessera.progress import progress
 
@@ -42,6 +43,11 @@ def nll(
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
+        if not isinstance(pipe, DiffusionPipeline):
+            raise TesseraError(
+                f"{pipeline} is a pipeline of kind {pipe.kind}, whose likelihood is not known; "
+                "name one of kind diffusion or experts"
+            )
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
             bits = evaluate(

@@ -76,7 +76,9 @@ def convert(source: Path, dest: Path, *, snapshot: Path | None = None) -> Conver
     states: dict[str, Mapping[str, Tensor]] = {
         c.weights: _state(c, converter, recipe, network) for c in checkpoints
     }
-    write_folder(dest, dump_recipe(recipe), states, images_seen=images_seen, class_names=None)
+    write_folder(
+        dest, "diffusion", dump_recipe(recipe), states, images_seen=images_seen, class_names=None
+    )
     parameters = sum(p.numel() for p in network.parameters())
     return Converted(dest, converter.family, recipe, tuple(states), parameters, images_seen)
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tessera.errors import CheckpointError, require_extra
-from tessera.files import is_hub_id
+from tessera.errors import CheckpointError, TesseraError, require_extra
+from tessera.files import atomic_folder, is_hub_id
 from tessera.images import from_uint8, to_uint8
+from tessera.randomness import Draws
 
 _PIXELS_AT_ONCE = 4 * 256 * 256
 
@@ -42,8 +43,23 @@ class Codec(Protocol):
         """Model space [B, C, H, W] to uint8 images [B, C', H', W']."""
         ...
 
+    def train(self, images: Tensor, draws: Draws) -> Tensor:
+        """What a data set of this codec holds, [B, ...], as it is trained on, [B, C, H, W].
+
+        Pixels may stay uint8, so that only those that are trained on need be converted.
+        """
+        ...
+
     def describe(self) -> dict[str, Any] | None:
         """What decides how images are decoded, as plain JSON values; None for pixels."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what decoding needs as a folder that `codec.model` may name.
+
+        Raises:
+            TesseraError: nothing is needed.
+        """
         ...
 
 
@@ -65,9 +81,17 @@ class PixelCodec:
         """Model space [B, C, H, W] to uint8 of the same shape."""
         return to_uint8(x)
 
+    def train(self, images: Tensor, draws: Draws) -> Tensor:
+        """The pixels themselves."""
+        return images
+
     def describe(self) -> dict[str, Any] | None:
         """Nothing but the recipe decides."""
         return None
+
+    def save(self, folder: Path) -> None:
+        """Refused."""
+        raise TesseraError("a model of pixels has no autoencoder to save along; leave out `codec`")
 
 
 class VaeCodec:
@@ -162,6 +186,15 @@ class VaeCodec:
                 [to_uint8(vae.decode(z).sample) for z in torch.split(latents, _chunk(pixels))]
             )
 
+    def train(self, images: Tensor, draws: Draws) -> Tensor:
+        """Latents in model space from means and log-variances [B, 2 C, h, w]; draws "latent"."""
+        return sample_posterior(images, draws, self.scale, self.shift)
+
+    def save(self, folder: Path) -> None:
+        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all."""
+        with atomic_folder(folder) as part:
+            self._load().save_pretrained(part, safe_serialization=True)
+
     def describe(self) -> dict[str, Any] | None:
         """The autoencoder's name and the scaling."""
         return {"vae": self.model, "scale": self.scale, "shift": self.shift}
@@ -179,6 +212,16 @@ class VaeCodec:
                     )
             self._vae = vae
         return self._vae
+
+
+def sample_posterior(moments: Tensor, draws: Draws, scale: float, shift: float = 0.0) -> Tensor:
+    """Latents in model space from means and log-variances [B, 2 C, h, w]: float32 [B, C, h, w].
+
+    Draws "latent", the posterior's noise.
+    """
+    mean, log_variance = moments.to(torch.float32).chunk(2, dim=1)
+    noise = draws.normal("latent", *mean.shape[1:])
+    return (mean + (0.5 * log_variance).exp() * noise - shift) * scale
 
 
 def _open(model: str) -> Any:

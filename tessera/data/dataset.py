@@ -34,6 +34,34 @@ class ImageReader(Protocol):
         ...
 
 
+class Dataset(Protocol):
+    """N numbered images, or what a codec trains on in their place, with their labels.
+
+    Attributes:
+        name: for people.
+        shape: of what is read; (C, H, W).
+        labels: int64 [N] class indices, float32 [N, K] label vectors, or None.
+        class_names: names of the classes, or None if they are not known.
+        num_classes: number of classes; 0 without labels.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    labels: NDArray[Any] | None
+    class_names: tuple[str, ...] | None
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """A fresh array [n, ...]; uint8 [n, C, H, W] of images. Safe to call from threads."""
+        ...
+
+    def close(self) -> None:
+        """Release the open files."""
+        ...
+
+
 class ImageDataset:
     """N images of one shape with their labels.
 

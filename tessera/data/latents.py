@@ -32,7 +32,6 @@ from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
 from tessera.files import atomic_file, check_free, user_path
 from tessera.progress import progress
-from tessera.randomness import Draws
 
 VERSION = "1"
 Precision = Literal["float16", "float32"]
@@ -148,8 +147,6 @@ class LatentDataset:
         """The map goes with the object."""
 
 
-Dataset = ImageDataset | LatentDataset
-
 _HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` makes one"
 
 
@@ -185,16 +182,6 @@ def open_latents(
             f"{path} is no set of latents, which codec.kind=vae trains on. {_HOW_TO_MAKE}"
         )
     return LatentDataset(path, max_images=max_images, seed=seed, xflip=xflip)
-
-
-def sample_posterior(moments: Tensor, draws: Draws, scale: float, shift: float = 0.0) -> Tensor:
-    """Latents in model space from means and log-variances [B, 2 C, h, w]: float32 [B, C, h, w].
-
-    Draws "latent", the posterior's noise.
-    """
-    mean, log_variance = moments.to(torch.float32).chunk(2, dim=1)
-    noise = draws.normal("latent", *mean.shape[1:])
-    return (mean + (0.5 * log_variance).exp() * noise - shift) * scale
 
 
 # ----------------------------------------------------------------------------------------- making

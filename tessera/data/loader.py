@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.data.latents import Dataset
+from tessera.data.dataset import Dataset
 from tessera.data.order import Order
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError

@@ -44,6 +44,10 @@ class FullView:
         """The step that follows after `images_seen` images."""
         return StepPlan(images_seen, self.batch)
 
+    def shares(self) -> list[tuple[StepPlan, float]]:
+        """The kinds of steps, and the share of the steps that each has."""
+        return [(StepPlan(0, self.batch), 1.0)]
+
     def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """The part of x [B, C, H, W] to train on, and its coordinates [B, 2, H, W] if it is one."""
         return x, None
@@ -107,6 +111,13 @@ class PatchView:
         """The step that follows after `images_seen` images."""
         size = self.size(images_seen)
         return StepPlan(images_seen, self.batch * size.multiplier, size.side)
+
+    def shares(self) -> list[tuple[StepPlan, float]]:
+        """The kinds of steps, and the share of the steps that each has."""
+        return [
+            (StepPlan(0, self.batch * size.multiplier, size.side), size.probability)
+            for size in self.sizes
+        ]
 
     def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """One patch of each image x [B, C, R, R] and its coordinates [B, 2, s, s].

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tessera.conditioning import Conditioning
+from tessera.model import Model
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,17 @@ def joined(parts: Sequence[Posterior], rows: Sequence[Tensor]) -> Posterior:
     )
 
 
-class Denoiser(nn.Module):
+class Denoiser(Model):
     """Estimates the clean image: (z [B, C, H, W], σ [B], `Conditioning`) to `Posterior`.
 
     Wrappers (guidance, experts, skipping) are denoisers themselves, so they nest; see `Wrapper`.
 
     Attributes:
-        shape: (C, H, W) of x in model space, as trained.
-        num_classes: number of classes that the network knows; 0 if it knows none.
+        shape, num_classes: see `Model`.
         sigma_min, sigma_max: noise levels that the denoiser supports.
         guided: guidance acts on its estimates, which may leave the range of images by it.
     """
 
-    shape: tuple[int, int, int]
-    num_classes: int = 0
     sigma_min: float = 0.0
     sigma_max: float = math.inf
     guided: bool = False

@@ -20,6 +20,7 @@ from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper, joined
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import TesseraError
+from tessera.networks.lego import BrickSpec
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,12 @@ class Skipping(Wrapper):
 
     def _prefixes(self) -> dict[int, Denoiser]:
         return {int(n): d for n, d in self.prefixes.items() if isinstance(d, Denoiser)}
+
+
+def brick_sizes(denoiser: Denoiser) -> list[int]:
+    """Sizes of the bricks of a stack, first to last; of experts, those of the first one."""
+    specs: Sequence[BrickSpec] = getattr(denoiser.networks()[0], "specs", ())
+    return [spec.size for spec in specs]
 
 
 def cut_bricks(denoiser: Denoiser, schedule: BrickSchedule) -> Denoiser:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tessera.conditioning import Conditioning, one_hot
 from tessera.errors import TesseraError
 from tessera.networks.layers import full_precision
+from tessera.networks.sides import tiled
 from tessera.networks.transformer import DiTBlock, FinalLayer, TimestepEmbedding, sincos_table
 
 
@@ -115,10 +116,7 @@ class Lego(nn.Module):
 
     def fits(self, side: int) -> bool:
         """Whether a canvas may have this height or width, pixels."""
-        return side > 0 and all(
-            side % spec.patch == 0 if side < spec.size else side % spec.size == 0
-            for spec in self.specs
-        )
+        return tiled(side, ((spec.size, spec.patch) for spec in self.specs))
 
     def check_canvas(self, height: int, width: int) -> None:
         """Whether the bricks tile a canvas.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,21 +13,12 @@ from tessera.conditioning import coordinates
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.windows import Windows
 from tessera.errors import TesseraError
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import CanvasConfig, LargerConfig, Recipe
 from tessera.sampling.core import NoiseSource
-
-Window = tuple[int, int, int, int]
-WindowNoise = Literal["crop", "own"]
-"""The noise of a window: cut from that of the whole picture, or drawn for the window alone."""
 
 Layout = Literal["tiles", "pad", "windows"]
 """How a canvas of another size is made: by the network as it is; the same on a canvas padded to a
 size that fits, which is cropped in the end; or by windows of the trained size that overlap."""
-
-OPTIONS = frozenset(
-    {"window", "resolution", "window_noise", "mask_coords", "size", "layout", "overlap"}
-)
-"""Options of sampling that `choose_canvas` reads."""
 
 
 @dataclass(frozen=True)
@@ -112,60 +103,34 @@ class _Cropped:
         return self._source.integers(high)
 
 
-def choose_canvas(
-    recipe: Recipe,
-    *,
-    window: Window | None = None,
-    resolution: int | None = None,
-    window_noise: WindowNoise = "crop",
-    mask_coords: bool = False,
-    size: tuple[int, int] | None = None,
-    layout: Layout = "tiles",
-    overlap: float = 0.5,
-    **_: Any,
-) -> Canvas:
+def choose_canvas(recipe: Recipe, section: LargerConfig) -> Canvas:
     """The canvas that a caller asks for, of a model made from `recipe`.
 
     Args:
-        window: (x, y, width, height); beyond the whole picture, the model extrapolates. None: the
-            whole picture.
-        resolution: side of the whole picture; more than the model was trained on samples a finer
-            grid. None: as trained.
-        window_noise: see `WindowNoise`; a window that reaches beyond the whole picture always has
-            its own.
-        mask_coords: tell the model nothing about where its pixels lie.
-        size: (height, width) of a larger picture; coordinates, where the network knows them, run
-            over the whole canvas. None: as trained.
-        layout: see `Layout`.
-        overlap: share of a window that its neighbour sees, too; for windows.
+        section: `window`, beyond the whole picture, makes the model extrapolate, and always has its
+            own noise there; a `resolution` above the trained one samples a finer grid; `size` makes
+            a larger whole picture, over which coordinates run where the network knows them.
 
     Raises:
-        TesseraError: the model knows no coordinates, or the size does not fit its network.
+        TesseraError: the size does not fit the network.
     """
     channels, height, width = recipe.shape
-    asked = window is not None or resolution is not None or mask_coords
-    if size is not None:
-        if asked:
-            raise TesseraError(
-                "`size` makes a larger whole picture, and `window`, `resolution` and `mask_coords` "
-                "a part of one: give either"
-            )
-        return _larger(recipe, size, layout, overlap)
-    if not asked:
-        shown = height, width
-        return Canvas(channels, 0, 0, width, height, max(shown), True, False, False, shown)
-    if recipe.coord_frequencies is None:
-        raise TesseraError(
-            "this model does not know where its pixels lie, so it makes whole pictures only. "
-            "Leave out `window`, `resolution` and `mask_coords`, or train with "
-            "view.kind=patches or coords.frequencies=0"
-        )
-    if window_noise not in ("crop", "own"):
-        raise TesseraError(f"`window_noise={window_noise}`: choose crop or own")
+    if section.size is not None:
+        return _larger(recipe, section.size, section.layout, section.overlap)
+    if isinstance(section, CanvasConfig):
+        window, resolution = section.window, section.resolution
+        if window is not None or resolution is not None or section.mask_coords:
+            return _part(recipe, section)
+    shown = height, width
+    return Canvas(channels, 0, 0, width, height, max(shown), True, False, False, shown)
+
+
+def _part(recipe: Recipe, section: CanvasConfig) -> Canvas:
+    """A part of the picture, or the picture on another grid."""
+    channels, height, width = recipe.shape
+    window, resolution = section.window, section.resolution
     side = resolution or width
     x, y, w, h = window or (0, 0, side, side)
-    if side < 2 or w < 1 or h < 1:
-        raise TesseraError(f"a window of {w}x{h} pixels in a picture of side {side} is no picture")
     if not (recipe.network.fits(w) and recipe.network.fits(h)):
         raise TesseraError(
             f"a window of {w}x{h} pixels does not fit the network: width and height must be "
@@ -173,18 +138,14 @@ def choose_canvas(
         )
     whole = (x, y, w, h, side) == (0, 0, width, height, width)
     inside = x >= 0 and y >= 0 and x + w <= side and y + h <= side
-    crops = inside and not whole and window_noise == "crop"
-    return Canvas(channels, x, y, w, h, side, whole, crops, mask_coords, (h, w))
+    crops = inside and not whole and section.window_noise == "crop"
+    return Canvas(channels, x, y, w, h, side, whole, crops, section.mask_coords, (h, w))
 
 
 def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: float) -> Canvas:
     """A whole picture of another size than trained."""
     channels, *trained = recipe.shape
     fits = recipe.network.fits
-    if layout not in ("tiles", "pad", "windows"):
-        raise TesseraError(f"`layout={layout}`: choose tiles, pad or windows")
-    if min(size) < 1:
-        raise TesseraError(f"a picture of {size[0]}x{size[1]} pixels (height x width) is none")
     height, width = size
     if layout == "windows":
         if height < trained[0] or width < trained[1]:
@@ -192,8 +153,6 @@ def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: floa
                 f"windows have the trained size, {trained[0]}x{trained[1]}, and do not fit into "
                 f"{height}x{width} (height x width). Give a larger canvas, or another layout"
             )
-        if not 0 <= overlap < 1:
-            raise TesseraError(f"`overlap={overlap:g}`: give a share from 0 to less than 1")
     elif layout == "pad":
         height, width = (next(n for n in itertools.count(side) if fits(n)) for side in size)
     elif not (fits(height) and fits(width)):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Self
 
-import torch
+from torch import Tensor
 
 from tessera.diffusion.experts import Experts
 from tessera.errors import CheckpointError, TesseraError
-from tessera.files import user_path
-from tessera.pipelines.folder import FolderConfig, write_experts
-from tessera.pipelines.pipeline import Pipeline
-from tessera.recipes.loading import dump_recipe
+from tessera.pipelines import counting
+from tessera.pipelines import folder as folders
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.diffusion import DiffusionPipeline
 
 
-class ExpertsPipeline(Pipeline):
+class ExpertsPipeline(DiffusionPipeline):
     """Several models as one; each makes the noise levels that it owns.
 
     It samples by the first expert's recipe.
@@ -31,7 +31,7 @@ class ExpertsPipeline(Pipeline):
 
     kind = "experts"
 
-    def __init__(self, pipes: Sequence[Pipeline], thresholds: Sequence[float]) -> None:
+    def __init__(self, pipes: Sequence[DiffusionPipeline], thresholds: Sequence[float]) -> None:
         first = pipes[0]
         checksums = "".join(pipe.checksum or "" for pipe in pipes)
         update = {"expert": None, "snr_splits": tuple(thresholds)}
@@ -43,19 +43,30 @@ class ExpertsPipeline(Pipeline):
             ema=first.ema,
             emas=first.emas,
             checksum=hashlib.sha256(checksums.encode()).hexdigest() if checksums else None,
+            parts=first.own_parts,
         )
         self.pipes = tuple(pipes)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the pipeline folder, whole or not at all; an existing one is replaced."""
-        write_experts(
-            user_path(folder),
-            dump_recipe(self.recipe),
-            [pipe.save for pipe in self.pipes],
-            self.recipe.snr_splits,
-            images_seen=self.images_seen,
-            class_names=self.class_names,
-        )
+    @classmethod
+    def open(cls, opened: folders.Opened) -> Self:
+        pipes = [*opened.parts.values()]
+        if not pipes or not all(isinstance(pipe, DiffusionPipeline) for pipe in pipes):
+            raise CheckpointError(
+                f"{opened.folder} names no experts. Save or download the pipeline again"
+            )
+        return cls(pipes, opened.recipe.snr_splits)
+
+    def parts(self) -> dict[str, folders.WritePart]:
+        def writer(pipe: DiffusionPipeline) -> folders.WritePart:
+            return "pipeline", lambda folder: pipe.save(folder)
+
+        return {f"expert-{index}": writer(pipe) for index, pipe in enumerate(self.pipes)}
+
+    def _states(self) -> dict[str, Mapping[str, Tensor]]:
+        return {}
+
+    def _training(self) -> counting.Training:
+        return counting.together([pipe._training() for pipe in self.pipes])
 
 
 def assemble(pipes: Sequence[Pipeline], thresholds: Sequence[float] = ()) -> ExpertsPipeline:
@@ -75,28 +86,13 @@ def assemble(pipes: Sequence[Pipeline], thresholds: Sequence[float] = ()) -> Exp
                 "the experts were trained with different SNR thresholds, or none; say which to use"
             )
         thresholds = trained.pop()
+    own = [pipe for pipe in pipes if isinstance(pipe, DiffusionPipeline)]
+    if len(own) < len(pipes):
+        raise TesseraError("only denoisers can be experts: name pipelines of kind diffusion")
     for place, pipe in enumerate(pipes):
         if pipe.recipe.expert is not None and pipe.recipe.expert != place:
             raise TesseraError(
                 f"pipeline number {place} ({pipe.recipe.name}) was trained as expert "
                 f"{pipe.recipe.expert}. Name the experts from the cleanest, 0, to the noisiest"
             )
-    return ExpertsPipeline(pipes, thresholds)
-
-
-def load_experts(
-    folder: Path, config: FolderConfig, *, ema: str | int | None, device: torch.device
-) -> ExpertsPipeline:
-    """Open the experts of a folder whose configuration was read.
-
-    Raises:
-        CheckpointError: a part of it is missing or damaged.
-    """
-    for name in config.experts:
-        if Path(name).name != name or not (folder / name).is_dir():
-            raise CheckpointError(
-                f"{folder / name} is missing. Save or download the pipeline again, with all its "
-                "folders"
-            )
-    pipes = [Pipeline.load(folder / name, ema=ema, device="cpu") for name in config.experts]
-    return ExpertsPipeline(pipes, config.thresholds).to(device)
+    return ExpertsPipeline(own, thresholds)

@@ -1,12 +1,13 @@
 """The pipeline folder: `config.json` and weights as safetensors; nothing in it is executed.
 
-    config.json            format, version, kind; for kind "diffusion": the recipe, images seen,
-                           class names, and the weights with their checksums, the default first
+    config.json            format, version, kind, the recipe, images seen, class names, the weights
+                           with their checksums, the default first, and the kinds of the parts
     model.safetensors      the network's averaged weights, float32
     model-<name>.safetensors   further averages of the same run, if there are any
+    <part>/                a folder for each part: a pipeline, or a codec
 
-A pipeline of kind "experts" has no weights of its own but a folder `expert-<k>` for each expert,
-which is a pipeline itself, and the thresholds between them. `kind` tells a reader what to expect.
+`kind` tells a reader what to expect: a pipeline of kind "experts" has no weights of its own, but a
+part `expert-<k>` for each expert.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -27,9 +28,12 @@ from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
 from tessera.files import atomic_file, atomic_folder, is_hub_id, sha256, user_path, write_json
 from tessera.progress import note
+from tessera.recipes.parts import Parts
+from tessera.recipes.schema import Recipe
 
 FORMAT = "tessera-pipeline"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class FolderConfig:
         images_seen: images that the model was trained on.
         class_names: one for each class, or None.
         weights: the averages in the folder, the default first.
-        experts: sub-folders with a pipeline for each expert, from the cleanest; kind "experts".
-        thresholds: of the signal-to-noise ratio, between the experts.
+        parts: sub-folders, "pipeline" or "codec" by name, in the order of their use.
     """
 
     kind: str
@@ -59,23 +62,60 @@ class FolderConfig:
     images_seen: int
     class_names: tuple[str, ...] | None
     weights: tuple[WeightsFile, ...]
-    experts: tuple[str, ...] = ()
-    thresholds: tuple[float, ...] = ()
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline folder that is being read.
+
+    Attributes:
+        folder, config: where and what it is.
+        recipe: checked.
+        parts: the pipelines in it, by name.
+        ema: name of the average that is wanted; None for the default.
+        own_parts: what the caller handed over in place of external parts of the recipe.
+    """
+
+    folder: Path
+    config: FolderConfig
+    recipe: Recipe
+    parts: Mapping[str, Any]
+    ema: str | None
+    own_parts: Parts
+
+    def load_weights(self, network: nn.Module) -> WeightsFile:
+        """Read the wanted average into `network`.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or another network's.
+        """
+        entry = choose_weights(self.config, self.ema)
+        load_weights(self.folder, entry, network)
+        return entry
+
+
+WritePart = tuple[Literal["pipeline", "codec"], Callable[[Path], None]]
+"""Kind of a part, and a function that writes its folder."""
 
 
 def write_folder(
     folder: Path,
+    kind: str,
     recipe: dict[str, Any],
     states: Mapping[str, Mapping[str, Tensor]],
     *,
     images_seen: int,
     class_names: Sequence[str] | None,
+    parts: Mapping[str, WritePart] | None = None,
 ) -> None:
-    """Write a pipeline folder of kind "diffusion", whole or not at all.
+    """Write a pipeline folder, whole or not at all.
 
     Args:
+        kind: of the pipeline.
         recipe: as plain JSON values.
         states: the network's state dict for each named average, the default first.
+        parts: by the name of their sub-folders.
 
     Raises:
         CheckpointError: something else than a pipeline is in the way.
@@ -88,41 +128,12 @@ def write_folder(
             with atomic_file(part / file) as stream:
                 stream.write(safetensors.torch.save(_saveable(state), metadata={"format": "pt"}))
             files.append(WeightsFile(name, file, sha256(part / file)))
-        config = {
-            **_header("diffusion", images_seen, class_names),
-            "weights": [asdict(file) for file in files],
-            "recipe": recipe,
-        }
-        write_json(part / "config.json", config)
-
-
-def write_experts(
-    folder: Path,
-    recipe: dict[str, Any],
-    save: Sequence[Callable[[Path], None]],
-    thresholds: Sequence[float],
-    *,
-    images_seen: int,
-    class_names: Sequence[str] | None,
-) -> None:
-    """Write a pipeline folder of kind "experts", whole or not at all.
-
-    Args:
-        save: for each expert a function that writes its pipeline folder.
-
-    Raises:
-        CheckpointError: something else than a pipeline is in the way.
-    """
-    _check_replaceable(folder)
-    with atomic_folder(folder) as part:
-        names = [f"expert-{index}" for index in range(len(save))]
-        for name, write in zip(names, save, strict=True):
+        for name, (_, write) in (parts or {}).items():
             write(part / name)
         config = {
-            **_header("experts", images_seen, class_names),
-            "weights": [],
-            "experts": names,
-            "thresholds": list(thresholds),
+            **_header(kind, images_seen, class_names),
+            "weights": [asdict(file) for file in files],
+            "parts": {name: kind for name, (kind, _) in (parts or {}).items()},
             "recipe": recipe,
         }
         write_json(part / "config.json", config)
@@ -157,7 +168,7 @@ def _is_pipeline(folder: Path) -> bool:
     except OSError:
         return False
     except (ValueError, RecursionError):  # damaged: ours if there is nothing else than we write
-        ours = re.compile(r"config\.json|model(-[^/]+)?\.safetensors|expert-\d+")
+        ours = re.compile(r"config\.json|model(-[^/]+)?\.safetensors|expert-\d+|codec")
         return all(ours.fullmatch(path.name) for path in folder.iterdir())
     return isinstance(config, dict) and config.get("format") == FORMAT
 
@@ -211,7 +222,7 @@ def read_config(folder: Path) -> FolderConfig:
             "checkpoints of EDM's released code can be made into one: tessera convert"
         )
     version = config.get("version")
-    if version != VERSION:
+    if version not in READABLE:
         newer = isinstance(version, int) and version > VERSION
         raise CheckpointError(
             f"{path} has format version {version!r}; this tessera ({__version__}) reads version "
@@ -225,13 +236,22 @@ def read_config(folder: Path) -> FolderConfig:
             images_seen=int(config["images_seen"]),
             class_names=None if names is None else tuple(map(str, names)),
             weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
-            experts=tuple(map(str, config.get("experts", ()))),
-            thresholds=tuple(map(float, config.get("thresholds", ()))),
+            parts=_parts(config),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is incomplete or damaged ({error!r}). Save or download the pipeline again"
         ) from error
+
+
+def _parts(config: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of a folder; version 1 knew experts only."""
+    parts = config.get("parts", dict.fromkeys(config.get("experts", ()), "pipeline"))
+    made = {str(name): str(kind) for name, kind in parts.items()}
+    for name, kind in made.items():
+        if Path(name).name != name or kind not in ("pipeline", "codec"):
+            raise ValueError(f"part {name!r} of kind {kind!r}")
+    return made
 
 
 def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
-from tessera.cost import choose_bricks
 from tessera.files import user_path
 from tessera.images import save_png
-from tessera.pipelines.bricks import Savings, Usage
-from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
-from tessera.pipelines.canvas import choose_canvas
-from tessera.pipelines.options import choose_sampler, class_index
-from tessera.pipelines.pipeline import Pipeline, SampledBatch
+from tessera.pipelines.base import Pipeline, Plan, SampledBatch
+from tessera.pipelines.usage import Usage
 from tessera.progress import progress
-from tessera.recipes.build import build_sampler
 from tessera.sampling.core import SamplerState
 from tessera.sampling.output import (
     Trajectory,
     claim_folder,
     image_path,
+    read_labels,
     write_labels,
 )
 
@@ -48,76 +42,74 @@ class Summary:
         skipped: images that were there already.
         seconds: time from the first to the last image.
         evaluations: network evaluations per image made (NFE); guidance counts its two.
-        savings: what skipped bricks saved, on the main process; None if none were skipped.
+        saved_flops: share of the FLOPs that was saved by running parts of networks, as counted on
+            the main process; None if all networks ran whole.
+        saved_seconds: the same of the time; None if there is nothing to compare with.
     """
 
     made: int
     skipped: int
     seconds: float
     evaluations: float
-    savings: Savings | None = None
+    saved_flops: float | None = None
+    saved_seconds: float | None = None
 
 
-@dataclass(frozen=True)
 class Job:
-    """Which images to make, and how.
+    """Which images to make, and how; everything is checked before anything is written.
 
-    Attributes:
+    Args:
         seeds: one per image, each once.
         label: class of all images (index, name, "balanced"); None to draw one for each.
         batch: most images at once on one device.
         options: further options of `Pipeline.sample_batches`.
+
+    Attributes:
+        plan: the checked options, ready to run.
+
+    Raises:
+        TesseraError: those of `Pipeline.sample_batches`.
     """
 
-    pipe: Pipeline
-    seeds: Sequence[int]
-    label: int | str | None
-    batch: int
-    options: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        # Mistakes are found here, before anything is written.
-        self.pipe.check(self.seeds, self.label, **self.options)
+    def __init__(
+        self,
+        pipe: Pipeline,
+        seeds: Sequence[int],
+        label: int | str | None,
+        batch: int,
+        options: dict[str, Any],
+    ) -> None:
+        self.pipe, self.seeds, self.label, self.batch = pipe, seeds, label, batch
+        self.options = options
+        self.plan: Plan = pipe.plan(seeds, label, **options)
+        self.rows = {seed: row for row, seed in enumerate(seeds)}
 
     def settings(self) -> dict[str, Any]:
         """All that decides what the image of a seed looks like, as plain JSON values."""
-        pipe, guide = self.pipe, self.options.get("guide")
-        own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks", "low_res"}
-        own |= CANVAS_OPTIONS
-        sampler = choose_sampler(
-            pipe.recipe, {k: v for k, v in self.options.items() if k not in own}
+        return self.pipe.facts(self.plan, self.label)
+
+    def labels(self, seeds: Sequence[int]) -> NDArray[np.int64]:
+        """The classes of the images of some of the seeds."""
+        return self.pipe.drawn_labels(self.plan, [self.rows[seed] for seed in seeds])
+
+    def saved_flops(self) -> float | None:
+        """Share of the FLOPs that running parts of networks saves; None if all run whole."""
+        whole = self.pipe.networks()
+        if all(any(network is w for w in whole) for network in self.plan.networks()):
+            return None
+        plain = {name: v for name, v in self.options.items() if name not in self._network_options()}
+        own, full = (
+            self.pipe.cost(**{k: v for k, v in options.items() if k not in _NOT_COUNTED})
+            for options in (self.options, plain)
         )
-        schedule = choose_bricks(
-            pipe.recipe,
-            pipe.denoiser,
-            build_sampler(sampler),
-            self.options.get("skip", 0.0),
-            self.options.get("bricks"),
-        )
-        canvas = choose_canvas(pipe.recipe, **self.options)
-        label = self.label
-        if label is not None and label != "balanced":
-            label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
-        small = self.options.get("low_res")
-        return {
-            "recipe": pipe.recipe.name,
-            "images_seen": pipe.images_seen,
-            "weights": pipe.checksum,
-            "class": label,
-            "guidance": self.options.get("guidance", 1.0),
-            "guidance_interval": self.options.get("guidance_interval"),
-            "guide": guide.checksum if guide is not None else None,
-            "precision": self.options.get("precision", "fp32"),
-            "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
-            "bricks": None if schedule is None else str(schedule),
-            "low_res": None if small is None else hashlib.sha256(small.tobytes()).hexdigest(),
-            **({} if pipe.codec.describe() is None else {"codec": pipe.codec.describe()}),
-            "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
-        }
+        return 1 - own.sample_flops / full.sample_flops
+
+    def _network_options(self) -> set[str]:
+        return {option.name for option in self.pipe.options() if option.section == "network"}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+# Options that are tensors or pictures, and change nothing of what is computed.
+_NOT_COUNTED = {"latents", "start_from", "guide"}
 
 
 def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
@@ -147,8 +139,11 @@ def generate_folder(
 
     with ThreadPoolExecutor(4) as writers:
         pending: list[Any] = []
+        made: dict[int, int] = {}
 
         def keep(done: SampledBatch) -> None:
+            if done.labels is not None:
+                made.update(zip(done.seeds, done.labels.tolist(), strict=True))
             # One batch is written while the next is computed.
             for future in pending:
                 future.result()
@@ -161,12 +156,19 @@ def generate_folder(
         for future in pending:
             future.result()
     distributed.barrier()
-    if distributed.is_main() and job.pipe.denoiser.num_classes:
-        labels = job.pipe.labels(job.seeds, job.label, **job.options)
-        names = [path.relative_to(folder).as_posix() for path in paths.values()]
-        pairs = zip(names, labels.tolist(), strict=True)
-        write_labels(folder, {name: label for name, label in pairs if label != NO_CLASS})
+    gathered = distributed.gather(made)
+    if distributed.is_main() and job.pipe.model.num_classes:
+        _write_labels(job, folder, paths, {k: v for part in gathered for k, v in part.items()})
     return summary
+
+
+def _write_labels(job: Job, folder: Path, paths: dict[int, Path], labels: dict[int, int]) -> None:
+    """Leave the class of each file; those of images of earlier runs are drawn if not written."""
+    names = {seed: path.relative_to(folder).as_posix() for seed, path in paths.items()}
+    written = read_labels(folder)
+    missing = [s for s, name in names.items() if s not in labels and name not in written]
+    labels |= dict(zip(missing, job.labels(missing).tolist(), strict=True))
+    write_labels(folder, {names[s]: label for s, label in labels.items() if label != NO_CLASS})
 
 
 def generate_arrays(
@@ -178,8 +180,7 @@ def generate_arrays(
     folder `scratch`.
     """
     place = {seed: index for index, seed in enumerate(job.seeds)}
-    canvas = choose_canvas(job.pipe.recipe, **job.options)
-    channels, height, width = job.pipe.codec.image_shape((canvas.channels, *canvas.shown))
+    channels, height, width = job.pipe.codec.image_shape(job.plan.shape)
     shape = (len(job.seeds), height, width, channels)
     own: list[SampledBatch] = []
     summary = _run(job, set(), own.append, trajectory)
@@ -200,12 +201,16 @@ def generate_arrays(
         for index in range(1, world):
             images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
             files[index].unlink()
-    classes = (
-        job.pipe.labels(job.seeds, job.label, **job.options)
-        if job.pipe.denoiser.num_classes
-        else None
-    )
-    return images, classes, summary
+    labels = {
+        seed: int(label)
+        for batch in own
+        if batch.labels is not None
+        for seed, label in zip(batch.seeds, batch.labels, strict=True)
+    }
+    drawn = {seed: label for part in distributed.gather(labels) for seed, label in part.items()}
+    if not job.pipe.model.num_classes:
+        return images, None, summary
+    return images, np.array([drawn[seed] for seed in job.seeds], np.int64), summary
 
 
 def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
@@ -234,12 +239,8 @@ def _run(
 
     start = time.perf_counter()
     total = len(filmed) + len(ours)
-    usage = Usage(job.pipe)
-    with (
-        progress("sampling", total, unit="images") as bar,
-        counted(job) as evaluated,
-        usage.watch(),
-    ):
+    usage = Usage(job.plan.networks(), job.pipe.device.type == "cuda")
+    with progress("sampling", total, unit="images") as bar, usage.watch():
 
         def on_step(seeds: Sequence[int], state: SamplerState) -> None:
             bar.advance(len(seeds) / state.steps)
@@ -247,9 +248,7 @@ def _run(
                 trajectory(state)
 
         batches = (
-            job.pipe.sample_batches(
-                part, job.label, batch=job.batch, on_step=on_step, **job.options
-            )
+            job.pipe.run(job.plan, [job.rows[seed] for seed in part], job.batch, on_step)
             for part in (filmed, ours)
         )
         for done in itertools.chain.from_iterable(batches):
@@ -258,33 +257,13 @@ def _run(
     if filmed and trajectory is not None:
         trajectory.save()
 
-    reports = distributed.gather((total, evaluated[0], seconds))
+    reports = distributed.gather((total, usage.evaluations, seconds))
     made = sum(report[0] for report in reports)
     return Summary(
         made=made,
         skipped=len(job.seeds) - made,
         seconds=max(report[2] for report in reports),
         evaluations=sum(report[1] for report in reports) / max(made, 1),
-        savings=usage.savings(),
+        saved_flops=job.saved_flops() if total and distributed.is_main() else None,
+        saved_seconds=usage.seconds_saved(job.pipe.networks()),
     )
-
-
-@contextlib.contextmanager
-def counted(job: Job) -> Iterator[list[int]]:
-    """Count the images that pass through the networks during the block, in the list's only item."""
-    count = [0]
-
-    def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        count[0] += len(inputs[0])
-
-    pipes = {id(pipe): pipe for pipe in (job.pipe, job.options.get("guide")) if pipe is not None}
-    handles = [
-        network.register_forward_pre_hook(add)
-        for pipe in pipes.values()
-        for network in pipe.networks()
-    ]
-    try:
-        yield count
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,19 +1,32 @@
-"""Opening saved pipelines of every kind."""
+"""From a folder, a run, a hub id or a recipe to a pipeline of its kind."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tessera import distributed
+from tessera.data.codec import VaeCodec
 from tessera.errors import CheckpointError, TesseraError
+from tessera.model import Model
 from tessera.pipelines import folder as folders
-from tessera.pipelines.experts import load_experts
-from tessera.pipelines.pipeline import Pipeline
-from tessera.recipes.build import build_codec, build_denoiser
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.counting import Cost
+from tessera.pipelines.diffusion import DiffusionPipeline
+from tessera.pipelines.experts import ExpertsPipeline
+from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
-from tessera.recipes.schema import PixelCodec
+from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.schema import Recipe
+
+KINDS: dict[str, type[Pipeline]] = {
+    kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline)
+}
+"""Every kind of pipeline, by the name that stands in its folder."""
 
 
 def load(
@@ -22,6 +35,7 @@ def load(
     ema: str | int | None = None,
     device: torch.device | str | None = None,
     vae: str | Path | None = None,
+    parts: Parts = NO_PARTS,
 ) -> Pipeline:
     """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
 
@@ -30,47 +44,98 @@ def load(
         device: where the model goes; by default the fastest of this machine, as on the command
             line: a GPU, Apple's, or the CPU.
         vae: folder or hub id of the VAE of a model of latents, in place of the recipe's.
+        parts: functions that make the recipe's external parts.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of a kind not known here.
+        RecipeError: the recipe has external parts that were not handed over.
         TesseraError: a VAE for a model of pixels, or a device that this machine has not.
 
     Example:
         >>> pipe = tessera.load("runs/a", device="cpu")  # doctest: +SKIP
     """
     where = distributed.device(None if device is None else str(device))
-    folder = folders.find_folder(source)
-    config = folders.read_config(folder)
-    if config.kind == "experts":
-        return _with_vae(load_experts(folder, config, ema=ema, device=where), source, vae)
-    if config.kind != "diffusion":
-        raise CheckpointError(
-            f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not "
-            "know. Install a newer tessera"
-        )
-    entry = folders.choose_weights(config, None if ema is None else str(ema))
-    recipe = parse_recipe(config.recipe)
-    # A model that is built draws initial weights; the caller's random state is not ours.
-    with torch.random.fork_rng(devices=[]):
-        denoiser = build_denoiser(recipe)
-    folders.load_weights(folder, entry, denoiser.network)
-    if recipe.training.channels_last:
-        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pipe = Pipeline(
-        recipe,
-        denoiser,
-        images_seen=config.images_seen,
-        class_names=config.class_names,
-        ema=entry.name,
-        emas=[weights.name for weights in config.weights],
-        checksum=entry.sha256,
-    )
-    return _with_vae(pipe.to(where), source, vae)
-
-
-def _with_vae(pipe: Pipeline, source: str | Path, vae: str | Path | None) -> Pipeline:
+    pipe = _open(folders.find_folder(source), None if ema is None else str(ema), parts)
     if vae is not None:
-        if isinstance(pipe.recipe.codec, PixelCodec):
-            raise TesseraError(f"{source} makes pixels, not latents; leave out the VAE")
-        pipe.codec = build_codec(pipe.recipe.codec, str(vae))
+        _use_vae(pipe, source, vae)
+    return pipe.to(where)
+
+
+def _open(folder: Path, ema: str | None, own_parts: Parts) -> Pipeline:
+    config = folders.read_config(folder)
+    if config.kind not in KINDS:
+        raise CheckpointError(
+            f"{folder} is a pipeline of kind {config.kind!r}, which this tessera does not know "
+            f"({', '.join(KINDS)}). Install a newer tessera"
+        )
+    for name in config.parts:
+        if not (folder / name).is_dir():
+            raise CheckpointError(
+                f"{folder / name} is missing. Save or download the pipeline again, with all its "
+                "folders"
+            )
+    pipes = {
+        name: _open(folder / name, ema, own_parts)
+        for name, kind in config.parts.items()
+        if kind == "pipeline"
+    }
+    recipe = parse_recipe(config.recipe, str(folder / "config.json"))
+    # The caller's random numbers are not used up by weights that are overwritten.
+    with torch.random.fork_rng(devices=[]):
+        pipe = KINDS[config.kind].open(
+            folders.Opened(folder, config, recipe, pipes, ema, own_parts)
+        )
+    codec = next((name for name, kind in config.parts.items() if kind == "codec"), None)
+    if codec is not None:
+        pipe.codec = build_codec(recipe.codec, str(folder / codec))
     return pipe
+
+
+def _use_vae(pipe: Pipeline, source: str | Path, vae: str | Path) -> None:
+    if not isinstance(pipe.codec, VaeCodec):
+        raise TesseraError(f"{source} is a model of pixels and needs no VAE ({vae}). Leave it out")
+    pipe.codec = build_codec(pipe.recipe.codec, str(vae))
+
+
+def build_pipeline(
+    recipe: Recipe,
+    model: Model | None = None,
+    *,
+    images_seen: int = 0,
+    class_names: Sequence[str] | None = None,
+    other_emas: Sequence[Mapping[str, Tensor]] = (),
+    parts: Parts = NO_PARTS,
+) -> Pipeline:
+    """A pipeline around a model in memory.
+
+    Args:
+        model: with the weights of the recipe's first average; None for fresh weights.
+        other_emas: network state dicts of the recipe's further averages, in its order; they are
+            saved along.
+        parts: functions that make the recipe's external parts.
+    """
+    names = recipe.ema_names[: 1 + len(other_emas)]
+    if len(names) != 1 + len(other_emas):
+        raise ValueError(f"{1 + len(other_emas)} averages, but the recipe has {len(names)}")
+    return DiffusionPipeline(
+        recipe,
+        build_model(recipe, parts) if model is None else model,
+        images_seen=images_seen,
+        class_names=class_names,
+        other_emas=dict(zip(names[1:], other_emas, strict=True)),
+        parts=parts,
+    )
+
+
+def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
+    """Count what `recipe` costs; takes seconds and next to no memory for models of any size.
+
+    Args:
+        options: of sampling, see `Pipeline.cost`.
+
+    Raises:
+        TesseraError: options that such a model cannot have.
+    """
+    with torch.device("meta"):
+        model = build_model(recipe, parts)
+    return build_pipeline(recipe, model, parts=parts).cost(**options)

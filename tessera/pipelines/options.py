@@ -1,95 +1,134 @@
-"""What a caller may say about sampling: seeds, classes, small images, the sampler, precision."""
+"""What a caller may say of samples beside seeds and classes, checked against a model's sections."""
 
 from __future__ import annotations
 
 import difflib
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, cast, get_args
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import Tensor
 
-from tessera.conditioning import NO_CLASS
-from tessera.diffusion.denoiser import Denoiser
 from tessera.errors import TesseraError
-from tessera.pipelines.canvas import Canvas
-from tessera.recipes.schema import (
-    AblationSampler,
-    DdimSampler,
-    DdpmSampler,
-    EdmSampler,
-    ProcessSampler,
-    Recipe,
-    SamplerConfig,
-    VaeCodec,
-)
-from tessera.sampling.core import Sampler
-from tessera.sampling.seeds import parse_seeds
+from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
 
-Seeds = Iterable[int] | str
-Label = SupportsIndex | str
 Precision = Literal["fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
-
-ONLY_ABLATION = frozenset(AblationSampler.model_fields) - frozenset(EdmSampler.model_fields)
-"""Options whose presence selects the ablation sampler."""
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What makes the images of one call.
+class Option:
+    """One option of a model, for people who ask what there is.
 
     Attributes:
-        classes: of all images; None where each seed draws its own.
-        canvas: the part of the picture that is made.
-        denoiser: with all wrappers that were asked for.
-        autocast: the arithmetic of the network.
+        section: what it belongs to.
+        name: as it is given, `name=value`.
+        value: without being given.
+        meaning: in a few words; "" where the name says all.
     """
 
-    classes: NDArray[np.int64] | None
-    canvas: Canvas
-    sampler: Sampler
-    denoiser: Denoiser
-    autocast: torch.autocast
+    section: str
+    name: str
+    value: Any
+    meaning: str
 
 
-Kind = type[EdmSampler] | type[AblationSampler] | type[DdpmSampler] | type[DdimSampler]
-KINDS: dict[str, Kind] = {
-    "edm": EdmSampler,
-    "ablation": AblationSampler,
-    "ddpm": DdpmSampler,
-    "ddim": DdimSampler,
-}
+def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
+    """The options of a section."""
+    for name, field in type(section).model_fields.items():
+        if name != "kind":
+            value = getattr(section, name)
+            yield Option(title, prefix + name, value, field.description or "")
 
 
-def list_seeds(seeds: Seeds) -> list[int]:
-    """Seeds in any of the forms that callers may give, as a list.
+def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
+    """The recipe's sampler, or another kind of sampler with its own defaults.
 
     Raises:
-        TesseraError: one number alone, which may be meant as a seed or as a count; or no numbers.
+        TesseraError: there is none of that kind.
     """
-    if isinstance(seeds, str):
-        return parse_seeds(seeds)
+    if wanted is None or wanted == section.kind:
+        return section
+    if wanted not in SAMPLERS:
+        raise TesseraError(f"`sampler={wanted}`: there is none. Choose {', '.join(SAMPLERS)}")
+    return SAMPLERS[wanted]()
+
+
+def fill(
+    sections: Mapping[str, Section], given: Mapping[str, Any], refused: Mapping[str, str]
+) -> dict[str, Section]:
+    """The sections with the given values, each put where its name belongs.
+
+    Args:
+        sections: what the model takes, with its defaults; no name occurs in two of them.
+        given: name to value, which may be text; parts of a nested section as `levels.steps`.
+        refused: names that other models take, and why this one does not.
+
+    Raises:
+        TesseraError: a name is unknown or refused, or a value is one that it cannot have.
+    """
+    homes = {
+        name: key
+        for key, section in sections.items()
+        for name in type(section).model_fields
+        if name != "kind"
+    }
+    values: dict[str, dict[str, Any]] = {key: {} for key in sections}
+    for name, value in given.items():
+        first, *rest = name.split(".")
+        if first not in homes:
+            _refuse(name, [*homes, "sampler"], refused)
+        _put(values[homes[first]], [first, *rest], value)
+    return {key: _changed(section, values[key]) for key, section in sections.items()}
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _refuse(name: str, known: list[str], refused: Mapping[str, str]) -> NoReturn:
+    if name in refused:
+        raise TesseraError(f"`{name}`: {refused[name]}")
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}"
+    raise TesseraError(f"there is no option {name!r} of this model. {hint}")
+
+
+def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
+    if not values:
+        return section
+    before = section.model_dump()
+    merged = {
+        name: {**before[name], **value}
+        if isinstance(value, Mapping) and isinstance(before.get(name), dict)
+        else value
+        for name, value in values.items()
+    }
     try:
-        return [operator.index(seed) for seed in seeds]
-    except TypeError:
-        pass
-    try:
-        number = operator.index(cast(SupportsIndex, seeds))
-    except TypeError:
+        return type(section).model_validate({**before, **merged})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
         raise TesseraError(
-            f"`seeds`: expected whole numbers, or text like '0-63,100', got {seeds!r}"
-        ) from None
-    raise TesseraError(
-        f"`seeds={number}`: one number may be meant as a seed or as a count. Give [{number}] for "
-        f"the image of seed {number}, or range({number}) for {number} images"
-    )
+            f"`{where}={first['input']}`: {message.lower()}" if where else message
+        ) from error
+
+
+def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
+    """Names that other samplers take, and what to do to use them."""
+    own = type(section).model_fields
+    return {
+        name: f"belongs to another sampler: add `sampler={kind}`"
+        for kind, other in SAMPLERS.items()
+        for name in other.model_fields
+        if name not in own
+    }
 
 
 def check_batch(batch: int) -> None:
@@ -102,147 +141,6 @@ def check_batch(batch: int) -> None:
         raise TesseraError(f"`batch={batch}`: give at least 1 image at once")
 
 
-def choose_sampler(
-    recipe: Recipe, options: Mapping[str, Any], others: Iterable[str] = ()
-) -> SamplerConfig:
-    """The recipe's sampler with the caller's options; options of EDM's ablations switch to those.
-
-    The option `sampler` chooses another one by its kind, with its own defaults. Estimates of
-    latents, which are not confined to [-1, 1] as pixels are, are clipped only if `clip` says how.
-
-    Args:
-        others: what the caller takes beside these options, to suggest where a name is misspelt.
-
-    Raises:
-        TesseraError: an option is unknown or has a value that it cannot have.
-    """
-    section: SamplerConfig = recipe.sampling
-    options = dict(options)
-    wanted = options.pop("sampler", section.kind)
-    if wanted not in KINDS:
-        raise TesseraError(f"`sampler={wanted}`: there is none. Choose {', '.join(KINDS)}")
-    if wanted != section.kind:
-        section = KINDS[wanted]()
-    values = section.model_dump()
-    if isinstance(section, EdmSampler) and ONLY_ABLATION & options.keys():
-        # There the range of σ follows from the discretisation unless the caller gives it.
-        del values["kind"], values["sigma_min"], values["sigma_max"]
-        kind: Kind = AblationSampler
-    else:
-        kind = type(section)
-    for name in options:
-        if name not in kind.model_fields:
-            near = difflib.get_close_matches(name, [*kind.model_fields, *others], 1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
-            raise TesseraError(f"the sampler has no option {name!r}. {hint}")
-    try:
-        chosen: SamplerConfig = kind.model_validate({**values, **options})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise TesseraError(
-            f"`{where}={first['input']}`: {first['msg'].lower()}"
-            if where
-            else first["msg"].removeprefix("Value error, ")
-        ) from error
-    if isinstance(chosen, ProcessSampler) and isinstance(recipe.codec, VaeCodec):
-        clip = "none" if chosen.clip == "auto" else chosen.clip
-        return chosen.model_copy(update={"clip": clip})
-    return chosen
-
-
-def _names(kind: Kind) -> list[str]:
-    return [name for name in kind.model_fields if name != "kind"]
-
-
-def choose_labels(
-    labels: Label | Iterable[Label] | None,
-    seeds: Sequence[int],
-    num_classes: int,
-    class_names: Sequence[str] | None = None,
-) -> NDArray[np.int64] | None:
-    """Class indices, one a seed; None where each seed is to draw its own.
-
-    Args:
-        labels: one class for all images, or one for each: index, name, or -1 for no class;
-            "balanced" for seed modulo the number of classes; None to draw.
-
-    Raises:
-        TesseraError: the model knows no classes, or not this one, or the number of labels is not
-            that of the seeds.
-    """
-    if labels is None:
-        return None
-    if num_classes == 0:
-        raise TesseraError(
-            "a class was asked for, but this model was trained without classes. Leave out `labels`"
-        )
-    if isinstance(labels, str) and labels == "balanced":
-        return np.array([seed % num_classes for seed in seeds], np.int64)
-    if getattr(labels, "ndim", None) == 0:  # an array of one number calls itself iterable
-        labels = operator.index(cast(SupportsIndex, labels))
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        return np.full(len(seeds), class_index(labels, num_classes, class_names), np.int64)
-    indices = [class_index(label, num_classes, class_names) for label in labels]
-    if len(indices) != len(seeds):
-        raise TesseraError(
-            f"{len(indices)} classes were given for {len(seeds)} seeds. "
-            "Give one class for all images, or one for each"
-        )
-    return np.array(indices, np.int64)
-
-
-def class_index(label: Label, num_classes: int, class_names: Sequence[str] | None = None) -> int:
-    """The index of a class given by name or index; -1 for no class.
-
-    A string is looked up among the names before it is read as a number.
-
-    Raises:
-        TesseraError: there is no such class.
-    """
-    if isinstance(label, str):
-        names = list(class_names or ())
-        if label in names:
-            return names.index(label)
-        try:
-            index = int(label)
-        except ValueError:
-            near = difflib.get_close_matches(label, names, 3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else _known(num_classes, names)
-            raise TesseraError(f"there is no class {label!r}. {hint}") from None
-    else:
-        index = operator.index(label)
-    if index != NO_CLASS and not 0 <= index < num_classes:
-        raise TesseraError(
-            f"there is no class {index}. {_known(num_classes, list(class_names or ()))}"
-        )
-    return index
-
-
-def _known(num_classes: int, names: list[str]) -> str:
-    known = f"The classes are 0 to {num_classes - 1}"
-    return f"{known}: {shortened(names)}" if names else known
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first dozen of the names."""
-    return f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
-
-
-def check_guidance(scale: float, by_weaker: bool, classes: NDArray[np.int64] | None) -> None:
-    """Check that guidance has something to act on.
-
-    Raises:
-        TesseraError: no image has a class, so guiding away from the model without class costs
-            two evaluations for the result of one.
-    """
-    if not by_weaker and classes is not None and len(classes) and (classes == NO_CLASS).all():
-        raise TesseraError(
-            f"`guidance={scale:g}` does nothing for images without a class, and costs twice as "
-            "much. Leave it out, give classes by `labels`, or guide by a weaker model (`guide`)"
-        )
-
-
 def check_output(output: str) -> None:
     """Check that `Pipeline.sample` knows this form of images.
 
@@ -251,53 +149,6 @@ def check_output(output: str) -> None:
     """
     if output not in OUTPUTS:
         raise TesseraError(f"`output={output}`: there is none. Choose {', '.join(OUTPUTS)}")
-
-
-def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
-    """Check that small images are given exactly where the model enlarges them.
-
-    Raises:
-        TesseraError: they are missing, of another shape, or not wanted.
-    """
-    side, channels = recipe.low_resolution, recipe.shape[0]
-    if side is None and low_res is not None:
-        raise TesseraError(
-            "small images were given, but this model does not enlarge images. Leave them out, "
-            "or train with low_resolution"
-        )
-    if side is not None and (low_res is None or low_res.shape[1:] != (side, side, channels)):
-        given = "none were given" if low_res is None else f"these are {low_res.shape[1:]}"
-        raise TesseraError(
-            f"this model enlarges images of shape ({side}, {side}, {channels}), and {given}. "
-            "Give them as `low_res`"
-        )
-
-
-def check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
-    """Check that images are uint8 [N, H, W, C] of `shape` (C, H, W).
-
-    Raises:
-        TesseraError: they are not, or there are none.
-    """
-    channels, height, width = shape
-    if images.dtype != np.uint8 or images.shape[1:] != (height, width, channels) or not len(images):
-        raise TesseraError(
-            f"images of shape {images.shape}, {images.dtype}: this model encodes uint8 images "
-            f"[N, {height}, {width}, {channels}]"
-        )
-
-
-def check_latents(latents: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """Check that latents, if there are any, are [N, *shape].
-
-    Raises:
-        TesseraError: they are not, or there are none of them.
-    """
-    if latents is not None and (latents.shape[1:] != shape or not len(latents)):
-        raise TesseraError(
-            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
-            f"{', '.join(map(str, shape))}]"
-        )
 
 
 def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:

@@ -195,8 +195,8 @@ def _facts(result: Result) -> str:
         ("network", f"{recipe.network.kind}, {result.parameters:,} parameters"),
         ("training", f"{training.images:,} images in batches of {training.batch}, "
                      f"{training.precision}, learning rate {recipe.optimizer.lr:g}"),
-        ("sampling", f"{sampler.kind}, {sampler.steps} steps, guidance {GUIDANCE:g}, weights "
-                     f"averaged with half-life {recipe.ema[0].halflife_images:,.0f} images"),
+        ("sampling", f"{sampler.kind}, {dict(sampler).get('steps')} steps, guidance {GUIDANCE:g}, "
+                     f"weights averaged with half-life {recipe.ema[0].halflife_images:,.0f} images"),
         ("seed", str(training.seed)),
         *((f"time: {part}", _duration(value)) for part, value in result.seconds.items()),
     ]  # fmt: skip

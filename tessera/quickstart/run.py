@@ -24,11 +24,11 @@ from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import Reference, build_reference, save_reference
 from tessera.metrics.score import Score, score_images
 from tessera.metrics.statistics import FeatureStatistics
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.loading import build_pipeline, load
 from tessera.progress import progress
 from tessera.quickstart.digits import write_digits
 from tessera.randomness import derive_seed, numpy_generator
-from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
 from tessera.sampling.core import SamplerState
@@ -130,7 +130,7 @@ def run(
         dataset = open_dataset(data_path)
     with _timed(seconds, "training"):
         trainer, losses = _train(recipe, run_dir)
-    pipeline = Pipeline.load(run_dir, device=trainer.device)
+    pipeline = load(run_dir, device=trainer.device)
     with _timed(seconds, "classifier"):
         reference = build_reference(
             dataset, seed=seed, training_images=classifier_images, device=trainer.device
@@ -145,7 +145,7 @@ def run(
         out=out,
         recipe=recipe,
         device=trainer.device_name,
-        parameters=sum(p.numel() for p in pipeline.denoiser.network.parameters()),
+        parameters=sum(p.numel() for p in pipeline.model.parameters()),
         images_seen=trainer.images_seen,
         losses=losses,
         dataset=dataset,
@@ -182,7 +182,7 @@ def _sample(
         for made in pipeline.sample_batches(range(count), "balanced", batch=128, **options):
             images.append(made.images)
             bar.advance(len(made.images))
-    return np.concatenate(images), np.arange(count) % pipeline.denoiser.num_classes
+    return np.concatenate(images), np.arange(count) % pipeline.model.num_classes
 
 
 def _denoising(pipeline: Pipeline) -> list[Frame]:
@@ -190,16 +190,12 @@ def _denoising(pipeline: Pipeline) -> list[Frame]:
     frames = []
 
     def keep(seeds: Sequence[int], state: SamplerState) -> None:
-        # A noisy state has the spread of σ; shown so that its own spread stays that of an image.
-        shown = state.x / (1 + state.sigma**2) ** 0.5
         noisy, denoised = (
-            to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (shown, state.denoised)
+            to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (state.unit, state.denoised)
         )
         frames.append(Frame(state.sigma, noisy, denoised))
 
-    pipeline.sample(
-        range(pipeline.denoiser.num_classes), "balanced", on_step=keep, guidance=GUIDANCE
-    )
+    pipeline.sample(range(pipeline.model.num_classes), "balanced", on_step=keep, guidance=GUIDANCE)
     return frames
 
 
@@ -242,7 +238,7 @@ def _scores(
 def _untrained(recipe: Recipe, seed: int) -> Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "quickstart", "untrained"))
-        return Pipeline.from_denoiser(recipe, build_denoiser(recipe))
+        return build_pipeline(recipe)
 
 
 def _as_set(

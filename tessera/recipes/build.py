@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tessera.conditioning import Conditioning
 from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
+from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
+from tessera.diffusion.skipping import (
+    BrickSchedule,
+    brick_sizes,
+    cut_bricks,
+    last_brick_schedule,
+    parse_schedule,
+)
+from tessera.model import Model
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
+from tessera.randomness import Draws
 from tessera.recipes import schema
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.sampling.ablation import ablation_levels, ablation_sampler
 from tessera.sampling.core import Levels, Sampler
 from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
@@ -33,7 +46,19 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `training.precision` makes products and convolutions compute in; fp32 is not there."""
 
 
-def build_network(recipe: schema.Recipe) -> nn.Module:
+def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Model:
+    """What a recipe trains, with fresh weights, on the default device.
+
+    Args:
+        parts: functions that make external parts.
+
+    Raises:
+        RecipeError: an external part was not handed over.
+    """
+    return build_denoiser(recipe, parts)
+
+
+def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> nn.Module:
     """The network with fresh weights, on the default device."""
     section = recipe.network
     channels, resolution, _ = recipe.shape
@@ -54,16 +79,17 @@ def build_network(recipe: schema.Recipe) -> nn.Module:
                 coord_frequencies=recipe.coord_frequencies,
                 **_options(section),
             )
+        case schema.ExternalNetworkConfig():
+            made: nn.Module = parts.need("network", "network.kind")(recipe, **section.options)
+            return made
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
             network = AdmUNet
-    # Improved DDPM's networks also predict a variance, which its preconditioning leaves out.
-    learns_variance = isinstance(recipe.preconditioning, schema.IddpmPreconditioning)
     return network(
         resolution,
         _input_channels(recipe),
-        2 * channels if learns_variance else channels,
+        2 * channels if recipe.preconditioning.doubles_channels else channels,
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
         coord_frequencies=recipe.coord_frequencies,
@@ -91,9 +117,9 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
             return Discrete(**_options(section))
 
 
-def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
+def build_denoiser(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Preconditioned:
     """The network and its preconditioning, with fresh weights, on the default device."""
-    return preconditioned(recipe, build_network(recipe))
+    return preconditioned(recipe, build_network(recipe, parts))
 
 
 def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
@@ -104,14 +130,19 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
 
 
-Objective = DenoisingObjective | DiscreteObjective
+Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
+"""What training minimises: (model, x [B, C, H, W], conditioning, draws) to terms [B] per image.
+
+"loss" is minimised; "quartile", int64, if it is there, says to which quarter of the noise levels an
+image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`.
+"""
 
 
 def build_objective(
     section: schema.ObjectiveConfig,
     noise_levels: tuple[float, float] = EVERYWHERE,
     steps: int = 0,
-) -> Objective:
+) -> DenoisingObjective | DiscreteObjective:
     """What training minimises.
 
     Args:
@@ -127,19 +158,25 @@ def build_objective(
             return objectives.VeObjective(sigma_range=noise_levels, **_options(section))
         case schema.DiscreteObjective():
             return DiscreteObjective(steps, sigma_range=noise_levels, **_options(section))
+        case schema.ExternalObjectiveConfig():
+            raise ValueError("an external objective is made by `recipe_objective`")
 
 
-def recipe_objective(recipe: schema.Recipe) -> Objective:
+def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objective:
     """What training a recipe minimises, at the noise levels of its expert if it is one."""
+    section = recipe.objective
+    if isinstance(section, schema.ExternalObjectiveConfig):
+        made: Objective = parts.need("objective", "objective.kind")(recipe, **section.options)
+        return made
     noise_levels = EVERYWHERE
     if recipe.expert is not None:
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
     scaling = build_preconditioning(recipe.preconditioning)
     steps = len(scaling.levels) if isinstance(scaling, Iddpm | Discrete) else 0
-    return build_objective(recipe.objective, noise_levels, steps)
+    return build_objective(section, noise_levels, steps)
 
 
-def build_view(recipe: schema.Recipe) -> View:
+def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
     """What of the clean images a step trains on."""
     view, training, side = recipe.view, recipe.training, recipe.shape[1]
     match view:
@@ -156,7 +193,7 @@ def build_view(recipe: schema.Recipe) -> View:
                 progressive=view.schedule == "progressive",
                 total_images=training.images,
                 per_pixel=view.per_pixel,
-                reduction=recipe_objective(recipe).reduction,
+                reduction=getattr(recipe_objective(recipe, parts), "reduction", "sum"),
             )
 
 
@@ -176,10 +213,18 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
             return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
 
 
-def build_sampler(section: schema.SamplerConfig) -> Sampler:
-    """The sampler with its options bound: its own noise levels, or those of `section.levels`."""
-    options = section.model_dump(exclude={"kind", "levels"})
+def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sampler:
+    """The sampler with its options bound: its own noise levels, or those of `section.levels`.
+
+    Raises:
+        RecipeError: an external part was not handed over.
+    """
+    options = section.model_dump(exclude={"kind", "levels", "refine"})
+    if section.refine is not None:
+        options["refine"] = parts.need("refine", "sampling.refine")(**section.refine.options)
     match section:
+        case schema.ExternalSampler():
+            sampler: Sampler = parts.need("sampler", "sampling.kind")(**section.options)
         case schema.EdmSampler():
             sampler = edm_sampler(**options)
         case schema.AblationSampler():
@@ -191,6 +236,35 @@ def build_sampler(section: schema.SamplerConfig) -> Sampler:
     if section.levels is None:
         return sampler
     return replace(sampler, levels=build_levels(section.levels))
+
+
+def wrap_network(denoiser: Denoiser, section: schema.Section | None, sampler: Sampler) -> Denoiser:
+    """The denoiser, doing while sampling what its network's own options say.
+
+    Args:
+        section: the network's `sampling_options` as they were chosen; None if it has none.
+        sampler: whose steps they may speak of.
+
+    Raises:
+        TesseraError: the network cannot do that.
+    """
+    match section:
+        case schema.BricksConfig():
+            schedule = _brick_schedule(denoiser, section, sampler)
+            return denoiser if schedule is None else cut_bricks(denoiser, schedule)
+    return denoiser
+
+
+def _brick_schedule(
+    denoiser: Denoiser, section: schema.BricksConfig, sampler: Sampler
+) -> BrickSchedule | None:
+    if section.bricks is not None:
+        return parse_schedule(section.bricks)
+    if section.skip == 0:
+        return None
+    levels = sampler.levels(denoiser)
+    sizes = brick_sizes(denoiser)
+    return last_brick_schedule(sizes, section.skip, levels)
 
 
 def build_levels(section: schema.LevelsConfig) -> Levels:

@@ -45,6 +45,11 @@ class SamplerState:
     x: Tensor
     denoised: Tensor
 
+    @property
+    def unit(self) -> Tensor:
+        """x scaled to the spread of images, so that noise does not drown what is there."""
+        return self.x / math.sqrt(1 + self.sigma**2)
+
 
 class Refine(Protocol):
     """Hook after each step: x at noise level σ to a better x at the same σ (e.g. MCMC).

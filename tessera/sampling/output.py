@@ -96,13 +96,17 @@ def _shown(value: Any) -> str:
 
 def write_labels(folder: Path, labels: Mapping[str, int]) -> None:
     """Add the class of each file to `dataset.json`, which makes the folder a labelled data set."""
-    path = folder / LABELS_FILE
-    known: dict[str, int] = {}
-    if path.exists():
-        known = dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
-    known.update(labels)
-    with atomic_file(path, "w") as file:
+    known = read_labels(folder) | dict(labels)
+    with atomic_file(folder / LABELS_FILE, "w") as file:
         json.dump({"labels": sorted(known.items())}, file)
+
+
+def read_labels(folder: Path) -> dict[str, int]:
+    """The classes that `write_labels` has written, by file; none if there is no such file."""
+    path = folder / LABELS_FILE
+    if not path.exists():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
 
 
 def write_npz(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:
@@ -147,8 +151,7 @@ class Trajectory:
         every = math.ceil(state.steps / self.MAX_FRAMES)
         if (state.steps - state.step) % every:
             return
-        unit = state.x / math.sqrt(1 + state.sigma**2)
-        pictures = [self._picture(images) for images in (unit, state.denoised)]
+        pictures = [self._picture(images) for images in (state.unit, state.denoised)]
         captions = (f"noisy, sigma {state.sigma:.3g}", "denoised")
         self.frames.append(_side_by_side(pictures, captions))
 

@@ -8,8 +8,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tessera import distributed
 from tessera.data.dataset import open_dataset
@@ -28,6 +31,7 @@ from tessera.metrics.reference import (
     save_reference,
 )
 from tessera.recipes.build import build_codec
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
 from tessera.training.preview import ema_pipeline
@@ -43,6 +47,7 @@ class Evaluation:
 
     The real images are measured once, at the first evaluation, and their statistics kept in the
     run folder. The model that did best by the first metric is kept as a pipeline in `best/`.
+    Models that start from pictures get `start_from`.
     """
 
     def __init__(
@@ -51,9 +56,12 @@ class Evaluation:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
+        start_from: NDArray[np.uint8] | None = None,
+        parts: Parts = NO_PARTS,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
         self._run_dir, self._trackers = run_dir, trackers
+        self._start_from, self._parts = start_from, parts
         self._sides: tuple[FeatureExtractor, Measured] | None = None
         if recipe.evaluate is not None:
             _check_reference(recipe, recipe.evaluate)
@@ -68,14 +76,14 @@ class Evaluation:
             self._sides = self._open(config, learner.device)
         extractor, reference = self._sides
         pipeline = ema_pipeline(
-            self._recipe, learner, images_seen, self._class_names, everywhere=True
+            self._recipe, learner, images_seen, self._class_names, self._parts, everywhere=True
         )
         assert pipeline is not None
-        pipeline.to(learner.device)
+        start: dict[str, Any] = {} if self._start_from is None else {"start_from": self._start_from}
         seeds = [int(row) for row in scoring.share(config.images)]
         made = (
             torch.from_numpy(batch.images).permute(0, 3, 1, 2)
-            for batch in pipeline.sample_batches(seeds, batch=config.batch)
+            for batch in pipeline.sample_batches(seeds, batch=config.batch, **start)
         )
         source = scoring.arrays(made, config.images, "samples")
         measured, scores = scoring.measure_images(source, extractor, wanted)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,21 +12,15 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
-from tessera.data.dataset import open_dataset
-from tessera.data.latents import (
-    Dataset,
-    LatentDataset,
-    is_latents,
-    open_latents,
-    sample_posterior,
-)
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
 from tessera.randomness import AddressedDraws, Draws, derive_seed
-from tessera.recipes.build import build_augment, build_view
-from tessera.recipes.schema import Recipe, VaeCodec
+from tessera.recipes.build import build_augment, build_codec, build_view
+from tessera.recipes.datasets import open_training_set
+from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.schema import Recipe
 from tessera.training.learner import MicroBatch
 
 Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
@@ -42,11 +34,12 @@ class Feed:
             names the key.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, parts: Parts = NO_PARTS) -> None:
         self._recipe, self._device = recipe, device
-        self.dataset = _open(recipe)
-        _check(recipe, self.dataset)
-        self.view = build_view(recipe)
+        self.dataset = open_training_set(recipe, parts)
+        _check_batch(recipe)
+        self._codec = build_codec(recipe.codec)
+        self.view = build_view(recipe, parts)
         self._augment: Augment | None = build_augment(recipe.augment)
         seed = derive_seed(recipe.training.seed, "order")
         orders: dict[str, Callable[[int, int], Order]] = {
@@ -88,114 +81,35 @@ class Feed:
             if self._augment is not None:
                 # Whole images are augmented: what the network is told about it then holds for them.
                 images, augment = self._augment(from_uint8(images), draws)
-            if isinstance(self._recipe.codec, VaeCodec):
-                codec = self._recipe.codec
-                images = sample_posterior(images, draws, codec.scale, codec.shift)
-            x, coords = self.view.apply(images, draws, batch.plan)
-            if x.dtype == torch.uint8:
-                x = from_uint8(x)
+            x, coords = self.view.apply(self._codec.train(images, draws), draws, batch.plan)
+            x = from_uint8(x) if x.dtype == torch.uint8 else x
             labels = None if batch.labels is None else batch.labels[rows]
             seed = derive_seed(training.seed, "dropout", first + start)
             weight = self.view.loss_weight(batch.plan)
             yield MicroBatch(
-                x, Conditioning(labels, augment, coords, self._reduced(x)), draws, seed, weight
+                x, Conditioning(labels, augment, coords, self._start(x)), draws, seed, weight
             )
 
-    def small_images(self, count: int) -> NDArray[np.uint8] | None:
-        """The first images as a network that enlarges images gets them, uint8 [N, h, w, C]."""
-        if self._recipe.low_resolution is None:
+    def start_pictures(self, count: int) -> NDArray[np.uint8] | None:
+        """What a model starts from, of the first images, uint8 [N, h, w, C].
+
+        None for models that start from noise, and where none are wanted.
+        """
+        if self._recipe.start_shape is None or not count:
             return None
         first = torch.from_numpy(self.dataset.read(np.arange(min(count, len(self.dataset)))))
-        small = self._reduced(from_uint8(first))
-        return None if small is None else to_uint8(small).permute(0, 2, 3, 1).numpy()
+        pictures = self._start(from_uint8(first))
+        return None if pictures is None else to_uint8(pictures).permute(0, 2, 3, 1).numpy()
 
-    def _reduced(self, x: Tensor) -> Tensor | None:
-        """What a network that enlarges images is told: x [B, C, H, W] with averaged pixels."""
-        side = self._recipe.low_resolution
-        return None if side is None else F.adaptive_avg_pool2d(x, side)
-
-
-def _open(recipe: Recipe) -> Dataset:
-    if recipe.data.path is None:
-        raise RecipeError(
-            "data.path is not set: give the images to train on, for example data.path=photos.zip"
-        )
-    path, max_images, xflip = recipe.data.path, recipe.data.max_images, recipe.data.xflip
-    seed = derive_seed(recipe.training.seed, "subset")
-    if not isinstance(recipe.codec, VaeCodec):
-        if is_latents(path):
-            raise RecipeError(
-                f"{path} holds latents, but the recipe trains on pixels. Use a recipe with "
-                "codec.kind=vae, or give data.path the images"
-            )
-        return open_dataset(
-            path, max_images=max_images, seed=seed, xflip=xflip, cache=recipe.data.cache
-        )
-    if Path(path).exists() and not is_latents(path):
-        raise RecipeError(
-            f"{path} holds no latents, but the recipe trains on those (codec.kind=vae). Encode the "
-            f"images once: tessera data latents {path} LATENTS.safetensors --vae "
-            f"{recipe.codec.model}"
-        )
-    return open_latents(path, max_images=max_images, seed=seed, xflip=xflip)
+    def _start(self, x: Tensor) -> Tensor | None:
+        """The pictures that a model starts from: x [B, C, H, W] with averaged pixels."""
+        shape = self._recipe.start_shape
+        return None if shape is None else F.adaptive_avg_pool2d(x, shape[1:])
 
 
-def _check(recipe: Recipe, dataset: Dataset) -> None:
-    """Compare the data with the recipe; every difference is named."""
-    data, problems, remedy = (
-        recipe.data,
-        list[str](),
-        "convert the images with: tessera data convert",
-    )
-    if isinstance(dataset, LatentDataset):
-        problems += _latent_problems(recipe, dataset)
-        remedy = "make the latents anew with: tessera data latents"
-        shape: tuple[int, int, int] = (data.channels, data.resolution, data.resolution)
-    else:
-        shape = dataset.shape
-    channels, height, width = shape
-    if height != width:
-        problems.append(f"its images are {width}x{height} pixels; they must be square")
-    elif height != data.resolution:
-        problems.append(
-            f"its images are {width}x{height} pixels, but data.resolution is {data.resolution}"
-        )
-    if channels != data.channels:
-        problems.append(
-            f"its images have {channels} channel{'s' if channels > 1 else ''}, "
-            f"but data.channels is {data.channels}"
-        )
-    if data.num_classes and dataset.num_classes != data.num_classes:
-        found = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
-        problems.append(
-            f"it has {found}, but data.num_classes is {data.num_classes} (0 trains without labels)"
-        )
-    if problems:
-        raise RecipeError(
-            f"{data.path} does not fit the recipe:\n  "
-            + "\n  ".join(problems)
-            + f"\nChange those keys, or {remedy}"
-        )
+def _check_batch(recipe: Recipe) -> None:
     if recipe.training.batch % distributed.world():
         raise RecipeError(
             f"training.batch ({recipe.training.batch}) must be a multiple of the number of "
             f"processes ({distributed.world()})"
         )
-
-
-def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
-    """What a set of latents was made with, other than the recipe says."""
-    assert isinstance(recipe.codec, VaeCodec)
-    info, codec = dataset.info, recipe.codec
-    pairs = (
-        ("data.resolution", info.resolution, recipe.data.resolution),
-        ("codec.channels", dataset.shape[0], codec.channels),
-        ("codec.downsample", info.downsample, codec.downsample),
-        ("codec.scale", info.scale, codec.scale),
-        ("codec.shift", info.shift, codec.shift),
-    )
-    return [
-        f"it was made with {key}={found:g} (VAE {info.vae}), but the recipe has {wanted:g}"
-        for key, found, wanted in pairs
-        if not math.isclose(found, wanted, rel_tol=1e-6)
-    ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.randomness import Draws
-from tessera.recipes.build import AUTOCAST
+from tessera.recipes.build import AUTOCAST, Objective
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
 
 T = TypeVar("T")
-
-# (denoiser, x [B, C, H, W], conditioning, draws) to per-image terms [B]; "loss" is minimised, and
-# "quartile", int64, says to which quarter of the noise levels an image belongs.
-Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,16 @@ class Update:
 
 
 class TrainStep(nn.Module):
-    """Denoiser and objective as one module, so that DDP and FSDP see one forward pass."""
+    """Model and objective as one module, so that DDP and FSDP see one forward pass."""
 
-    def __init__(self, denoiser: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.model = model
         self.objective = objective
 
     def forward(self, x: Tensor, cond: Conditioning, draws: Draws) -> dict[str, Tensor]:
         """Terms of the objective for each image, [B]."""
-        return self.objective(self.denoiser, x, cond, draws)
+        return self.objective(self.model, x, cond, draws)
 
 
 class Learner:
@@ -221,13 +217,13 @@ class Learner:
         return {**self.loss_scale.state(), **self.skips.state()}
 
     def average(self, index: int) -> dict[str, Tensor]:
-        """State of the denoiser with the weights of an average, whole, for sampling and sharing.
+        """State of the model with the weights of an average, whole, for sampling and sharing.
 
         All processes must ask, because they hold its shards.
         """
         state = {n: parallel.whole(t) for n, t in self.step.state_dict(keep_vars=True).items()}
         state |= {n: parallel.whole(t) for n, t in self.emas[index].weights.items()}
-        prefix = "denoiser."
+        prefix = "model."
         return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
     def weights_finite(self) -> bool:

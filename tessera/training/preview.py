@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tessera import distributed
 from tessera.data.codec import Codec
 from tessera.errors import TesseraError
 from tessera.images import grid, save_png
-from tessera.pipelines.pipeline import Pipeline
-from tessera.recipes.build import build_codec, build_denoiser
+from tessera.model import Model, with_tensors
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.loading import build_pipeline
+from tessera.recipes.build import build_codec, build_model
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import Learner
 from tessera.training.tracking import Tracker
@@ -26,7 +31,7 @@ class Preview:
     """Grids of samples from the first average, always of the same seeds: previews/<images>.png.
 
     Conditional models show class after class, one in each column as far as there are columns;
-    models that enlarge images enlarge the small images `low_res`.
+    models that start from pictures get `start_from`.
     """
 
     def __init__(
@@ -35,24 +40,26 @@ class Preview:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
-        low_res: NDArray[np.uint8] | None = None,
+        start_from: NDArray[np.uint8] | None = None,
+        parts: Parts = NO_PARTS,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
         self._folder, self._trackers = run_dir / "previews", trackers
-        self._low_res = low_res
+        self._start_from, self._parts = start_from, parts
         self._codec: Codec | None = build_codec(recipe.codec)
 
     def make(self, learner: Learner, images_seen: int) -> None:
         """Sample and write a grid; all processes take part, the main one samples."""
         config = self._recipe.run.preview
-        pipeline = ema_pipeline(self._recipe, learner, images_seen, self._class_names)
+        pipeline = ema_pipeline(self._recipe, learner, images_seen, self._class_names, self._parts)
         if pipeline is None or config is None or not self._decodes():
             return
         assert self._codec is not None
         pipeline.codec = self._codec
         count, classes = config.rows * config.columns, self._recipe.data.num_classes
         labels = [i % config.columns % classes for i in range(count)] if classes else None
-        images = pipeline.to(learner.device).sample(range(count), labels, low_res=self._low_res)
+        start: dict[str, Any] = {} if self._start_from is None else {"start_from": self._start_from}
+        images = pipeline.sample(range(count), labels, **start)
         picture = grid(images, columns=config.columns)
         save_png(self._folder / f"{images_seen:012d}.png", picture)
         for tracker in self._trackers:
@@ -76,26 +83,40 @@ def ema_pipeline(
     learner: Learner,
     images_seen: int,
     class_names: Sequence[str] | None,
+    parts: Parts = NO_PARTS,
     *,
     everywhere: bool = False,
 ) -> Pipeline | None:
-    """The model with averaged weights, which all processes must ask for.
+    """The model with averaged weights where it is trained, which all processes must ask for.
+
+    It shares the tensors of the averages, which the next step changes: sample or save it first.
 
     None but on the main process, unless it is wanted `everywhere`.
     """
     states = [learner.average(index) for index in range(len(recipe.ema))]
     if not (everywhere or distributed.is_main()):
         return None
-    denoiser = build_denoiser(recipe)
-    denoiser.load_state_dict(states[0])
-    others = [
-        {n.removeprefix(_NETWORK): t.cpu() for n, t in state.items() if n.startswith(_NETWORK)}
-        for state in states[1:]
-    ]
-    return Pipeline.from_denoiser(
+    return build_pipeline(
         recipe,
-        denoiser,
+        _with_weights(recipe, learner, states[0], parts),
         images_seen=images_seen,
         class_names=class_names,
-        other_emas=others,
+        other_emas=[
+            {n.removeprefix(_NETWORK): t for n, t in state.items() if n.startswith(_NETWORK)}
+            for state in states[1:]
+        ],
+        parts=parts,
     )
+
+
+def _with_weights(
+    recipe: Recipe, learner: Learner, state: Mapping[str, Tensor], parts: Parts
+) -> Model:
+    """The trained model around other weights; where its own are sharded, built anew."""
+    if not learner.sharded:
+        made = with_tensors(learner.step.model, lambda name, tensor: state.get(name, tensor))
+        assert isinstance(made, Model)
+        return made
+    model = build_model(recipe, parts)
+    model.load_state_dict(dict(state))
+    return model.to(learner.device)

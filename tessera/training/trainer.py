@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from tessera import distributed
-from tessera.data.latents import Dataset
+from tessera.data.dataset import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.files import user_path
 from tessera.pipelines.folder import start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
-from tessera.recipes.build import build_denoiser, recipe_objective
+from tessera.recipes.build import build_model, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training import run_folder, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
@@ -56,6 +57,7 @@ class Trainer:
             of the run only where that does not change what has been trained.
         run_dir: folder of a new run; by default the recipe's, or runs/<recipe>-<number>.
         resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
+        parts: functions that make the recipe's external parts; needed to resume, too.
 
     Attributes:
         recipe, run_dir, device: of this run.
@@ -76,6 +78,7 @@ class Trainer:
         recipe: Recipe | None = None,
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
+        parts: Parts = NO_PARTS,
     ) -> None:
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
@@ -85,13 +88,14 @@ class Trainer:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
         self.recipe = recipe
         self.device = distributed.device()
-        self._feed = Feed(recipe, self.device)
+        self._parts = parts
+        self._feed = Feed(recipe, self.device, parts)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-        denoiser = build_denoiser(recipe)
+        model = build_model(recipe, parts)
         if recipe.training.initial_weights is not None and resume is None:
-            start_from(recipe.training.initial_weights, denoiser.network)
+            start_from(recipe.training.initial_weights, model.network)
         self.learner = Learner(
-            TrainStep(denoiser, recipe_objective(recipe)),
+            TrainStep(model, recipe_objective(recipe, parts)),
             recipe.optimizer,
             recipe.ema,
             recipe.training,
@@ -140,13 +144,11 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
-            small = (
-                None
-                if run.preview is None
-                else self._feed.small_images(run.preview.rows * run.preview.columns)
-            )
-            preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
-            evaluation = Evaluation(self.recipe, self.dataset.class_names, self.run_dir, trackers)
+            about = self.recipe, self.dataset.class_names, self.run_dir, trackers
+            wanted = 0 if run.preview is None else run.preview.rows * run.preview.columns
+            preview = Preview(*about, self._feed.start_pictures(wanted), self._parts)
+            wanted = 0 if scores is None else scores.images
+            evaluation = Evaluation(*about, self._feed.start_pictures(wanted), self._parts)
             bar = stack.enter_context(
                 progress("training", total, unit="images", completed=self.images_seen)
             )
@@ -255,7 +257,7 @@ class Trainer:
             self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
         )
         pipeline = ema_pipeline(
-            self.recipe, self.learner, self.images_seen, self.dataset.class_names
+            self.recipe, self.learner, self.images_seen, self.dataset.class_names, self._parts
         )
         if pipeline is not None:
             pipeline.save(self.run_dir / "pipeline")

@@ -162,8 +162,8 @@ def test_trajectory(pipeline: str, tmp_path: Path, suffix: str) -> None:
 
 def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
     output = run(
-        pipeline, "--seeds", "0-1", "--out", tmp_path / "a", "--discretization", "vp",
-        "--schedule", "vp", "--scaling", "vp", "--solver", "euler", "--steps", 5,
+        pipeline, "--seeds", "0-1", "--out", tmp_path / "a", "sampler=ablation",
+        "discretization=vp", "schedule=vp", "scaling=vp", "solver=euler", "--steps", 5,
     )  # fmt: skip
     assert "5 network evaluations" in output
     settings = json.loads((tmp_path / "a" / "sampling.json").read_text())
@@ -173,7 +173,7 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
     assert "10 network evaluations" in output
     output = run(
         pipeline, "--seeds", "0-1", "--out", tmp_path / "c", "--guidance", 1.5,
-        "--guide", pipeline, "--guidance-interval", "0.01,10",
+        "--guide", pipeline, "guidance_interval=0.01,10",
     )  # fmt: skip
     assert "7 network evaluations" in output
 
@@ -183,8 +183,8 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
     [
         (["--seeds", "1-x"], "'1-x'"),
         (["--class", "dog"], "no class 'dog'"),
-        (["--guidance-interval", "3"], "two noise levels"),
-        (["--guidance-interval", "1,3"], "does nothing at --guidance 1"),
+        (["guidance_interval=3"], "guidance_interval"),
+        (["guidance_interval=1,3"], "does nothing at --guidance 1"),
         (["--guide", "runs/a"], "does nothing at --guidance 1"),
         (["--trajectory", "x.mp4"], ".gif or .webp"),
         (["--ema", "5"], "What it has: 1000"),

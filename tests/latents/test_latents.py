@@ -14,14 +14,14 @@ from data_files import random_images, write_packed
 from tiny_vae import latent_recipe, save_vae
 from typer.testing import CliRunner
 
+import tessera
 from tessera.cli import app
-from tessera.data.codec import VaeCodec
+from tessera.data.codec import VaeCodec, sample_posterior
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import channel_statistics, open_latents, sample_posterior, write_latents
+from tessera.data.latents import channel_statistics, open_latents, write_latents
 from tessera.errors import CheckpointError, DataError, RecipeError, TesseraError
 from tessera.images import from_uint8, to_uint8
 from tessera.pipelines.experts import assemble
-from tessera.pipelines.pipeline import Pipeline
 from tessera.randomness import AddressedDraws
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
@@ -130,7 +130,7 @@ def test_from_images_to_images(made: Path, tmp_path: Path) -> None:
         assert {plan_side(trainer, n) for n in range(0, 400, 8)} == {4, 8}
         trainer.run()
         assert len(list((tmp_path / name / "previews").glob("*.png"))) >= 1
-        pipe = Pipeline.load(tmp_path / name)
+        pipe = tessera.load(tmp_path / name)
         pixels.append(pipe.sample("0-3", guidance=1.5))
     assert pixels[0].shape == (4, 16, 16, 3)
     assert pixels[0].dtype == np.uint8
@@ -175,11 +175,11 @@ def test_another_place_of_the_vae(made: Path, tmp_path: Path) -> None:
         Trainer(recipe, run).run()
     assert sum("no previews" in str(w.message) for w in all_) == 1
     with pytest.raises(CheckpointError, match="Name a folder that holds"):
-        Pipeline.load(run).sample([0])
-    assert Pipeline.load(run, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
+        tessera.load(run).sample([0])
+    assert tessera.load(run, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
     experts = tmp_path / "experts"
-    assemble([Pipeline.load(run)] * 2, [0.25]).save(experts)
-    assert Pipeline.load(experts, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
+    assemble([tessera.load(run)] * 2, [0.25]).save(experts)
+    assert tessera.load(experts, vae=made / "vae").sample([0]).shape == (1, 16, 16, 3)
 
 
 def test_scores_while_training_on_latents_are_of_decoded_images(
@@ -204,7 +204,7 @@ def test_scores_while_training_on_latents_are_of_decoded_images(
     Trainer(recipe(reference=images), tmp_path / "run").run()
     score = json.loads((tmp_path / "run" / "best" / "score.json").read_text())
     assert score["evaluate/fd"] > 0
-    assert Pipeline.load(tmp_path / "run" / "best").sample([0]).shape == (1, 16, 16, 3)
+    assert tessera.load(tmp_path / "run" / "best").sample([0]).shape == (1, 16, 16, 3)
 
 
 def test_vaes_that_cannot_be_used(made: Path, tmp_path: Path) -> None:

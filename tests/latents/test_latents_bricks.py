@@ -9,8 +9,8 @@ import torch
 from tiny_vae import latent_recipe, save_vae
 
 from tessera.pipelines.bricks import brick_picture
-from tessera.pipelines.options import choose_sampler
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.diffusion import SampleOptions
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe, shipped
 
@@ -26,7 +26,7 @@ def test_bricks_make_images_of_latents(tmp_path: Path) -> None:
         save_vae(tmp_path / "vae"), tmp_path / "none", network=network, sampling={"steps": 4}
     )
     torch.manual_seed(0)
-    pipe = Pipeline.from_denoiser(recipe, build_denoiser(recipe))
+    pipe = build_pipeline(recipe, build_denoiser(recipe))
     options: dict[str, Any] = {"guidance": 2.0, "guidance_interval": (0.1, 10), "skip": 0.5}
     assert pipe.sample([0, 1], **options).shape == (2, 16, 16, 3)
     # Sizes are those of the latents, of half the side of the images here.
@@ -56,5 +56,5 @@ def test_estimates_of_latents_are_not_cut_as_pixels_are(tmp_path: Path) -> None:
         (latents, {"clip": "dynamic"}, "dynamic"),
         (pixels, {}, "auto"),
     ):
-        sampler = choose_sampler(recipe, {"sampler": "ddim", **given})
+        sampler = SampleOptions.choose(recipe, sampler="ddim", **given).sampler
         assert sampler.model_dump()["clip"] == wanted

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.conditioning import Conditioning
-from tessera.cost import forward_flops
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.skipping import (
@@ -27,9 +26,9 @@ from tessera.diffusion.skipping import (
 )
 from tessera.diffusion.windows import Windows
 from tessera.errors import TesseraError
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.bricks import brick_picture
 from tessera.pipelines.experts import ExpertsPipeline
-from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import AblationSampler, EdmSampler
@@ -85,14 +84,14 @@ def test_steps_of_a_sampler(section: EdmSampler | AblationSampler) -> None:
 def prefixes_of(pipe: Pipeline, **options: Any) -> list[tuple[int, int | None]]:
     """(images, bricks) of each call of the network while sampling two images."""
     calls: list[tuple[int, int | None]] = []
+    plan = pipe.plan([0, 1], labels=3, **options)
     handles = [
         network.register_forward_pre_hook(
-            lambda _m, inputs, kw: calls.append((len(inputs[0]), kw.get("bricks"))),
-            with_kwargs=True,
+            lambda network, inputs: calls.append((len(inputs[0]), getattr(network, "bricks", None)))
         )
-        for network in pipe.networks()
+        for network in plan.networks()
     ]
-    pipe.sample([0, 1], labels=3, **options)
+    list(pipe.run(plan, [0, 1]))
     for handle in handles:
         handle.remove()
     return calls
@@ -180,7 +179,7 @@ def test_what_cannot_skip() -> None:
 
 def test_cost_counts_what_runs() -> None:
     pipe = tiny_pipeline()
-    full, short = (forward_flops(pipe.recipe, bricks=bricks) for bricks in (None, 1))
+    full, short = pipe.cost().sample_flops // 9, pipe.cost(bricks="0-inf:1").sample_flops // 9
     assert 0 < short < full
     plain = pipe.cost()
     assert (plain.evaluations, plain.forward_flops) == (9, full)
@@ -271,28 +270,29 @@ def test_patch_wise_training_of_bricks_is_a_recipe() -> None:
 def test_command(tmp_path: Path) -> None:
     tiny_pipeline().save(tmp_path / "pipe")
     arguments = ["sample", str(tmp_path / "pipe"), "--seeds", "0-2", "--class", "3"]
-    run = CliRunner().invoke(
-        app, [*arguments, "--skip", "0.4", "--show-bricks", "--out", str(tmp_path / "a.png")]
-    )
+    run = CliRunner().invoke(app, [*arguments, "skip=0.4", "--out", str(tmp_path / "a.png")])
     assert run.exit_code == 0, run.output
     assert "of the network's FLOPs" in run.output
     assert "of its time" in run.output
-    recipe = tiny_pipeline().recipe
-    saved = 3 / 9 * (1 - forward_flops(recipe, bricks=1) / forward_flops(recipe))
+    full, short = tiny_pipeline().cost(), tiny_pipeline().cost(bricks="0-inf:1")
+    saved = 3 / 9 * (1 - short.sample_flops / full.sample_flops)
     assert f"saved {saved:.1%}" in run.output
+    shown = [str(tmp_path / "pipe"), str(tmp_path / "a-bricks.png"), "--class", "3", "skip=0.4"]
+    run = CliRunner().invoke(app, ["bricks", *shown])
+    assert run.exit_code == 0, run.output
     picture = Image.open(tmp_path / "a-bricks.png")
     assert picture.width > 3 * 112
     assert picture.height > 4 * 112
 
-    for alone in (["--layout", "windows"], ["--overlap", "0.5"], ["--window-noise", "own"]):
-        run = CliRunner().invoke(app, [*arguments, *alone, "--out", str(tmp_path / "none")])
+    for alone in ("layout=windows", "overlap=0.4", "window_noise=own"):
+        run = CliRunner().invoke(app, [*arguments, alone, "--out", str(tmp_path / "none")])
         assert isinstance(run.exception, TesseraError)
         assert ", too" in str(run.exception)
     assert not (tmp_path / "none").exists()
 
     run = CliRunner().invoke(
         app,
-        [*arguments, "--width", "40", "--layout", "windows", "--out", str(tmp_path / "wide")],
+        [*arguments, "size=16x40", "layout=windows", "--out", str(tmp_path / "wide")],
     )
     assert run.exit_code == 0, run.output
     assert Image.open(tmp_path / "wide" / "000002.png").size == (40, 16)

@@ -20,7 +20,7 @@ from tessera.cli.eval import _session
 from tessera.errors import DataError, TesseraError
 from tessera.images import save_png
 from tessera.metrics.classifier import Classifier
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe
 
@@ -223,7 +223,7 @@ def test_a_pipeline_is_sampled_on_the_fly(reference: Path, tmp_path: Path) -> No
         "data.resolution=8", "data.num_classes=2", "network.model_channels=8", "sampling.steps=2",
     ]  # fmt: skip
     recipe = load_recipe("quickstart-digits", overrides)
-    Pipeline.from_denoiser(recipe, build_denoiser(recipe)).save(tmp_path / "pipe")
+    build_pipeline(recipe, build_denoiser(recipe)).save(tmp_path / "pipe")
     before = sorted(tmp_path.rglob("*"))
     result = evaluate("score", tmp_path / "pipe", reference, "--num", 12, "--batch", 5, "--json")
     assert result.exit_code == 0, result.output

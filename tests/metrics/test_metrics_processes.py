@@ -10,7 +10,7 @@ import pytest
 from test_metrics_eval import write_images
 from training_case import start
 
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe
 
@@ -41,7 +41,7 @@ def test_two_processes_sample_a_pipeline_as_one(tmp_path: Path) -> None:
         "data.resolution=8", "data.num_classes=2", "network.model_channels=8", "sampling.steps=2",
     ]  # fmt: skip
     recipe = load_recipe("quickstart-digits", overrides)
-    Pipeline.from_denoiser(recipe, build_denoiser(recipe)).save(tmp_path / "pipe")
+    build_pipeline(recipe, build_denoiser(recipe)).save(tmp_path / "pipe")
     real = write_images(tmp_path / "real", 20)
     one, two = (score(tmp_path / "pipe", real, count, "--images", "9") for count in (1, 2))
     assert one["n"] == two["n"] == 9

@@ -29,11 +29,11 @@ from tessera.diffusion.objectives import EdmObjective
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.images import from_uint8
 from tessera.networks.layers import CoordinateInput
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import choose_canvas
-from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.build import build_denoiser, build_objective
 from tessera.recipes.loading import parse_recipe
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import CanvasConfig, Recipe
 from tessera.sampling.edm import edm_sampler
 from tessera.training.learner import Learner, MicroBatch, TrainStep
 
@@ -139,7 +139,8 @@ def test_sampler(run: dict[str, Any]) -> None:
     x, y = window.get("x_start", 0), window.get("y_start", 0)
     side = window.get("image_size", 16)
     recipe = recipe_of("net_implicit")  # the canvas depends on nothing but the resolution
-    canvas = choose_canvas(recipe, window=(x, y, side, side), resolution=window["resolution"])
+    section = CanvasConfig(window=(x, y, side, side), resolution=window["resolution"])
+    canvas = choose_canvas(recipe, section)
     coords = canvas.coords(2, torch.device("cpu"))
     if coords is not None:
         assert (coords[:1] - numbers[f"out.{index}.pos"]).abs().max() <= 1e-6

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from training_case import tiny_recipe
 
 from tessera.conditioning import Conditioning, full_grid
-from tessera.cost import estimate
 from tessera.data.loader import StepPlan
 from tessera.data.views import PatchView, crop, patch_coordinates, patch_sizes
 from tessera.errors import RecipeError
 from tessera.images import from_uint8
+from tessera.pipelines.loading import estimate
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import build_denoiser, build_view
 from tessera.recipes.loading import load_recipe

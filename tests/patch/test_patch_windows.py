@@ -12,12 +12,15 @@ from PIL import Image
 from training_case import tiny_recipe
 from typer.testing import CliRunner
 
+import tessera
 from tessera.cli import app
 from tessera.conditioning import full_grid
 from tessera.errors import TesseraError
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import choose_canvas
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
+from tessera.recipes.schema import CanvasConfig
 from tessera.sampling.seeds import SeedNoise
 
 
@@ -30,7 +33,7 @@ def pipeline(folder: Path, **changes: Any) -> Pipeline:
         denoiser = build_denoiser(recipe)
         for parameter in denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-    return Pipeline.from_denoiser(recipe, denoiser)
+    return build_pipeline(recipe, denoiser)
 
 
 class Seen:
@@ -58,7 +61,7 @@ def test_a_window_has_its_coordinates_and_the_pictures_noise(tmp_path: Path) -> 
     grid = full_grid((8, 8))[:, 4:8, 2:8]
     for _, _, cond in seen.calls:
         assert torch.equal(cond.coords, grid.expand(2, -1, -1, -1))
-    canvas = choose_canvas(pipe.recipe, window=(2, 4, 6, 4))
+    canvas = choose_canvas(pipe.recipe, CanvasConfig(window=(2, 4, 6, 4)))
     cropped, whole = canvas.noise(SeedNoise([5])), SeedNoise([5])
     for dtype in (torch.float32, torch.float64):
         noise = whole.normal((3, 8, 8), dtype)
@@ -70,7 +73,7 @@ def test_a_window_has_its_coordinates_and_the_pictures_noise(tmp_path: Path) -> 
 
 def test_own_noise_repeats_the_released_windows(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
-    canvas = choose_canvas(pipe.recipe, window=(2, 4, 6, 4), window_noise="own")
+    canvas = choose_canvas(pipe.recipe, CanvasConfig(window=(2, 4, 6, 4), window_noise="own"))
     own = canvas.noise(SeedNoise([5])).normal((3, 4, 6))
     assert torch.equal(own, SeedNoise([5]).normal((3, 4, 6)))
     options: dict[str, Any] = {"window": (2, 4, 6, 4), "window_noise": "own"}
@@ -105,15 +108,15 @@ def test_guidance_composes(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     pipeline(tmp_path).save(tmp_path / "pipe")
     arguments = ["sample", str(tmp_path / "pipe"), "--seeds", "0-1", "--out", str(tmp_path / "out")]
-    window = ["--x-start", "2", "--y-start", "4", "--image-size", "6x4"]
+    window = ["window=2,4,6,4"]
     result = CliRunner().invoke(app, [*arguments, *window])
     assert result.exit_code == 0, result.output
     image = np.asarray(Image.open(tmp_path / "out" / "000001.png"))
-    expected = Pipeline.load(tmp_path / "pipe").sample([1], window=(2, 4, 6, 4))[0]
+    expected = tessera.load(tmp_path / "pipe").sample([1], window=(2, 4, 6, 4))[0]
     assert np.abs(image.astype(int) - expected).max() <= 1
     # The folder's images are of that window; another one is a mistake.
     assert isinstance(CliRunner().invoke(app, arguments).exception, TesseraError)
-    npz = [*arguments[:-1], str(tmp_path / "out.npz"), *window, "--window-noise", "own"]
+    npz = [*arguments[:-1], str(tmp_path / "out.npz"), *window, "window_noise=own"]
     assert CliRunner().invoke(app, npz).exit_code == 0
     assert np.load(tmp_path / "out.npz")["arr_0"].shape == (2, 4, 6, 3)
 
@@ -127,9 +130,9 @@ def refusal(pipe: Pipeline, **options: Any) -> str:
 def test_refusals(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
     assert "a multiple of 2" in refusal(pipe, window=(0, 0, 3, 4))
-    assert "no picture" in refusal(pipe, window=(0, 0, 0, 4))
-    assert "crop or own" in refusal(pipe, window=(0, 0, 4, 4), window_noise="other")
+    assert "`window.2=0`" in refusal(pipe, window=(0, 0, 0, 4))
+    assert "'crop' or 'own'" in refusal(pipe, window=(0, 0, 4, 4), window_noise="other")
     plain = pipeline(tmp_path, view={"kind": "full"})
     assert "does not know where" in refusal(plain, window=(0, 0, 4, 4))
-    result = CliRunner().invoke(app, ["sample", "nowhere", "--x-start", "2"])
-    assert "--image-size" in str(result.exception)
+    result = CliRunner().invoke(app, ["sample", "nowhere", "window"])
+    assert "KEY=VALUE" in str(result.exception)

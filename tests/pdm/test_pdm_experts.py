@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import tessera
 from tessera.cli import app
 from tessera.conditioning import Conditioning
-from tessera.cost import estimate
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser, Process
 from tessera.diffusion.experts import Experts
 from tessera.errors import CheckpointError, RecipeError, TesseraError
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.experts import ExpertsPipeline, assemble
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.loading import build_pipeline, estimate
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe, parse_recipe
 from tessera.recipes.overrides import merge
@@ -60,7 +60,7 @@ def pipeline(seed: int, **changes: Any) -> Pipeline:
         denoiser = build_denoiser(made)
         for parameter in denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.15)
-    return Pipeline.from_denoiser(made, denoiser, images_seen=10 * seed)
+    return build_pipeline(made, denoiser, images_seen=10 * seed)
 
 
 def run(*arguments: object) -> str:
@@ -144,12 +144,12 @@ def test_experts_of_another_network_by_the_command(tmp_path: Path) -> None:
               "--device", "cpu", "--steps", "3")  # fmt: skip
     assert "5 network evaluations per image" in out
     run("sample", tmp_path / "e", "--seeds", "0-3", "--out", tmp_path / "d.npz", "--device", "cpu",
-        "--sampler", "ddim", "--steps", "6", "--eta", "0.3", "--noise-schedule", "cosine",
-        "--clip", "dynamic", "--quantile", "0.9")  # fmt: skip
+        "sampler=ddim", "--steps", "6", "eta=0.3", "noise_schedule=cosine",
+        "clip=dynamic", "quantile=0.9")  # fmt: skip
     for v in ("large", "small"):
         run("sample", tmp_path / "0", "--seeds", "0-1", "--out", tmp_path / f"{v}.npz", "--device",
-            "cpu", "--sampler", "ddpm", "--steps", "4", "--variance", v, "--noise-schedule",
-            "linear")  # fmt: skip
+            "cpu", "sampler=ddpm", "--steps", "4", f"variance={v}",
+            "noise_schedule=linear")  # fmt: skip
     large, small = (np.load(tmp_path / f"{v}.npz")["arr_0"] for v in ("large", "small"))
     assert not np.array_equal(large, small)
     with pytest.raises(TesseraError, match="noise_schedule"):
@@ -191,26 +191,26 @@ def test_super_resolution_trains_previews_and_samples(tmp_path: Path) -> None:
     pipe = tessera.load(tmp_path / "run")
     low = random_images(3, size=4)
     low = np.ascontiguousarray(low.transpose(0, 2, 3, 1)) if low.shape[1] == 3 else low
-    images = pipe.sample("0-4", low_res=low)
+    images = pipe.sample("0-4", start_from=low)
     assert images.shape == (5, 8, 8, 3)
     with torch.no_grad():
         for parameter in pipe.denoiser.parameters():
             parameter.add_(0.05)
-    one, other = pipe.sample("0", low_res=low), pipe.sample("0", low_res=255 - low)
+    one, other = pipe.sample("0", start_from=low), pipe.sample("0", start_from=255 - low)
     assert not np.array_equal(one, other)
     np.savez(tmp_path / "low.npz", arr_0=low)
     run("sample", tmp_path / "run", "--seeds", "0-1", "--out", tmp_path / "s", "--device", "cpu",
-        "--low-res", tmp_path / "low.npz", "--steps", "2")  # fmt: skip
-    assert json.loads((tmp_path / "s" / "sampling.json").read_text())["low_res"]
+        "--start-from", tmp_path / "low.npz", "--steps", "2")  # fmt: skip
+    assert json.loads((tmp_path / "s" / "sampling.json").read_text())["start_from"]
     with pytest.raises(TesseraError, match="none were given"):
         pipe.sample("0")
-    large = pipe.sample("0-2", low_res=low)
-    encoded = [pipe.encode(large, steps="5", low_res=small) for small in (low, low[::-1].copy())]
+    large = pipe.sample("0-2", start_from=low)
+    encoded = [pipe.encode(large, steps="5", start_from=small) for small in (low, low[::-1].copy())]
     assert not torch.allclose(*encoded)
     with pytest.raises(TesseraError, match="none were given"):
         pipe.encode(large)
     with pytest.raises(TesseraError, match="does not enlarge"):
-        pipeline(0).sample("0", low_res=low)
+        pipeline(0).sample("0", start_from=low)
 
 
 def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_images_are_encoded_and_made_again(options: dict[str, Any]) -> None:
     scaling = Discrete(timesteps=300)
     made = recipe(network={"learn_variance": False}, preconditioning={"timesteps": 300})
     denoiser = DiscreteDenoiser(Ideal(scaling.process), scaling, (3, 8, 8), 2)
-    pipe = ExpertsPipeline([Pipeline.from_denoiser(made, denoiser)] * 2, [0.25])
+    pipe = ExpertsPipeline([build_pipeline(made, denoiser)] * 2, [0.25])
     images = random_images(3).transpose(0, 2, 3, 1) // 2 + 70
     latents = pipe.encode(images, 1, batch=2, **options)
     assert latents.shape == (3, 3, 8, 8)

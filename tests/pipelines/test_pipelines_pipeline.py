@@ -19,7 +19,7 @@ from tiny_pipeline import CLASS_NAMES, tiny_pipeline
 
 import tessera
 from tessera.errors import CheckpointError, TesseraError
-from tessera.pipelines.pipeline import Pipeline
+from tessera.pipelines.base import Pipeline
 
 PIPE = tiny_pipeline()
 
@@ -74,7 +74,7 @@ def test_only_pipelines_are_replaced(tmp_path: Path) -> None:
 
 def test_run_folder_and_class_method(tmp_path: Path) -> None:
     PIPE.save(tmp_path / "run" / "pipeline")
-    assert tessera.Pipeline.load(tmp_path / "run").images_seen == 5000
+    assert tessera.load(tmp_path / "run").images_seen == 5000
 
 
 def test_several_averages(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def elsewhere(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "holds no pipeline"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
         (edit(format="other"), "not the configuration of a tessera pipeline"),
-        (edit(version=2), "format version 2.*Install a newer"),
+        (edit(version=3), "format version 3.*Install a newer"),
         (edit(version=0), "format version 0.*Save the pipeline again"),
         (edit(kind="relay"), "kind 'relay'.*Install a newer"),
         (edit(weights=...), "incomplete or damaged.*weights"),

@@ -359,7 +359,7 @@ def test_repeated_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     step = TrainStep(Stack(), squared)
     names = [name for name, _ in step.named_parameters()]
     parallel.compile_blocks(step, CPU)
-    assert compiled == list(step.denoiser.layers)
+    assert compiled == list(step.model.layers)
     assert names == [name for name, _ in step.named_parameters()]
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(TrainingError, match=r"training\.compile=false"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -29,17 +29,37 @@ class DataConfig(Section):
     )
 
 
-class PixelCodec(Section):
+class CodecSection(Section):
+    """What every codec says of the space that it makes."""
+
+    of_pixels: ClassVar[bool] = True
+    """Its values are pixels, bounded by [-1, 1]; others are not bounded."""
+
+    def shape(self, data: DataConfig) -> tuple[int, int, int]:
+        """(C, H, W) of images in model space."""
+        return data.channels, data.resolution, data.resolution
+
+    def check(self, data: DataConfig) -> None:
+        """Raise for images that it cannot encode.
+
+        Raises:
+            ValueError: in words for the user.
+        """
+
+
+class PixelCodec(CodecSection):
     """uint8 pixels to [-1, 1]."""
 
     kind: Literal["pixels"] = "pixels"
 
 
-class VaeCodec(Section):
+class VaeCodec(CodecSection):
     """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
 
     The defaults are those of Stable Diffusion's.
     """
+
+    of_pixels = False
 
     kind: Literal["vae"] = "vae"
     model: UserPath = Field(
@@ -51,18 +71,40 @@ class VaeCodec(Section):
     scale: PositiveFloat = 0.18215
     shift: float = 0
 
+    def shape(self, data: DataConfig) -> tuple[int, int, int]:
+        side = data.resolution // self.downsample
+        return self.channels, side, side
+
+    def check(self, data: DataConfig) -> None:
+        if data.channels != 3:
+            raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
+        if data.resolution % self.downsample:
+            raise ValueError(
+                f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "
+                f"({self.downsample}), because each latent pixel stands for so many of the image"
+            )
+
 
 CodecConfig = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]
 
 
-class FullView(Section):
+class ViewSection(Section):
+    """What every view says of itself."""
+
+    crops: ClassVar[bool] = False
+    """Trains on parts of images, so that the network is told where they lie."""
+
+
+class FullView(ViewSection):
     """Every step trains on whole images."""
 
     kind: Literal["full"] = "full"
 
 
-class PatchView(Section):
+class PatchView(ViewSection):
     """Every step trains on random patches of one size, and where they lie (Patch Diffusion)."""
+
+    crops = True
 
     kind: Literal["patches"] = "patches"
     real_p: Probability = Field(0.5, description="probability of the largest size")

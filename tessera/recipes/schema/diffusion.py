@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from tessera.recipes.schema.base import Probability, Section
 
 
-class EdmPreconditioning(Section):
+class PreconditioningSection(Section):
+    """What every preconditioning says of itself."""
+
+    has_levels: ClassVar[bool] = False
+    """Knows discrete noise levels."""
+
+    has_steps: ClassVar[bool] = False
+    """Knows the steps of a reverse process between them, whose variance can be learned."""
+
+    doubles_channels: ClassVar[bool] = False
+    """Its networks put out a variance, too, which it leaves out."""
+
+
+class EdmPreconditioning(PreconditioningSection):
     """EDM (Karras et al. 2022), table 1."""
 
     kind: Literal["edm"] = "edm"
     sigma_data: PositiveFloat = 0.5
 
 
-class VpPreconditioning(Section):
+class VpPreconditioning(PreconditioningSection):
     """Variance preserving (Song et al. 2021), EDM table 1."""
 
     kind: Literal["vp"] = "vp"
@@ -29,7 +42,7 @@ class VpPreconditioning(Section):
     )
 
 
-class VePreconditioning(Section):
+class VePreconditioning(PreconditioningSection):
     """Variance exploding (Song et al. 2021), EDM table 1."""
 
     kind: Literal["ve"] = "ve"
@@ -37,8 +50,11 @@ class VePreconditioning(Section):
     sigma_max: PositiveFloat = 100
 
 
-class IddpmPreconditioning(Section):
+class IddpmPreconditioning(PreconditioningSection):
     """Improved DDPM (Nichol & Dhariwal 2021), EDM table 1; the network has 2 C output channels."""
+
+    has_levels = True
+    doubles_channels = True
 
     kind: Literal["iddpm"] = "iddpm"
     c_1: PositiveFloat = 0.001
@@ -46,8 +62,11 @@ class IddpmPreconditioning(Section):
     timesteps: PositiveInt = 1000
 
 
-class DiscretePreconditioning(Section):
+class DiscretePreconditioning(PreconditioningSection):
     """The T steps of a variance-preserving process (DDPM, improved DDPM, PDM)."""
+
+    has_levels = True
+    has_steps = True
 
     kind: Literal["discrete"] = "discrete"
     schedule: str = Field("linear", description="linear, linear0.025 (its end), ..., or cosine")
@@ -68,11 +87,21 @@ PreconditioningConfig = Annotated[
 
 
 class ObjectiveSection(Section):
-    """What every objective has."""
+    """What every objective has, and says of itself."""
+
+    needs_levels: ClassVar[bool] = False
+    """Draws from discrete noise levels."""
+
+    trains_variance: ClassVar[bool] = False
+    """Has a term for the variance of reverse steps."""
 
     label_dropout: Probability = Field(
         0.0, description="share of images trained without their class, for guidance"
     )
+
+    def simplest(self) -> Self:
+        """The same with noise levels that are drawn without looking at tensors' values."""
+        return self
 
 
 class EdmObjective(ObjectiveSection):
@@ -104,6 +133,9 @@ class VeObjective(ObjectiveSection):
 class DiscreteObjective(ObjectiveSection):
     """The steps of a discrete process: weighted error, and a bound for learned variances."""
 
+    needs_levels = True
+    trains_variance = True
+
     kind: Literal["discrete"] = "discrete"
     label_dropout: Probability = Field(
         0.1, description="share of images trained without their class, for guidance"
@@ -120,7 +152,19 @@ class DiscreteObjective(ObjectiveSection):
     )
     small_variance: bool = Field(False, description="of kl losses without a learned variance")
 
+    def simplest(self) -> Self:
+        return self.model_copy(update={"timesteps": "uniform"})
+
+
+class ExternalObjectiveConfig(ObjectiveSection):
+    """An objective of the caller's own: `Parts.objective` makes it."""
+
+    kind: Literal["external"] = "external"
+    name: str = Field("", description="for people who read the recipe")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+
 
 ObjectiveConfig = Annotated[
-    EdmObjective | VpObjective | VeObjective | DiscreteObjective, Field(discriminator="kind")
+    EdmObjective | VpObjective | VeObjective | DiscreteObjective | ExternalObjectiveConfig,
+    Field(discriminator="kind"),
 ]

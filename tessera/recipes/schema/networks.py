@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from tessera.networks.sides import halved, tiled
 from tessera.recipes.schema.base import Listed, Probability, Section
+from tessera.recipes.schema.options import BricksConfig
 
 
-class UNetSection(Section):
-    """What every U-Net has."""
+class NetworkSection(Section):
+    """What every network says of itself; rules of recipes ask for that, and not for kinds."""
 
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+    own_coordinates: ClassVar[bool] = False
+    """Knows where its pixels lie by itself; others get coordinates as input if a recipe asks."""
+
+    takes_image: ClassVar[bool] = False
+    """Takes a picture to start from as further channels of its input."""
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether it has an output for the variance of reverse steps."""
+        return False
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether it gives out several estimates, so that it can be cut short."""
+        return False
+
+    @property
+    def sampling_options(self) -> Section | None:
+        """What it can do while sampling, with the defaults; None for nothing."""
+        return None
 
     def fits(self, side: int) -> bool:
         """Whether the network takes images of this height or width."""
-        return side % (1 << (len(self.channel_mult) - 1)) == 0
+        raise NotImplementedError
 
     @property
     def sides(self) -> str:
         """Which heights and widths it takes, and why."""
+        raise NotImplementedError
+
+    def check(self, side: int) -> None:
+        """Raise for a side that fits, but at which the network cannot be built.
+
+        Raises:
+            ValueError: in words for the user.
+        """
+
+
+class UNetSection(NetworkSection):
+    """What every U-Net has."""
+
+    takes_image = True
+
+    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+
+    def fits(self, side: int) -> bool:
+        return halved(side, len(self.channel_mult))
+
+    @property
+    def sides(self) -> str:
         levels = len(self.channel_mult)
         return (
             f"a multiple of {2 ** (levels - 1)}, because network.channel_mult has {levels} levels"
@@ -59,6 +102,19 @@ class AdmUNetConfig(UNetSection):
     attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (32, 16, 8)
     dropout: Probability = 0.10
 
+    def check(self, side: int) -> None:
+        for level, mult in enumerate(self.channel_mult):
+            resolution, width = side >> level, self.model_channels * mult
+            heads = width // 64
+            if resolution not in self.attn_resolutions or (heads and width % heads == 0):
+                continue
+            why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
+            raise ValueError(
+                f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
+                f"network is {width} channels wide, {why}. Change network.model_channels or "
+                f"leave {resolution} out"
+            )
+
 
 class BrickConfig(Section):
     """One brick: side of its patches and of its tokens in pixels, number of blocks."""
@@ -74,8 +130,10 @@ class BrickConfig(Section):
         return self
 
 
-class LegoConfig(Section):
+class LegoConfig(NetworkSection):
     """LEGO bricks (Zheng et al. 2024): a stack of transformers on patches of several sizes."""
+
+    own_coordinates = True
 
     kind: Literal["lego"] = "lego"
     bricks: tuple[BrickConfig, ...] = Field(min_length=1, description="first to last")
@@ -95,21 +153,29 @@ class LegoConfig(Section):
             )
         return self
 
+    @property
+    def has_stages(self) -> bool:
+        return self.joint
+
+    @property
+    def sampling_options(self) -> Section:
+        return BricksConfig()
+
     def fits(self, side: int) -> bool:
-        """Whether the bricks tile a canvas of this height or width; see `networks.lego.Lego`."""
-        return all(side % (b.patch if side < b.size else b.size) == 0 for b in self.bricks)
+        return tiled(side, ((brick.size, brick.patch) for brick in self.bricks))
 
     @property
     def sides(self) -> str:
-        """Which heights and widths fit, and why."""
         step = math.lcm(*(brick.size for brick in self.bricks))
         small = [str(side) for side in range(1, step) if self.fits(side)]
         sizes = " or ".join([f"a multiple of {step}", *([", ".join(small)] if small else [])])
         return f"{sizes}, to be tiled by network.bricks"
 
 
-class PatchedUNetConfig(Section):
+class PatchedUNetConfig(NetworkSection):
     """The patched U-Net (Luhman & Luhman 2022): a U-Net on P x P patches as pixels."""
+
+    takes_image = True
 
     kind: Literal["patched_unet"] = "patched_unet"
     patch_size: PositiveInt = Field(4, description="side P of a patch, pixels; 1 for none")
@@ -134,14 +200,15 @@ class PatchedUNetConfig(Section):
     eps: PositiveFloat = Field(1e-5, description="of the affine group norms")
     recompute: bool = Field(False, description="recompute blocks going back, for less memory")
 
+    @property
+    def learns_variance(self) -> bool:
+        return self.learn_variance
+
     def fits(self, side: int) -> bool:
-        """Whether the network takes images of this height or width."""
-        levels = len(self.channel_mult)
-        return side % (self.patch_size << max(levels - 1, 0)) == 0
+        return halved(side, len(self.channel_mult), self.patch_size)
 
     @property
     def sides(self) -> str:
-        """Which heights and widths it takes, and why."""
         levels = len(self.channel_mult)
         return (
             f"a multiple of {self.patch_size << max(levels - 1, 0)}, because network.patch_size is "
@@ -149,6 +216,25 @@ class PatchedUNetConfig(Section):
         )
 
 
+class ExternalNetworkConfig(NetworkSection):
+    """A network of the caller's own: `Parts.network` makes it."""
+
+    takes_image = True
+
+    kind: Literal["external"] = "external"
+    name: str = Field("", description="for people who read the recipe")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    multiple: PositiveInt = Field(1, description="height and width must be a multiple of it")
+
+    def fits(self, side: int) -> bool:
+        return side > 0 and side % self.multiple == 0
+
+    @property
+    def sides(self) -> str:
+        return f"a multiple of {self.multiple} (network.multiple)"
+
+
 NetworkConfig = Annotated[
-    SongUNetConfig | AdmUNetConfig | LegoConfig | PatchedUNetConfig, Field(discriminator="kind")
+    SongUNetConfig | AdmUNetConfig | LegoConfig | PatchedUNetConfig | ExternalNetworkConfig,
+    Field(discriminator="kind"),
 ]

@@ -15,24 +15,15 @@ from tessera.recipes.schema.data import (
     FullView,
     PatchView,
     PixelCodec,
-    VaeCodec,
     ViewConfig,
 )
 from tessera.recipes.schema.diffusion import (
-    DiscreteObjective,
-    DiscretePreconditioning,
     EdmObjective,
     EdmPreconditioning,
-    IddpmPreconditioning,
     ObjectiveConfig,
     PreconditioningConfig,
 )
-from tessera.recipes.schema.networks import (
-    AdmUNetConfig,
-    LegoConfig,
-    NetworkConfig,
-    PatchedUNetConfig,
-)
+from tessera.recipes.schema.networks import NetworkConfig
 from tessera.recipes.schema.sampling import EdmSampler, SamplerConfig
 from tessera.recipes.schema.training import (
     EmaConfig,
@@ -77,19 +68,23 @@ class Recipe(Section):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's images in model space."""
-        if isinstance(self.codec, VaeCodec):
-            side = self.data.resolution // self.codec.downsample
-            return self.codec.channels, side, side
-        return self.data.channels, self.data.resolution, self.data.resolution
+        return self.codec.shape(self.data)
+
+    @property
+    def start_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the picture that the model starts from; None if it starts from noise."""
+        if self.low_resolution is None:
+            return None
+        return self.shape[0], self.low_resolution, self.low_resolution
 
     @property
     def coord_frequencies(self) -> int | None:
         """Of the network's coordinate channels; None if it has none."""
-        if isinstance(self.network, LegoConfig):
+        if self.network.own_coordinates:
             return 0
         if self.coords is not None:
             return self.coords.frequencies
-        return 0 if isinstance(self.view, PatchView) else None
+        return 0 if self.view.crops else None
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:
@@ -99,7 +94,7 @@ class Recipe(Section):
             return (side,)
         if self.view.sizes is not None:
             return self.view.sizes
-        if isinstance(self.codec, VaeCodec):
+        if not self.codec.of_pixels:
             return (side // 2, side)
         return (side // 4, side // 2, side)
 
@@ -118,18 +113,9 @@ class Recipe(Section):
         return names
 
     @model_validator(mode="after")
-    def _latents_fit(self) -> Self:
-        data, codec = self.data, self.codec
-        if not isinstance(codec, VaeCodec):
-            return self
-        if data.channels != 3:
-            raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
-        if data.resolution % codec.downsample:
-            raise ValueError(
-                f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "
-                f"({codec.downsample}), because each latent pixel stands for so many of the image"
-            )
-        if self.augment is not None:
+    def _codec_fits(self) -> Self:
+        self.codec.check(self.data)
+        if self.augment is not None and not self.codec.of_pixels:
             raise ValueError(
                 "augment works on images and not on latents; set augment=null, and data.xflip=true "
                 "for mirrored images"
@@ -137,16 +123,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _levels_fit(self) -> Self:
+    def _sides_fit(self) -> Self:
         if not self.network.fits(self.shape[1]):
             latents = (
-                f" makes latents of side {self.shape[1]}, which"
-                if isinstance(self.codec, VaeCodec)
-                else ""
+                "" if self.codec.of_pixels else f" makes latents of side {self.shape[1]}, which"
             )
             raise ValueError(
                 f"data.resolution ({self.data.resolution}){latents} must be {self.network.sides}"
             )
+        self.network.check(self.shape[1])
         return self
 
     @model_validator(mode="after")
@@ -166,21 +151,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _steps_fit(self) -> Self:
-        preconditioning = self.preconditioning
-        tabled = isinstance(preconditioning, DiscretePreconditioning | IddpmPreconditioning)
-        if isinstance(self.objective, DiscreteObjective) and not tabled:
+    def _levels_fit(self) -> Self:
+        if self.objective.needs_levels and not self.preconditioning.has_levels:
             raise ValueError(
-                "objective.kind=discrete needs a model that knows discrete noise levels; set "
-                "preconditioning.kind=discrete (or iddpm), or choose another objective"
+                f"objective.kind={self.objective.kind} needs a model that knows discrete noise "
+                "levels; set preconditioning.kind=discrete (or iddpm), or choose another objective"
             )
-        learns = isinstance(self.network, PatchedUNetConfig) and self.network.learn_variance
-        if learns and not isinstance(preconditioning, DiscretePreconditioning):
+        if self.network.learns_variance and not self.preconditioning.has_steps:
             raise ValueError(
                 "network.learn_variance needs the steps that the variance is of: set "
                 "preconditioning.kind=discrete, or leave it out"
             )
-        if learns and not isinstance(self.objective, DiscreteObjective):
+        if self.network.learns_variance and not self.objective.trains_variance:
             raise ValueError(
                 "network.learn_variance is trained by objective.kind=discrete only; choose that, "
                 "or leave it out"
@@ -188,7 +170,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _small_images_fit(self) -> Self:
+    def _start_fits(self) -> Self:
         if self.low_resolution is None:
             return self
         if self.data.resolution % self.low_resolution or self.low_resolution == self.shape[1]:
@@ -196,21 +178,13 @@ class Recipe(Section):
                 f"low_resolution ({self.low_resolution}) must be a part of data.resolution "
                 f"({self.data.resolution}) that it is a multiple of"
             )
-        pixels = isinstance(self.codec, PixelCodec) and not isinstance(self.view, PatchView)
-        if isinstance(self.network, LegoConfig) or not pixels:
+        if not self.network.takes_image or not self.codec.of_pixels or self.view.crops:
             raise ValueError("low_resolution works with U-Nets on whole images of pixels only")
-        if self.evaluate is not None:
-            raise ValueError(
-                "evaluate cannot score models that enlarge images (low_resolution) while they are "
-                "trained; leave it out, and score samples of small images afterwards"
-            )
         return self
 
     @model_validator(mode="after")
-    def _bricks_know_coordinates(self) -> Self:
-        if not isinstance(self.network, LegoConfig):
-            return self
-        if self.coords is not None and self.coords.frequencies:
+    def _coordinates_fit(self) -> Self:
+        if self.network.own_coordinates and self.coords is not None and self.coords.frequencies:
             raise ValueError(
                 "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
                 "leave out coords"
@@ -256,24 +230,6 @@ class Recipe(Section):
         if view.probabilities is not None and abs(sum(view.probabilities) - 1) > 1e-6:
             raise ValueError(
                 f"view.probabilities add up to {sum(view.probabilities):g}; they must make 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adm_attention(self) -> Self:
-        network = self.network
-        if not isinstance(network, AdmUNetConfig):
-            return self
-        for level, mult in enumerate(network.channel_mult):
-            resolution, width = self.shape[1] >> level, network.model_channels * mult
-            heads = width // 64
-            if resolution not in network.attn_resolutions or (heads and width % heads == 0):
-                continue
-            why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
-            raise ValueError(
-                f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
-                f"network is {width} channels wide, {why}. Change network.model_channels or "
-                f"leave {resolution} out"
             )
         return self
 

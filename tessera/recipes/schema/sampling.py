@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -71,6 +71,17 @@ LevelsConfig = Annotated[
 ]
 
 
+class ExternalRefineConfig(Section):
+    """A hook of the caller's own, that improves x after each step: `Parts.refine` makes it."""
+
+    kind: Literal["external"] = "external"
+    name: str = Field("", description="for people who read the recipe")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+
+
+RefineConfig = ExternalRefineConfig
+
+
 class SamplerSection(Section):
     """What every sampler has."""
 
@@ -80,6 +91,7 @@ class SamplerSection(Section):
     levels: LevelsConfig | None = Field(
         None, description="other noise levels than the sampler's own: edm, vp, process, list, ..."
     )
+    refine: RefineConfig | None = Field(None, description="improves x after each step")
 
     @model_validator(mode="after")
     def _one_set_of_levels(self) -> Self:
@@ -175,6 +187,24 @@ class DdimSampler(ProcessSampler):
     eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
 
 
+class ExternalSampler(SamplerSection):
+    """A sampler of the caller's own: `Parts.sampler` makes it."""
+
+    kind: Literal["external"] = "external"
+    name: str = Field("", description="for people who read the recipe")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+
+
 SamplerConfig = Annotated[
-    EdmSampler | AblationSampler | DdpmSampler | DdimSampler, Field(discriminator="kind")
+    EdmSampler | AblationSampler | DdpmSampler | DdimSampler | ExternalSampler,
+    Field(discriminator="kind"),
 ]
+
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    "edm": EdmSampler,
+    "ablation": AblationSampler,
+    "ddpm": DdpmSampler,
+    "ddim": DdimSampler,
+    "external": ExternalSampler,
+}
+"""The samplers by their kind."""

@@ -1,0 +1,45 @@
+"""What a recipe builds, a trainer trains and a pipeline samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class Model(nn.Module):
+    """A network and what surrounds it; a denoiser is one kind of model.
+
+    Attributes:
+        network: holds the weights, and knows nothing of diffusion. Models made of several models
+            (experts, wrappers) have none of their own; see `networks`.
+        shape: (C, H, W) of x in model space, as trained.
+        num_classes: number of classes that the network knows; 0 if it knows none.
+    """
+
+    network: nn.Module
+    shape: tuple[int, int, int]
+    num_classes: int = 0
+
+    def networks(self) -> list[nn.Module]:
+        """The networks of the model and of all models in it, each once."""
+        found = (m._modules.get("network") for m in self.modules() if isinstance(m, Model))
+        return [*dict.fromkeys(network for network in found if network is not None)]
+
+
+def with_tensors(module: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A module of the same structure around other tensors; nothing else is copied twice.
+
+    Args:
+        module: any module that can be copied; not one whose weights are sharded.
+        replace: (name, parameter or buffer) to what stands in its place, which is not copied.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = replace(name, parameter.detach())
+        memo.setdefault(id(parameter), nn.Parameter(other, parameter.requires_grad))
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        memo.setdefault(id(buffer), replace(name, buffer))
+    made: nn.Module = copy.deepcopy(module, memo)
+    return made

@@ -1,0 +1,111 @@
+"""The data set of a recipe: opened, and compared with what the recipe says of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from tessera.data.dataset import Dataset, open_dataset
+from tessera.data.latents import LatentDataset, is_latents, open_latents
+from tessera.errors import RecipeError
+from tessera.randomness import derive_seed
+from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.schema import Recipe, VaeCodec
+
+
+def open_training_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset:
+    """The data set that a recipe trains on, checked against the recipe.
+
+    Args:
+        parts: of which `dataset`, if it is given, makes the set in place of `data.path`.
+
+    Raises:
+        RecipeError: nothing to train on, or it does not fit; every difference is named.
+        DataError: the set is damaged.
+    """
+    dataset = _open(recipe, parts)
+    _check(recipe, dataset)
+    return dataset
+
+
+def _open(recipe: Recipe, parts: Parts) -> Dataset:
+    if parts.dataset is not None:
+        return parts.dataset(recipe)
+    if recipe.data.path is None:
+        raise RecipeError(
+            "data.path is not set: give the images to train on, for example data.path=photos.zip"
+        )
+    path, max_images, xflip = recipe.data.path, recipe.data.max_images, recipe.data.xflip
+    seed = derive_seed(recipe.training.seed, "subset")
+    if not isinstance(recipe.codec, VaeCodec):
+        if is_latents(path):
+            raise RecipeError(
+                f"{path} holds latents, but the recipe trains on pixels. Use a recipe with "
+                "codec.kind=vae, or give data.path the images"
+            )
+        return open_dataset(
+            path, max_images=max_images, seed=seed, xflip=xflip, cache=recipe.data.cache
+        )
+    if Path(path).exists() and not is_latents(path):
+        raise RecipeError(
+            f"{path} holds no latents, but the recipe trains on those (codec.kind=vae). Encode the "
+            f"images once: tessera data latents {path} LATENTS.safetensors --vae "
+            f"{recipe.codec.model}"
+        )
+    return open_latents(path, max_images=max_images, seed=seed, xflip=xflip)
+
+
+def _check(recipe: Recipe, dataset: Dataset) -> None:
+    """Compare the data with the recipe; every difference is named."""
+    data, problems, remedy = (
+        recipe.data,
+        list[str](),
+        "convert the images with: tessera data convert",
+    )
+    if isinstance(dataset, LatentDataset):
+        problems += _latent_problems(recipe, dataset)
+        remedy = "make the latents anew with: tessera data latents"
+        shape: tuple[int, int, int] = (data.channels, data.resolution, data.resolution)
+    else:
+        shape = dataset.shape
+    channels, height, width = shape
+    if height != width:
+        problems.append(f"its images are {width}x{height} pixels; they must be square")
+    elif height != data.resolution:
+        problems.append(
+            f"its images are {width}x{height} pixels, but data.resolution is {data.resolution}"
+        )
+    if channels != data.channels:
+        problems.append(
+            f"its images have {channels} channel{'s' if channels > 1 else ''}, "
+            f"but data.channels is {data.channels}"
+        )
+    if data.num_classes and dataset.num_classes != data.num_classes:
+        found = f"{dataset.num_classes} classes" if dataset.num_classes else "no labels"
+        problems.append(
+            f"it has {found}, but data.num_classes is {data.num_classes} (0 trains without labels)"
+        )
+    if problems:
+        raise RecipeError(
+            f"{data.path} does not fit the recipe:\n  "
+            + "\n  ".join(problems)
+            + f"\nChange those keys, or {remedy}"
+        )
+
+
+def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
+    """What a set of latents was made with, other than the recipe says."""
+    assert isinstance(recipe.codec, VaeCodec)
+    info, codec = dataset.info, recipe.codec
+    pairs = (
+        ("data.resolution", info.resolution, recipe.data.resolution),
+        ("codec.channels", dataset.shape[0], codec.channels),
+        ("codec.downsample", info.downsample, codec.downsample),
+        ("codec.scale", info.scale, codec.scale),
+        ("codec.shift", info.shift, codec.shift),
+    )
+    return [
+        f"it was made with {key}={found:g} (VAE {info.vae}), but the recipe has {wanted:g}"
+        for key, found, wanted in pairs
+        if not math.isclose(found, wanted, rel_tol=1e-6)
+    ]
