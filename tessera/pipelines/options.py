@@ -159,4 +159,6 @@ def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
     """
     if precision not in ("fp32", "bf16"):
         raise TesseraError(f"`precision={precision}`: there is none. Choose fp32 or bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    # Tensors without data, on which costs are counted, know no autocast.
+    kind = "cpu" if device.type == "meta" else device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")

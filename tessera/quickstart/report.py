@@ -153,7 +153,7 @@ def _strip_note(result: Result) -> str:
     options = result.recipe.sampling
     return (
         f"Each sample begins as noise of σ = {getattr(options, 'sigma_max', None) or 80:g} and is "
-        f"made in {options.steps} steps. Above the state after a step, below what the network "
+        f"made in {len(result.frames)} steps. Above the state after a step, below what the network "
         "took the digit to be."
     )
 
@@ -196,7 +196,8 @@ def _facts(result: Result) -> str:
         ("training", f"{training.images:,} images in batches of {training.batch}, "
                      f"{training.precision}, learning rate {recipe.optimizer.lr:g}"),
         ("sampling", f"{sampler.kind}, {dict(sampler).get('steps')} steps, guidance {GUIDANCE:g}, "
-                     f"weights averaged with half-life {recipe.ema[0].halflife_images:,.0f} images"),
+                     "weights averaged with half-life "
+                     f"{recipe.ema[0].halflife_images:,.0f} images"),
         ("seed", str(training.seed)),
         *((f"time: {part}", _duration(value)) for part, value in result.seconds.items()),
     ]  # fmt: skip
