@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tessera.files import atomic_file, atomic_folder, sha256, write_json
+from tessera.errors import TesseraError
+from tessera.files import (
+    atomic_file,
+    atomic_folder,
+    check_folder_name,
+    check_free,
+    is_hub_id,
+    sha256,
+    user_path,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -81,3 +91,41 @@ def test_json_and_digest(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"images": 3}
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a") == user_path(Path("~/a")) == tmp_path / "a"
+    assert user_path("~") == tmp_path
+    assert user_path("a/~") == Path("a/~")
+    write_json("~/a.json", 1)
+    with atomic_folder("~/b") as part:
+        (part / "c").write_text("")
+    assert names(tmp_path) == ["a.json", "b"]
+
+
+def test_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("user/some-model.v2")
+    for path in ("user", "a/b/c", "/user/model", "user/", "~/model", "./model", "../model"):
+        assert not is_hub_id(path), path
+    (tmp_path / "user").mkdir()
+    assert not is_hub_id("user/some-model.v2")
+
+
+def test_names_of_folders(tmp_path: Path) -> None:
+    for name in ("a", "a.b", "a-1.5", "a.backup2", "."):
+        check_folder_name(tmp_path / name, ".npz", "output=png")
+    for name in ("a.jpg", "a.b.PNG", "a.7z", "a.npz2"):
+        with pytest.raises(TesseraError, match=r"End the name in \.npz,.*`output=png`"):
+            check_folder_name(tmp_path / name, ".npz", "output=png")
+    (tmp_path / "a.jpg").mkdir()
+    check_folder_name(tmp_path / "a.jpg", ".npz", "output=png")
+
+
+def test_files_that_are_there(tmp_path: Path) -> None:
+    check_free(tmp_path / "a", overwrite=False)
+    (tmp_path / "a").touch()
+    check_free(tmp_path / "a", overwrite=True)
+    with pytest.raises(TesseraError, match=r"a exists already.*`overwrite=True`"):
+        check_free(tmp_path / "a", overwrite=False)

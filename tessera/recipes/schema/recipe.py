@@ -272,13 +272,16 @@ class Recipe(Section):
         for level, mult in enumerate(network.channel_mult):
             resolution, width = self.shape[1] >> level, network.model_channels * mult
             heads = width // 64
-            if resolution not in network.attn_resolutions or (heads and width % heads == 0):
+            asked = resolution in network.attn_resolutions
+            # Between the two halves of the network there is attention wherever it is wide enough.
+            always = level == len(network.channel_mult) - 1 and heads > 0
+            if not (asked or always) or (heads and width % heads == 0):
                 continue
             why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
             raise ValueError(
-                f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
-                f"network is {width} channels wide, {why}. Change network.model_channels or "
-                f"leave {resolution} out"
+                f"network.attn_resolutions: there is attention at {resolution}, where the ADM "
+                f"network is {width} channels wide, {why}. Change network.model_channels"
+                + ("" if always else f" or leave {resolution} out")
             )
         return self
 
