@@ -120,7 +120,7 @@ def choose_sampler(
     options = dict(options)
     wanted = options.pop("sampler", section.kind)
     if wanted not in KINDS:
-        raise TesseraError(f"`sampler={wanted}`: there is none. Choose {', '.join(KINDS)}")
+        raise TesseraError(f"there is no sampler {wanted!r}. Choose {', '.join(KINDS)}")
     if wanted != section.kind:
         section = KINDS[wanted]()
     values = section.model_dump()
@@ -132,9 +132,7 @@ def choose_sampler(
         kind = type(section)
     for name in options:
         if name not in kind.model_fields:
-            near = difflib.get_close_matches(name, [*kind.model_fields, *others], 1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(_names(kind))}"
-            raise TesseraError(f"the sampler has no option {name!r}. {hint}")
+            raise TesseraError(f"the sampler has no option `{name}`. {_hint(name, kind, others)}")
     try:
         chosen: SamplerConfig = kind.model_validate({**values, **options})
     except ValidationError as error:
@@ -149,6 +147,17 @@ def choose_sampler(
         clip = "none" if chosen.clip == "auto" else chosen.clip
         return chosen.model_copy(update={"clip": clip})
     return chosen
+
+
+def _hint(name: str, kind: Kind, others: Iterable[str]) -> str:
+    """What may be meant by an option that samplers of a kind have not."""
+    having = [f"`sampler={other}`" for other, section in KINDS.items() if name in _names(section)]
+    if having:
+        return f"It is one of {' and '.join(having)}"
+    near = difflib.get_close_matches(name, [*_names(kind), *others], 1)
+    if near:
+        return f"Did you mean `{near[0]}`?"
+    return f"There are {', '.join(f'`{known}`' for known in _names(kind))}"
 
 
 def _names(kind: Kind) -> list[str]:
@@ -307,5 +316,5 @@ def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
         TesseraError: there is no such precision.
     """
     if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"`precision={precision}`: there is none. Choose fp32 or bf16")
+        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -281,10 +281,11 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
         ),
         (["--sigma-min", "90"], "^--sigma-min 90 must be less than --sigma-max 80"),
         (["--steps", "0"], "^--steps 0: "),
+        (["--eta", "0.5"], "no option --eta. It is one of --sampler ddim"),
         (["--show-bricks"], r"only a stack of bricks .*\(--show-bricks\)"),
         (["--skip", "0.5"], "Leave out --skip and --bricks"),
         (["--mask-coords"], "Leave out --image-size, --resolution and --mask-coords"),
-        (["--height", "9"], "Or choose --layout windows or --layout pad"),
+        (["--height", "9"], "Or choose --layout windows or pad"),
         (["--guidance", "2", "--guidance-interval", "5,1"], "^--guidance-interval 5,1: give"),
     ],
 )
