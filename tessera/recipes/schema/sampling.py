@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from tessera.recipes.schema.base import NonNegative, Probability, Section
+from tessera.recipes.schema.base import NonNegative, Probability, Section, Steps
 
 
 class EdmSampler(Section):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
 
     kind: Literal["edm"] = "edm"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
@@ -29,7 +29,7 @@ class AblationSampler(Section):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
 
     kind: Literal["ablation"] = "ablation"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
     schedule: Literal["linear", "vp", "ve"] = "linear"
@@ -40,7 +40,7 @@ class AblationSampler(Section):
     epsilon_s: PositiveFloat = 1e-3
     c_1: PositiveFloat = 0.001
     c_2: PositiveFloat = 0.008
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
     alpha: PositiveFloat = 1
     s_churn: NonNegative = 0
     s_min: NonNegative = 0
