@@ -80,7 +80,7 @@ def parse_yaml(
             return None
         _check_node(node, max_depth)
         return reader.construct_document(node)
-    except (RecursionError, _TooDeep):
+    except (RecursionError, _TooDeepError):
         raise error(deep) from None
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
@@ -92,7 +92,7 @@ def parse_yaml(
         raise error(f"{what}: a value cannot be read ({problem})") from None
 
 
-class _TooDeep(Exception):
+class _TooDeepError(Exception):
     pass
 
 
@@ -116,7 +116,7 @@ def _check_node(root: yaml.Node, max_depth: int) -> None:
 
     def size(node: yaml.Node, depth: int) -> int:
         if depth > max_depth:  # also what contains itself
-            raise _TooDeep
+            raise _TooDeepError
         if id(node) in sizes:
             return sizes[id(node)]
         if node.tag not in _TAGS:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tessera.data import archive
 from tessera.data.decode import channels_first, shape_text
 from tessera.data.labels import LABELS_FILE, Label, label_array
+from tessera.data.members import MAX_BYTES
 from tessera.data.packed import PackedWriter
 from tessera.data.parallel import cores, ordered_map
-from tessera.data.members import MAX_BYTES
 from tessera.data.sources import Record, Source, open_source
 from tessera.data.transforms import (
     Filter,

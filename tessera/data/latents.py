@@ -104,7 +104,9 @@ class LatentDataset:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:
-            raise DataError(f"{path}: not a whole set of latents ({error}). {_HOW_TO_MAKE}") from error
+            raise DataError(
+                f"{path}: not a whole set of latents ({error}). {_HOW_TO_MAKE}"
+            ) from error
         if xflip and mirrored is None:
             raise DataError(
                 f"{path} has no latents of mirrored images, which data.xflip asks for. Make the "

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,12 +233,12 @@ def _entry(name: str, value: Any, begin: int, size: int) -> Entry:
     """What a header says of a tensor, in a file of `size` bytes whose tensors begin at `begin`."""
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets):
+    if not (isinstance(dtype, str) and _is_sizes(shape) and _is_sizes(offsets)):
         raise ValueError(f"no type, shape and place of {name[:40]!r}")
     if len(shape) > 8 or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - begin:
         raise ValueError(f"{name[:40]!r} is not within the file")
     return Entry(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
 
 
-def _sizes(values: Any) -> bool:
+def _is_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)

@@ -196,7 +196,7 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes], limit: int, where: str) -> None:
         self._file, self._limit, self._where = file, limit, where
-        self.tell = file.tell
+        self.tell, self.seekable = file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         self._check(self.tell() + size if size >= 0 else self._limit + 1)

@@ -19,7 +19,6 @@ from tessera.errors import DataError
 from tessera.memory import physical
 from tessera.metrics.classifier import LabelledImages
 
-
 # Of deflated arrays: images shrink to a half, not to a hundredth.
 _FREELY, _EXPANSION = 64 * 2**20, 100
 
@@ -166,8 +165,8 @@ def _check_sizes(path: Path, arrays: Sequence[str]) -> None:
     stored = sum(member.compress_size for member in members)
     if total > _FREELY and total > _EXPANSION * stored:
         raise DataError(
-            f"{path}: {stored / 2**20:,.0f} MiB that unpack to {total / 2**20:,.0f}; no real images "
-            "or features do"
+            f"{path}: {stored / 2**20:,.0f} MiB that unpack to {total / 2**20:,.0f}; no real "
+            "images or features do"
         )
     if total > physical() // 2:
         raise DataError(

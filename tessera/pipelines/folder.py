@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
-from tessera.plain import parse_json
 from tessera.files import atomic_file, atomic_folder, sha256, write_json
+from tessera.plain import parse_json
 
 FORMAT = "tessera-pipeline"
 VERSION = 1
@@ -208,7 +208,7 @@ def read_config(folder: Path) -> FolderConfig:
             f"{path} is incomplete or damaged: {', '.join(wrong)}. Save or download the pipeline "
             "again"
         )
-    names = config["class_names"]
+    names = config.get("class_names")
     return FolderConfig(
         kind=config["kind"],
         recipe=config["recipe"],

@@ -9,7 +9,6 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from tessera.recipes.schema.base import Factor, Listed, Probability, Section, Side, Width
 
-
 Levels = Annotated[tuple[Factor, ...], Listed, Field(min_length=1, max_length=16)]
 Blocks = Annotated[int, Field(gt=0, le=64)]
 Resolutions = Annotated[tuple[Side, ...], Listed, Field(max_length=64)]
@@ -138,7 +137,9 @@ class PatchedUNetConfig(Section):
     patch_size: Factor = Field(4, description="side P of a patch, pixels; 1 for none")
     model_channels: Width = 128
     channel_mult: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Listed] = Field(
-        (), max_length=16, description="widths as multiples, fractions allowed; empty: by the patched grid"
+        (),
+        max_length=16,
+        description="widths as multiples, fractions allowed; empty: by the patched grid",
     )
     num_blocks: Blocks = 2
     attn_resolutions: Resolutions = Field(

@@ -62,7 +62,9 @@ class Recipe(Section):
     preconditioning: PreconditioningConfig = EdmPreconditioning()
     objective: ObjectiveConfig = EdmObjective()
     snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
-        (), max_length=64, description="thresholds of the signal-to-noise ratio between experts, falling"
+        (),
+        max_length=64,
+        description="thresholds of the signal-to-noise ratio between experts, falling",
     )
     expert: int | None = Field(
         None, ge=0, description="train this expert's noise levels only; 0 is the cleanest"

@@ -43,7 +43,9 @@ class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
     images: PositiveInt = Field(200_000_000, description="images to train on, in all")
-    batch: PositiveInt = Field(512, le=2**20, description="images of one optimiser step, over all devices")
+    batch: PositiveInt = Field(
+        512, le=2**20, description="images of one optimiser step, over all devices"
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="images of one forward pass on one device; less memory, same result"
     )
