@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tessera.errors import DataError
 
 # A released network has 30,000 operations, a batch of CIFAR-10 60,000.
-_OPERATIONS = 2_000_000
+_OPERATIONS = 500_000
 _TUPLE = 100_000
 """Values in a tuple with all that is in its tuples: what hashing it goes through."""
 

@@ -187,12 +187,12 @@ def read_state(module: Record) -> dict[str, Tensor]:
     """
     found: dict[str, StoredTensor] = {}
     _collect(module, "", found)
-    storages = {id(tensor.storage): tensor.storage for tensor in found.values()}
-    stored = sum(storage.nbytes for storage in storages.values())
+    storages = {tensor.storage for tensor in found.values()}
+    stored = sum(storage.nbytes for storage in storages)
     if sum(math.prod(tensor.shape) for tensor in found.values()) > 2 * stored:
         raise DataError("its tensors have more numbers than are stored of them")
-    flat = {key: storage.read() for key, storage in storages.items()}
-    return {name: tensor.view_of(flat[id(tensor.storage)]) for name, tensor in found.items()}
+    flat = {storage: storage.read() for storage in storages}
+    return {name: tensor.view_of(flat[tensor.storage]) for name, tensor in found.items()}
 
 
 def _collect(module: Any, prefix: str, result: dict[str, StoredTensor]) -> None:

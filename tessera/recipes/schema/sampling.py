@@ -18,7 +18,7 @@ class EdmSampler(Section):
     solver: Literal["heun", "euler"] = "heun"
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     s_churn: NonNegative = 0
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
@@ -36,7 +36,7 @@ class AblationSampler(Section):
     scaling: Literal["none", "vp"] = "none"
     sigma_min: PositiveFloat | None = None
     sigma_max: PositiveFloat | None = None
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     epsilon_s: PositiveFloat = 1e-3
     c_1: PositiveFloat = 0.001
     c_2: PositiveFloat = 0.008
