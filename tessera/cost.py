@@ -104,6 +104,17 @@ def estimate(
     with torch.device("meta"):
         denoiser = build_denoiser(recipe).train()
     evaluations = _evaluations(recipe, denoiser.network, guidance, guidance_interval, skip, bricks)
+    try:
+        return _count(recipe, denoiser, evaluations)
+    except RuntimeError as error:  # of tensors with more numbers than can be counted
+        raise TesseraError(
+            f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
+            "images or training.micro_batch smaller"
+        ) from error
+
+
+def _count(recipe: Recipe, denoiser: Preconditioned, evaluations: Counter[int | None]) -> Cost:
+    """As `estimate`, of a denoiser of meta tensors."""
     forward = _forward_flops(recipe, denoiser)
     sample = sum(n * _forward_flops(recipe, denoiser, None, k) for k, n in evaluations.items())
     train = _train_flops(recipe, denoiser)

@@ -1,9 +1,12 @@
-"""Memory of this process."""
+"""Memory of this process and machine."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -19,3 +22,17 @@ def keep_freed() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def physical() -> int:
+    """Bytes of memory that this machine has, or that its container may use if that is less.
+
+    2^63 - 1 where the system does not say.
+    """
+    found = [2**63 - 1]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(size for size in found if size > 0)

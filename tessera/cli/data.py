@@ -89,6 +89,10 @@ def convert(
             help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
         ),
     ] = False,
+    max_file_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
+    ] = 256,
 ) -> None:
     """Make a training set from a collection of images.
 
@@ -113,6 +117,7 @@ def convert(
         overwrite=overwrite,
         upright=not ignore_orientation,
         released_wide_crop=legacy_wide_crop,
+        max_file_bytes=max_file_size * 2**20,
         workers=workers,
     )
     _print_report(report)

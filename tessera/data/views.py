@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tessera.conditioning import coordinates
 from tessera.data.loader import StepPlan
+from tessera.diffusion.objectives import Reduction
 from tessera.randomness import Draws, derive_seed
 
 
@@ -66,8 +67,10 @@ class PatchView:
         progressive: go from small to large patches, each for its share of the run, instead of
             drawing a size at each step.
         total_images: length of the run.
-        per_pixel: weight the loss of a patch by (R / s)², so that a patch counts as much as a full
-            image; otherwise each of its pixels counts as much as one of a full image.
+        per_pixel: let a patch count as much as a full image; otherwise each of its pixels counts
+            as much as one of a full image.
+        reduction: how the objective's loss comes from those of pixels. Of a sum, that of a patch
+            is weighted by (R / s)² or 1; of a mean, by 1 or (s / R)².
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class PatchView:
         progressive: bool = False,
         total_images: int = 0,
         per_pixel: bool = False,
+        reduction: Reduction = "sum",
     ) -> None:
         self.resolution = resolution
         self.batch = batch
@@ -87,7 +91,7 @@ class PatchView:
         self._ends = list(itertools.accumulate(size.probability for size in self.sizes))
         self._seed = seed
         self._total = total_images if progressive else None
-        self._per_pixel = per_pixel
+        self._per_pixel, self._reduction = per_pixel, reduction
 
     def size(self, images_seen: int) -> PatchSize:
         """The size of the patches of the step that follows after `images_seen` images."""
@@ -120,9 +124,10 @@ class PatchView:
 
     def loss_weight(self, plan: StepPlan) -> float:
         """Factor of the step's loss."""
-        if not self._per_pixel or plan.patch is None:
-            return 1.0
-        return (self.resolution / plan.patch) ** 2
+        share = 1.0 if plan.patch is None else (plan.patch / self.resolution) ** 2
+        if self._reduction == "mean":
+            return 1.0 if self._per_pixel else share
+        return 1 / share if self._per_pixel else 1.0
 
 
 View = FullView | PatchView

@@ -5,7 +5,7 @@ Luhman & Luhman 2022; Nichol & Dhariwal 2021 (hybrid loss, choice of steps by th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tessera.conditioning import Conditioning
 from tessera.diffusion.corruption import GaussianCorruption
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process
-from tessera.diffusion.objectives import EVERYWHERE
+from tessera.diffusion.objectives import EVERYWHERE, Reduction
 from tessera.diffusion.variational import Bound
 from tessera.errors import TesseraError
 from tessera.randomness import Draws
@@ -94,6 +94,9 @@ def _of_all(tensor: Tensor) -> Tensor:
 class DiscreteObjective(nn.Module):
     """Loss of a denoiser at the levels that it knows.
 
+    Of a denoiser that gives several estimates (the bricks of a jointly trained stack), the loss is
+    the mean over all of them.
+
     Args:
         levels: number of noise levels of the denoiser.
         weight: see `weights`.
@@ -106,6 +109,8 @@ class DiscreteObjective(nn.Module):
         label_dropout: share of images trained without their class, for guidance.
         sigma_range: train on noise levels low <= σ < high only, as one of several experts.
     """
+
+    reduction: ClassVar[Reduction] = "mean"
 
     def __init__(
         self,
@@ -147,8 +152,8 @@ class DiscreteObjective(nn.Module):
         posterior = denoiser(z, sigma, cond)
         terms: dict[str, Tensor] = {}
         if self.loss == "mse":
-            error = (posterior.mean - x).square().mean(dim=(1, 2, 3))
-            terms["mse"] = loss = tables.weights[index] * error
+            errors = [(d - x).square().mean(dim=(1, 2, 3)) for d in posterior.estimates]
+            terms["mse"] = loss = tables.weights[index] * torch.stack(errors).mean(dim=0)
             if posterior.log_variance is not None:
                 mean = posterior.mean.detach()
                 terms["vb"] = tables.bound.terms(index, x, mean, posterior.log_variance)
@@ -156,7 +161,9 @@ class DiscreteObjective(nn.Module):
                     terms["vb"] = terms["vb"] * (len(tables.sigmas) / 1000)
                 loss = loss + terms["vb"]
         else:
-            loss = tables.bound.terms(index, x, posterior.mean, posterior.log_variance)
+            variance = posterior.log_variance
+            bounds = [tables.bound.terms(index, x, d, variance) for d in posterior.estimates]
+            loss = torch.stack(bounds).mean(dim=0)
             if self.loss == "rescaled_kl":
                 loss = loss * len(tables.sigmas)
         if self.history is not None:

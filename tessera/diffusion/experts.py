@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, Posterior, joined
 from tessera.errors import TesseraError
 
 
@@ -80,6 +80,7 @@ class Experts(Denoiser):
         self.num_classes = first.num_classes
         self.sigma_min = denoisers[0].sigma_min
         self.sigma_max = denoisers[-1].sigma_max
+        self.guided = any(denoiser.guided for denoiser in denoisers)
 
     def owner(self, sigma: Tensor) -> Tensor:
         """Number of the expert at noise levels σ; int64, shaped like σ, where σ is."""
@@ -122,13 +123,7 @@ class Experts(Denoiser):
             self._part(expert, row, z, sigma, cond)
             for expert, row in zip(present, rows, strict=True)
         ]
-        # Where each image of the batch stands in the parts put together.
-        order = torch.cat(rows).argsort().to(z.device)
-        variances = [part.log_variance for part in parts if part.log_variance is not None]
-        return Posterior(
-            torch.cat([part.mean for part in parts])[order],
-            torch.cat(variances)[order] if len(variances) == len(parts) else None,
-        )
+        return joined(parts, rows)
 
     def _part(
         self, expert: int, rows: Tensor, z: Tensor, sigma: Tensor, cond: Conditioning

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import NO_CLASS, Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper
 from tessera.errors import TesseraError
 
 
-class Guided(Denoiser):
+class Guided(Wrapper):
     """D = D_ref + w (D_c - D_ref), where D_ref is the denoiser without class, or a weaker one.
 
     Costs two evaluations; one where w is 1, that is at noise levels outside the interval. The log
@@ -40,7 +40,7 @@ class Guided(Denoiser):
         weak: Denoiser | None = None,
         channels: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         if weak is None and denoiser.num_classes == 0:
             raise TesseraError(
                 "classifier-free guidance needs a model that was trained with classes; this one "
@@ -56,25 +56,13 @@ class Guided(Denoiser):
                 f"`guidance_interval={interval[0]:g},{interval[1]:g}`: give the lower noise level "
                 "first, then the higher one"
             )
-        self.denoiser = denoiser
+        self.guided = True
         self.scale = scale
         self.interval = interval
         self.weak = weak
         self.channels = channels
-        self.shape = denoiser.shape
-        self.num_classes = denoiser.num_classes
-        self.sigma_min = denoiser.sigma_min
-        self.sigma_max = denoiser.sigma_max
 
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.denoiser.round_sigma(sigma)
-
-    @property
-    def levels(self) -> Tensor | None:
-        return self.denoiser.levels
-
-    def for_levels(self, levels: Tensor) -> Denoiser:
-        denoiser = self.denoiser.for_levels(levels)
+    def around(self, denoiser: Denoiser) -> Guided:
         return Guided(denoiser, self.scale, self.interval, self.weak, self.channels)
 
     def for_step(self, sigma: float) -> Denoiser:

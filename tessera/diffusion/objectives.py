@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from tessera.errors import TesseraError
 from tessera.randomness import Draws
 
 EVERYWHERE = (0.0, math.inf)
+
+Reduction = Literal["sum", "mean"]
+"""How an objective's loss of an image comes from those of its pixels; views weight it by that."""
 
 
 def within(range_: tuple[float, float], low: float, high: float) -> tuple[float, float]:
@@ -46,6 +50,7 @@ class DenoisingObjective(ABC):
         sigma_range: draw noise levels low <= σ < high only, as one of several experts.
     """
 
+    reduction: ClassVar[Reduction] = "sum"
     label_dropout: float = 0.0
     sigma_range: tuple[float, float] = EVERYWHERE
 
@@ -69,8 +74,7 @@ class DenoisingObjective(ABC):
             cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
         z = GaussianCorruption()(x, sigma, draws)
         posterior = denoiser(z, sigma, cond)
-        estimates = (*posterior.stages, posterior.mean)
-        error = torch.stack([(d - x).square() for d in estimates]).mean(dim=0)
+        error = torch.stack([(d - x).square() for d in posterior.estimates]).mean(dim=0)
         return self.weight(sigma)[:, None, None, None] * error
 
     def __call__(

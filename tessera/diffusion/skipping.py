@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper, joined
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import TesseraError
@@ -112,7 +112,7 @@ def _between(sigmas: Sequence[float], index: int) -> float:
     return math.sqrt(sigmas[index - 1] * sigmas[index])
 
 
-class Skipping(Denoiser):
+class Skipping(Wrapper):
     """A stack of bricks cut short at some noise levels; what is skipped is not computed.
 
     Wrap it in guidance, not the other way round; both evaluations of guidance then skip.
@@ -127,7 +127,7 @@ class Skipping(Denoiser):
     """
 
     def __init__(self, denoiser: Preconditioned, schedule: BrickSchedule) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         check = getattr(denoiser.network, "check_prefix", None)
         if check is None:
             raise TesseraError(
@@ -136,25 +136,18 @@ class Skipping(Denoiser):
             )
         for part in schedule.ranges:
             check(part.bricks)
-        self.denoiser = denoiser
         self.schedule = schedule
-        self.shape = denoiser.shape
-        self.num_classes = denoiser.num_classes
-        self.sigma_min = denoiser.sigma_min
-        self.sigma_max = denoiser.sigma_max
 
-    @property
-    def levels(self) -> Tensor | None:
-        return self.denoiser.levels
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.denoiser.round_sigma(sigma)
+    def around(self, denoiser: Denoiser) -> Skipping:
+        assert isinstance(denoiser, Preconditioned)
+        return Skipping(denoiser, self.schedule)
 
     def for_step(self, sigma: float) -> Denoiser:
-        bricks = self.schedule.bricks(sigma)
+        denoiser, bricks = self.denoiser.for_step(sigma), self.schedule.bricks(sigma)
         if bricks is None:
-            return self.denoiser
-        return Skipping(self.denoiser, BrickSchedule((Range(0.0, math.inf, bricks),)))
+            return denoiser
+        assert isinstance(denoiser, Preconditioned)
+        return Skipping(denoiser, BrickSchedule((Range(0.0, math.inf, bricks),)))
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser; images at different noise levels run as many bricks as theirs need."""
@@ -163,13 +156,19 @@ class Skipping(Denoiser):
         if len(set(wanted)) == 1:
             posterior: Posterior = self.denoiser(z, sigma, cond, bricks=wanted[0])
             return posterior
-        mean = torch.empty_like(z, dtype=torch.float32)
-        for bricks in dict.fromkeys(wanted):
-            rows = torch.tensor([w == bricks for w in wanted]).nonzero().squeeze(1)
-            here = rows.to(z.device)
-            part = self.denoiser(z[here], levels[rows.to(levels.device)], cond[here], bricks=bricks)
-            mean[here] = part.mean
-        return Posterior(mean)
+        counts = [*dict.fromkeys(wanted)]
+        rows = [torch.tensor([i for i, w in enumerate(wanted) if w == n]) for n in counts]
+        pairs = zip(counts, rows, strict=True)
+        return joined([self._part(*pair, z, levels, cond) for pair in pairs], rows)
+
+    def _part(
+        self, bricks: int | None, rows: Tensor, z: Tensor, levels: Tensor, cond: Conditioning
+    ) -> Posterior:
+        here = rows.to(z.device)
+        part: Posterior = self.denoiser(
+            z[here], levels[rows.to(levels.device)], cond[here], bricks=bricks
+        )
+        return part
 
 
 def cut_bricks(denoiser: nn.Module, schedule: BrickSchedule) -> Denoiser:

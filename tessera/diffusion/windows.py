@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper
 from tessera.errors import TesseraError
 
 
-class Windows(Denoiser):
+class Windows(Wrapper):
     """Denoises a canvas window by window and blends the estimates where windows overlap.
 
     As every evaluation of a sampler is blended, neighbouring windows settle on one picture, and
     nothing is cut where they meet. Each window has the coordinates that the denoiser was trained
-    with. A pixel's weight falls linearly to the edge of a window.
+    with. A pixel's weight falls linearly to the edge of a window. Learned variances are blended as
+    the estimates are, by their logarithms.
 
     Args:
         denoiser: of windows; may itself be guided or skip bricks.
@@ -36,7 +37,7 @@ class Windows(Denoiser):
     def __init__(
         self, denoiser: Denoiser, size: tuple[int, int], overlap: float = 0.5, batch: int = 64
     ) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         channels, *window = denoiser.shape
         if size[0] < window[0] or size[1] < window[1]:
             raise TesseraError(
@@ -45,26 +46,15 @@ class Windows(Denoiser):
             )
         if not 0 <= overlap < 1:
             raise TesseraError(f"`overlap={overlap:g}`: give a share from 0 to less than 1")
-        self.denoiser = denoiser
         self.overlap, self.batch = overlap, batch
         self.shape = (channels, *size)
-        self.num_classes = denoiser.num_classes
-        self.sigma_min = denoiser.sigma_min
-        self.sigma_max = denoiser.sigma_max
         down, across = (_starts(*sides, overlap) for sides in zip(size, window, strict=True))
         self.corners = [(y, x) for y in down for x in across]
         rows, columns = map(_tent, window)
         self.register_buffer("weight", rows[:, None] * columns, persistent=False)
 
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self.denoiser.round_sigma(sigma)
-
-    @property
-    def levels(self) -> Tensor | None:
-        return self.denoiser.levels
-
-    def for_step(self, sigma: float) -> Denoiser:
-        return Windows(self.denoiser.for_step(sigma), self.shape[1:], self.overlap, self.batch)
+    def around(self, denoiser: Denoiser) -> Windows:
+        return Windows(denoiser, self.shape[1:], self.overlap, self.batch)
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser, on z [B, C, H, W] of the canvas's size."""
@@ -72,19 +62,29 @@ class Windows(Denoiser):
         weight = self.weight.to(z.device)
         levels = sigma.reshape(-1).expand(len(z))
         cond = replace(cond, coords=None)
-        total = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
+        totals: list[Tensor] = []
         mass = torch.zeros(z.shape[-2:], dtype=torch.float32, device=z.device)
+        learned = False
         group = max(1, self.batch // len(z))
         for first in range(0, len(self.corners), group):
             corners = self.corners[first : first + group]
             count = len(corners)
             parts = torch.cat([z[:, :, y : y + height, x : x + width] for y, x in corners])
             repeated = cond.map(partial(_repeat, count=count))
-            means = self.denoiser(parts, levels.repeat(count), repeated).mean
-            for (y, x), mean in zip(corners, means.chunk(count), strict=True):
-                total[:, :, y : y + height, x : x + width] += weight * mean
+            posterior: Posterior = self.denoiser(parts, levels.repeat(count), repeated)
+            variance = posterior.log_variance
+            learned = variance is not None
+            maps = [*posterior.estimates, *([] if variance is None else [variance])]
+            totals = totals or [torch.zeros(z.shape, device=z.device) for _ in maps]
+            for total, values in zip(totals, maps, strict=True):
+                for (y, x), part in zip(corners, values.chunk(count), strict=True):
+                    total[:, :, y : y + height, x : x + width] += weight * part
+            for y, x in corners:
                 mass[y : y + height, x : x + width] += weight
-        return Posterior(total / mass)
+        blended = [total / mass for total in totals]
+        log_variance = blended.pop() if learned else None
+        *stages, mean = blended
+        return Posterior(mean, log_variance, tuple(stages))
 
 
 def _repeat(batch: Tensor, count: int) -> Tensor:

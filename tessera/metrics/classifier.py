@@ -104,6 +104,14 @@ class ClassifierNetwork(nn.Module):
         return logits
 
 
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(type(side) is int and 0 < side < 2**16 for side in value)
+    )
+
+
 def _convolution(width: int, wider: int, stride: int = 1) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(width, wider, 3, stride, padding=1, bias=False),
@@ -161,8 +169,13 @@ class Classifier:
         """The classifier that `state` described.
 
         Raises:
-            KeyError, TypeError, RuntimeError: the state is not one of this class.
+            KeyError, TypeError, ValueError, RuntimeError: the state is not one of this class.
         """
+        head = weights["head.bias"]
+        if not _is_shape(facts["shape"]) or (facts["outputs"],) != head.shape:
+            raise ValueError("a classifier of impossible shape")
+        if not all(np.isfinite(array).all() for array in weights.values()):
+            raise ValueError("a classifier whose weights are not finite")
         names = facts["class_names"]
         lists = {"shape": tuple(facts["shape"]), "class_names": names and tuple(names)}
         known = ClassifierFacts(**{**facts, **lists})

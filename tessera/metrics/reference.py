@@ -17,6 +17,7 @@ from tessera.metrics.classifier import Classifier, LabelledImages, train_classif
 from tessera.metrics.features import measure
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
+from tessera.plain import parse_json
 
 _FORMAT = 1
 _WEIGHT = "classifier."
@@ -90,7 +91,8 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
             "images and features they come from; make one with: tessera eval reference DATA REF.npz"
         )
     try:
-        description = json.loads(str(arrays["tessera"]))
+        description = parse_json(str(arrays["tessera"]), str(path))
+        name = description["name"]
         if "classifier" not in description:
             raise DataError(
                 f"{path}: statistics of {description['extractor']} features, not of an in-domain "
@@ -113,7 +115,7 @@ def load_reference(path: str | os.PathLike[str], device: torch.device | str = "c
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: a damaged reference file ({error})") from error
-    return Reference(description["name"], statistics, classifier)
+    return Reference(str(name), statistics, classifier)
 
 
 def has_classifier(path: str | os.PathLike[str]) -> bool:

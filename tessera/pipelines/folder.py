@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
 from tessera.files import atomic_file, atomic_folder, is_hub_id, sha256, user_path, write_json
+from tessera.plain import parse_json
 from tessera.progress import note
 
 FORMAT = "tessera-pipeline"
@@ -200,8 +202,8 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = parse_json(path.read_bytes(), str(path), error=CheckpointError)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Save or download the pipeline again"
         ) from error
@@ -217,21 +219,54 @@ def read_config(folder: Path) -> FolderConfig:
             f"{path} has format version {version!r}; this tessera ({__version__}) reads version "
             f"{VERSION}. " + ("Install a newer tessera" if newer else "Save the pipeline again")
         )
-    try:
-        names = config["class_names"]
-        return FolderConfig(
-            kind=str(config["kind"]),
-            recipe=dict(config["recipe"]),
-            images_seen=int(config["images_seen"]),
-            class_names=None if names is None else tuple(map(str, names)),
-            weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
-            experts=tuple(map(str, config.get("experts", ()))),
-            thresholds=tuple(map(float, config.get("thresholds", ()))),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+    wrong = [key for key, fits in _FIELDS.items() if not fits(config.get(key, _DEFAULTS.get(key)))]
+    if wrong:
         raise CheckpointError(
-            f"{path} is incomplete or damaged ({error!r}). Save or download the pipeline again"
-        ) from error
+            f"{path} is incomplete or damaged: {', '.join(wrong)}. Save or download the pipeline "
+            "again"
+        )
+    names = config.get("class_names")
+    return FolderConfig(
+        kind=config["kind"],
+        recipe=config["recipe"],
+        images_seen=config["images_seen"],
+        class_names=None if names is None else tuple(names),
+        weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
+        experts=tuple(config.get("experts", ())),
+        thresholds=tuple(map(float, config.get("thresholds", ()))),
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _weights(value: Any) -> bool:
+    """Whether a value is a list of what `WeightsFile` holds."""
+    keys = {field.name for field in fields(WeightsFile)}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and entry.keys() == keys and _texts([*entry.values()])
+        for entry in value
+    )
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) in (int, float) and abs(item) < 2**63 and math.isfinite(item) for item in value
+    )
+
+
+_DEFAULTS: dict[str, Any] = {"experts": [], "thresholds": []}
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: isinstance(value, str),
+    "recipe": lambda value: isinstance(value, dict),
+    "images_seen": lambda value: type(value) is int and 0 <= value < 2**63,
+    "class_names": lambda value: value is None or _texts(value),
+    "weights": _weights,
+    "experts": _texts,
+    "thresholds": _numbers,
+}
+"""What the fields of `config.json` hold."""
 
 
 def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:
@@ -291,11 +326,20 @@ def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
             + "; ".join(problems)
             + ". It fits the recipe that the pipeline was saved with"
         )
+    broken = not_finite(state)
+    if broken:
+        raise CheckpointError(
+            f"{path}: {broken}. A model with such weights makes no images; use another average or "
+            "an earlier checkpoint"
+        )
     network.load_state_dict(state)
 
 
 def mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What differs between two state dicts in names and shapes, a few examples each."""
+    """What differs between two state dicts in names, shapes and types, a few examples each.
+
+    All floating types are alike: they are converted when they are loaded.
+    """
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [
@@ -303,12 +347,44 @@ def mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> l
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    types = [
+        f"{name} {_type(state[name])} instead of {_type(tensor)}"
+        for name, tensor in expected.items()
+        if name in state and not _same_type(state[name], tensor)
+    ]
+    kinds = (
+        ("missing", missing),
+        ("unknown", unknown),
+        ("of another shape", shapes),
+        ("of another type", types),
+    )
     return [
         f"{len(found)} tensors {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
         for kind, found in kinds
         if found
     ]
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The tensors that hold NaN or infinities, in words; None if there are none."""
+    found = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if not found:
+        return None
+    more = ", …" if len(found) > 3 else ""
+    return f"{len(found)} tensors hold NaN or infinities ({', '.join(found[:3])}{more})"
+
+
+def _same_type(tensor: Tensor, expected: Tensor) -> bool:
+    alike = tensor.is_floating_point() and expected.is_floating_point()
+    return alike or tensor.dtype == expected.dtype
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _saveable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

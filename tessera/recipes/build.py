@@ -22,6 +22,7 @@ from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
+from tessera.recipes.size import check_fits
 from tessera.sampling.ablation import sample_ablation
 from tessera.sampling.core import Sampler
 from tessera.sampling.ddpm import sample_ddim, sample_ddpm
@@ -31,8 +32,21 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `training.precision` makes products and convolutions compute in; fp32 is not there."""
 
 
-def build_network(recipe: schema.Recipe) -> nn.Module:
-    """The network with fresh weights, on the default device."""
+def build_network(recipe: schema.Recipe, copies: int = 1) -> nn.Module:
+    """The network with fresh weights, on the default device.
+
+    Args:
+        copies: how often numbers as many as its weights are kept in the end.
+
+    Raises:
+        RecipeError: they do not fit into memory. Never on the meta device, where nothing is kept.
+    """
+    if torch.empty(0).device.type != "meta":
+        check_fits(partial(_network, recipe), recipe.name, copies)
+    return _network(recipe)
+
+
+def _network(recipe: schema.Recipe) -> nn.Module:
     section = recipe.network
     channels, resolution, _ = recipe.shape
     network: type[SongUNet | AdmUNet]
@@ -89,9 +103,9 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
             return Discrete(**_options(section))
 
 
-def build_denoiser(recipe: schema.Recipe) -> Preconditioned:
-    """The network and its preconditioning, with fresh weights, on the default device."""
-    return preconditioned(recipe, build_network(recipe))
+def build_denoiser(recipe: schema.Recipe, copies: int = 1) -> Preconditioned:
+    """The network and its preconditioning, with fresh weights; see `build_network`."""
+    return preconditioned(recipe, build_network(recipe, copies))
 
 
 def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
@@ -154,6 +168,7 @@ def build_view(recipe: schema.Recipe) -> View:
                 progressive=view.schedule == "progressive",
                 total_images=training.images,
                 per_pixel=view.per_pixel,
+                reduction=recipe_objective(recipe).reduction,
             )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper
 from tessera.errors import TesseraError
 
 Refine = Callable[[Tensor, float, Conditioning], Tensor]
@@ -121,21 +121,15 @@ def step_sigmas(sampler: Sampler, denoiser: Denoiser) -> list[float]:
     return probe.begins
 
 
-class _Probe(Denoiser):
-    """Supports the noise levels of another denoiser, and notes where steps begin."""
+class _Probe(Wrapper):
+    """Notes where a sampler's steps begin, and leaves out the inner denoiser's work."""
 
-    def __init__(self, model: Denoiser) -> None:
-        super().__init__()
-        self.sigma_min, self.sigma_max = model.sigma_min, model.sigma_max
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
         self.begins: list[float] = []
-        self._round, self._levels = model.round_sigma, model.levels
 
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        return self._round(sigma)
-
-    @property
-    def levels(self) -> Tensor | None:
-        return self._levels
+    def around(self, denoiser: Denoiser) -> Denoiser:
+        return self  # the notes of all steps belong together
 
     def for_step(self, sigma: float) -> Denoiser:
         self.begins.append(sigma)

@@ -19,7 +19,6 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Process, spaced_steps
-from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
 from tessera.sampling.core import (
     NoiseSource,
@@ -176,7 +175,7 @@ def visited(
 def clipped(x0: Tensor, clip: Clip, quantile: float, denoiser: Denoiser | None = None) -> Tensor:
     """The estimate x0 [B, C, H, W] after clipping, see `Clip`."""
     if clip == "auto":
-        clip = "dynamic" if isinstance(denoiser, Guided) else "static"
+        clip = "dynamic" if denoiser is not None and denoiser.guided else "static"
     if clip == "none":
         return x0
     if clip == "static":

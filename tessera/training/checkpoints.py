@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from tessera import distributed
 from tessera.errors import CheckpointError
 from tessera.files import atomic_folder, sha256, write_json
+from tessera.training.ema import local
 from tessera.training.parallel import assign
 
 _VERSION = 1
@@ -182,6 +183,13 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             _load_groups(folder, tensors)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+    weights = [name for name in tensors if name.startswith(("model/", "ema-"))]
+    for name, part in zip(weights, local(tensors[name] for name in weights), strict=True):
+        if part.is_floating_point() and not part.isfinite().all():
+            raise CheckpointError(
+                f"checkpoint {folder}: tensor {name!r} holds NaN or infinities, from which no "
+                "training goes on. Move that checkpoint away to go on from the one before"
+            )
 
 
 def _groups(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -204,7 +212,13 @@ def _load_groups(folder: Path, tensors: dict[str, Tensor]) -> None:
         with safe_open(path, framework="pt") as file:
             _compare(path, members, {k: file.get_slice(k).get_shape() for k in file.keys()})  # noqa: SIM118
             for name, tensor in members.items():
-                assign(tensor, file.get_tensor(name))
+                stored = file.get_tensor(name)
+                if stored.is_floating_point() != tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is {stored.dtype}, and this recipe's model "
+                        f"expects {tensor.dtype}"
+                    )
+                assign(tensor, stored)
 
 
 def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -87,7 +87,9 @@ class Trainer:
         self.device = distributed.device()
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-        denoiser = build_denoiser(recipe)
+        # Weights, gradients, two moments of the optimiser, and averages; on a GPU in its memory.
+        copies = 4 + len(recipe.ema) if self.device.type == "cpu" else 1
+        denoiser = build_denoiser(recipe, copies)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, denoiser.network)
         self.learner = Learner(

@@ -14,7 +14,7 @@ from tessera.errors import TesseraError
 from tessera.networks.lego import Grid, Lego
 from tessera.networks.transformer import DiTBlock, _attend_fused, attend
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import build_network
+from tessera.recipes.build import build_denoiser, build_network, recipe_objective
 from tessera.recipes.lego import STACKS
 from tessera.recipes.loading import parse_recipe
 
@@ -185,6 +185,44 @@ def test_every_estimate_is_supervised_alike() -> None:
     torch.testing.assert_close(loss, weight * 4 * (1 + 4) / 2)
 
 
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("scaling", ["discrete", "iddpm"])
+def test_discrete_processes_train_every_brick(loss: str, scaling: str) -> None:
+    recipe = parse_recipe(
+        {
+            "name": "steps",
+            "data": {"resolution": 16},
+            "network": {
+                "kind": "lego", "width": 32, "heads": 4,
+                "bricks": [{"size": r, "patch": p, "depth": d} for r, p, d in BRICKS],
+            },
+            "preconditioning": {"kind": scaling, "timesteps": 50},
+            "objective": {"kind": "discrete", "loss": loss},
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    denoiser = build_denoiser(recipe).train()
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, draws = torch.randn(6, 3, 16, 16), AddressedDraws(0, torch.arange(6))
+    terms = recipe_objective(recipe)(denoiser, x, Conditioning(), draws)["loss"]
+
+    # Each estimate alone gives the loss; what is minimised is the mean of them.
+    class Alone(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index, self.levels = index, denoiser.levels
+
+        def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+            return Posterior(denoiser(z, sigma, cond).estimates[self.index])
+
+    draws = AddressedDraws(0, torch.arange(6))
+    objective = recipe_objective(recipe)
+    alone = [objective(Alone(i), x, Conditioning(), draws)["loss"] for i in range(3)]  # type: ignore[arg-type]
+    torch.testing.assert_close(terms, torch.stack(alone).mean(dim=0))
+    assert not torch.allclose(terms, alone[-1])
+
+
 def test_free_form_stack_from_plain_data() -> None:
     recipe = parse_recipe(
         {
@@ -211,7 +249,6 @@ def test_free_form_stack_from_plain_data() -> None:
         ({"network": {"width": 30}}, "multiple of heads"),
         ({"network": {"bricks": [{"size": 6, "patch": 4, "depth": 1}]}}, "multiple of patch"),
         ({"coords": {"frequencies": 3}}, "plain coordinates"),
-        ({"preconditioning": {"kind": "iddpm"}}, "variances"),
         ({"view": {"kind": "patches", "sizes": [6, 16]}}, "patches of 6 pixels"),
     ],
 )

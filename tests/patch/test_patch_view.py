@@ -189,6 +189,25 @@ def test_weight_of_patches(tmp_path: Path) -> None:
     assert mean.loss_weight(StepPlan(0, 8, 8)) == 1
 
 
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_patches_weigh_the_same_whether_the_loss_is_a_sum_or_a_mean(
+    tmp_path: Path, per_pixel: bool
+) -> None:
+    view = {"per_pixel": per_pixel}
+    summed = build_view(patch_recipe(tmp_path, view=view))
+    discrete = {
+        "preconditioning": {"kind": "discrete"},
+        "objective": {"kind": "discrete", "label_dropout": 0},
+    }
+    averaged = build_view(patch_recipe(tmp_path, view=view, **discrete))
+    for side in (2, 4, 8):
+        plan = StepPlan(0, 8, side)
+        expected = summed.loss_weight(plan) * (side / 8) ** 2
+        assert averaged.loss_weight(plan) == pytest.approx(expected)
+    # Of whole images nothing changes.
+    assert averaged.loss_weight(StepPlan(0, 8, 8)) == 1
+
+
 @pytest.mark.parametrize("preconditioning", ["edm", "vp", "ve", "iddpm"])
 def test_every_preconditioning_trains_on_patches(tmp_path: Path, preconditioning: str) -> None:
     recipe = patch_recipe(

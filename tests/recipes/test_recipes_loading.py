@@ -297,7 +297,7 @@ def test_inheritance_in_a_circle(tmp_path: Path) -> None:
         ("", "a recipe is a mapping"),
         ("data: {}\ndata: {}\n", "line 2, column 1: the key 'data' stands there twice"),
         ("base: [a]\n", "base: expected the name of a recipe or a file"),
-        ("!!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("!!python/object/apply:os.system ['true']\n", "which recipes do not have"),
         ("1: 2\n", "1: unknown key"),
         ("[a]: 2\n", "mine.yaml"),
     ],

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Listed, Probability, Section
+from tessera.recipes.schema.base import Factor, Listed, Probability, Section, Side, Width
+
+Levels = Annotated[tuple[Factor, ...], Listed, Field(min_length=1, max_length=16)]
+Blocks = Annotated[int, Field(gt=0, le=64)]
+Resolutions = Annotated[tuple[Side, ...], Listed, Field(max_length=64)]
 
 
 class UNetSection(Section):
     """What every U-Net has."""
 
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+    channel_mult: tuple[float, ...] = ()
 
     def fits(self, side: int) -> bool:
         """Whether the network takes images of this height or width."""
@@ -32,17 +36,17 @@ class SongUNetConfig(UNetSection):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM."""
 
     kind: Literal["song_unet"] = "song_unet"
-    model_channels: PositiveInt = 128
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 2, 2)
-    channel_mult_emb: PositiveInt = 4
-    num_blocks: PositiveInt = 4
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (16,)
+    model_channels: Width = 128
+    channel_mult: Levels = (1, 2, 2, 2)
+    channel_mult_emb: Factor = 4
+    num_blocks: Blocks = 4
+    attn_resolutions: Resolutions = (16,)
     dropout: Probability = 0.10
     embedding: Literal["positional", "fourier"] = "positional"
-    channel_mult_noise: PositiveInt = 1
+    channel_mult_noise: Factor = 1
     encoder: Literal["standard", "skip", "residual"] = "standard"
     decoder: Literal["standard", "skip"] = "standard"
-    resample_filter: Annotated[tuple[int, ...], Listed] = (1, 1)
+    resample_filter: Annotated[tuple[int, ...], Listed, Field(max_length=64)] = (1, 1)
     implicit_mlp: bool = Field(
         False, description="a pixel-wise perceptron before the first 3x3 convolution"
     )
@@ -52,20 +56,20 @@ class AdmUNetConfig(UNetSection):
     """The ADM U-Net (Dhariwal & Nichol 2021), as in EDM."""
 
     kind: Literal["adm_unet"] = "adm_unet"
-    model_channels: PositiveInt = 192
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 3, 4)
-    channel_mult_emb: PositiveInt = 4
-    num_blocks: PositiveInt = 3
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (32, 16, 8)
+    model_channels: Width = 192
+    channel_mult: Levels = (1, 2, 3, 4)
+    channel_mult_emb: Factor = 4
+    num_blocks: Blocks = 3
+    attn_resolutions: Resolutions = (32, 16, 8)
     dropout: Probability = 0.10
 
 
 class BrickConfig(Section):
     """One brick: side of its patches and of its tokens in pixels, number of blocks."""
 
-    size: PositiveInt
-    patch: PositiveInt = 2
-    depth: PositiveInt
+    size: Side
+    patch: Side = 2
+    depth: Annotated[int, Field(gt=0, le=256)]
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
@@ -78,10 +82,12 @@ class LegoConfig(Section):
     """LEGO bricks (Zheng et al. 2024): a stack of transformers on patches of several sizes."""
 
     kind: Literal["lego"] = "lego"
-    bricks: tuple[BrickConfig, ...] = Field(min_length=1, description="first to last")
-    width: PositiveInt = Field(384, description="of the tokens; a multiple of heads and of 4")
-    heads: PositiveInt = 6
-    mlp_ratio: PositiveFloat = 4
+    bricks: tuple[BrickConfig, ...] = Field(
+        min_length=1, max_length=32, description="first to last"
+    )
+    width: Width = Field(384, description="of the tokens; a multiple of heads and of 4")
+    heads: Width = 6
+    mlp_ratio: PositiveFloat = Field(4, le=1024)
     joint: bool = Field(True, description="train every brick's output, so that bricks can skip")
     positions: Literal["fixed", "learned"] = Field(
         "fixed", description="table of token positions; learned in the released models"
@@ -95,6 +101,19 @@ class LegoConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if math.lcm(*(brick.size for brick in self.bricks)) > 2**20:
+            raise ValueError("bricks: no canvas that is not huge is tiled by all of these sizes")
+        for brick in self.bricks:
+            tokens = (brick.size // brick.patch) ** 2
+            if tokens * self.width > 2**28:
+                raise ValueError(
+                    f"bricks: a patch of {brick.size} pixels has {tokens:,} tokens of width "
+                    f"{self.width}, which is more than can be attended to"
+                )
+        return self
+
     def fits(self, side: int) -> bool:
         """Whether the bricks tile a canvas of this height or width; see `networks.lego.Lego`."""
         return all(side % (b.patch if side < b.size else b.size) == 0 for b in self.bricks)
@@ -103,7 +122,10 @@ class LegoConfig(Section):
     def sides(self) -> str:
         """Which heights and widths fit, and why."""
         step = math.lcm(*(brick.size for brick in self.bricks))
-        small = [str(side) for side in range(1, step) if self.fits(side)]
+        # From the largest brick on, only multiples of all fit.
+        largest = max(brick.size for brick in self.bricks)
+        small = [str(side) for side in range(1, largest) if self.fits(side)]
+        small = small if len(small) <= 16 else [*small[:16], "…"]
         sizes = " or ".join([f"a multiple of {step}", *([", ".join(small)] if small else [])])
         return f"{sizes}, to be tiled by network.bricks"
 
@@ -112,18 +134,20 @@ class PatchedUNetConfig(Section):
     """The patched U-Net (Luhman & Luhman 2022): a U-Net on P x P patches as pixels."""
 
     kind: Literal["patched_unet"] = "patched_unet"
-    patch_size: PositiveInt = Field(4, description="side P of a patch, pixels; 1 for none")
-    model_channels: PositiveInt = 128
-    channel_mult: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
-        (), description="widths as multiples, fractions allowed; empty: by the patched grid"
+    patch_size: Factor = Field(4, description="side P of a patch, pixels; 1 for none")
+    model_channels: Width = 128
+    channel_mult: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Listed] = Field(
+        (),
+        max_length=16,
+        description="widths as multiples, fractions allowed; empty: by the patched grid",
     )
-    num_blocks: PositiveInt = 2
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = Field(
+    num_blocks: Blocks = 2
+    attn_resolutions: Resolutions = Field(
         (16, 8), description="sides of the patched grid with self-attention"
     )
-    heads: PositiveInt = 4
-    decoder_heads: PositiveInt | None = Field(None, description="null: as many as heads")
-    head_channels: PositiveInt | None = Field(None, description="width of a head, not a number")
+    heads: Width = 4
+    decoder_heads: Width | None = Field(None, description="null: as many as heads")
+    head_channels: Width | None = Field(None, description="width of a head, not a number")
     attention_order: Literal["split", "legacy"] = Field(
         "split", description="rows of the qkv weight; legacy: head by head"
     )

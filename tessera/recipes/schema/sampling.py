@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import NonNegative, Probability, Section
+from tessera.recipes.schema.base import NonNegative, Probability, Section, Steps
 
 
 def _check_range(sigma_min: float | None, sigma_max: float | None) -> None:
@@ -19,11 +19,11 @@ class EdmSampler(Section):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
 
     kind: Literal["edm"] = "edm"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     s_churn: NonNegative = 0
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
@@ -39,18 +39,18 @@ class AblationSampler(Section):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
 
     kind: Literal["ablation"] = "ablation"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
     schedule: Literal["linear", "vp", "ve"] = "linear"
     scaling: Literal["none", "vp"] = "none"
     sigma_min: PositiveFloat | None = None
     sigma_max: PositiveFloat | None = None
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     epsilon_s: PositiveFloat = 1e-3
     c_1: PositiveFloat = 0.001
     c_2: PositiveFloat = 0.008
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
     alpha: PositiveFloat = 1
     s_churn: NonNegative = 0
     s_min: NonNegative = 0

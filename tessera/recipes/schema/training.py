@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import Factor, Listed, NonNegative, Probability, Section, UserPath
 
 
 class OptimizerConfig(Section):
@@ -33,7 +33,7 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     """One exponential moving average of the weights."""
 
-    halflife_images: PositiveFloat = 500_000
+    halflife_images: PositiveFloat = Field(500_000, le=1e15)
     rampup_ratio: PositiveFloat | None = Field(
         0.05, description="half-life at most this share of the images seen; null for no ramp-up"
     )
@@ -43,7 +43,9 @@ class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
     images: PositiveInt = Field(200_000_000, description="images to train on, in all")
-    batch: PositiveInt = Field(512, description="images of one optimiser step, over all devices")
+    batch: PositiveInt = Field(
+        512, le=2**20, description="images of one optimiser step, over all devices"
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="images of one forward pass on one device; less memory, same result"
     )
@@ -83,8 +85,8 @@ class PreviewConfig(Section):
     """Sample grids made while training, always from the same seeds."""
 
     every_images: PositiveInt = 2_500_000
-    rows: PositiveInt = 8
-    columns: PositiveInt = 8
+    rows: Factor = 8
+    columns: Factor = 8
 
 
 Metric = Literal["fd", "fid", "sfid", "is", "kid", "pr"]
