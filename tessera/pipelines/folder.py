@@ -11,7 +11,6 @@ which is a pipeline itself, and the thresholds between them. `kind` tells a read
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
 from tessera.files import atomic_file, atomic_folder, sha256, write_json
+from tessera.plain import read_json
 
 FORMAT = "tessera-pipeline"
 VERSION = 1
@@ -184,8 +184,8 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(path, error=CheckpointError)
+    except (CheckpointError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Save or download the pipeline again"
         ) from error
@@ -216,6 +216,21 @@ def read_config(folder: Path) -> FolderConfig:
         raise CheckpointError(
             f"{path} is incomplete or damaged ({error!r}). Save or download the pipeline again"
         ) from error
+
+
+def holds(folder: Path, recipe: dict[str, Any], images_seen: int) -> bool:
+    """Whether a whole pipeline is there, of this recipe and as many images or more.
+
+    Of more images it is where a run has gone back to the checkpoint before a damaged one.
+    """
+    try:
+        config = read_config(folder)
+        if not all(sha256(folder / entry.file) == entry.sha256 for entry in config.weights):
+            return False
+    except (CheckpointError, OSError, ValueError):
+        return False
+    same = config.images_seen == images_seen and config.recipe == recipe
+    return bool(config.weights) and (same or config.images_seen > images_seen)
 
 
 def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:
