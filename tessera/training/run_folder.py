@@ -11,7 +11,7 @@ import yaml
 from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
 from tessera.files import atomic_file, is_left_over, tidy
-from tessera.recipes.loading import dump_recipe, load_recipe
+from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training import run_lock
 
@@ -122,13 +122,17 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its images, so that the run goes on from any folder."""
-    data = {"path": _absolute(recipe.data.path)}
-    changes: dict[str, Any] = {"data": recipe.data.model_copy(update=data)}
-    if recipe.evaluate is not None:
-        files = {key: _absolute(getattr(recipe.evaluate, key)) for key in ("reference", "weights")}
-        changes["evaluate"] = recipe.evaluate.model_copy(update=files)
-    return recipe.model_copy(update=changes)
+    """The recipe with absolute paths of its images, so that the run goes on from any folder.
+
+    Spelt as in a file, where a default of 0 is 0.0: a resumed run, which has it from there, writes
+    the same bytes.
+    """
+    data = dump_recipe(recipe)
+    for section, keys in (("data", ("path",)), ("evaluate", ("reference", "weights"))):
+        for key in keys:
+            if data[section] is not None:
+                data[section][key] = _absolute(data[section][key])
+    return parse_recipe(data)
 
 
 def _absolute(path: str | None) -> str | None:
