@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tessera import processes
+from tessera.errors import DataError, TesseraError
+from tessera.plain import MIB, parse_json
 
 _PART, _OLD = ".part", ".old"
 _LEFT_OVER = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.[a-z0-9_]{8}\.(?:part|old)")
@@ -132,6 +134,34 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     with atomic_file(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    what: str | None = None,
+    *,
+    max_bytes: int = 16 * MIB,
+    error: type[TesseraError] = DataError,
+) -> Any:
+    """The value in a JSON file, of which no more than `max_bytes` are read (see `parse_json`).
+
+    Args:
+        what: what messages call it; by default its path.
+        error: what is raised for a file that cannot be read or parsed.
+
+    Raises:
+        TesseraError: of the kind `error`.
+        FileNotFoundError: there is none.
+    """
+    what = os.fspath(path) if what is None else what
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{what} cannot be read ({problem.strerror})") from problem
+    return parse_json(content, what, max_bytes=max_bytes, error=error)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

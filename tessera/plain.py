@@ -1,81 +1,136 @@
-"""JSON from files that anybody may have written: bounded in size and depth."""
+"""Plain values from text that anybody may have written: bounded in size and nesting."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tessera.errors import DataError, TesseraError
 
-MAX_BYTES = 64 * 2**20
-MAX_DEPTH = 64
+MIB = 2**20
+DEPTH = 32
+"""Values within values, of which the deepest files of the library have seven."""
+_NODES = 100_000
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+}
 
 
-def read_json(
-    source: str | os.PathLike[str] | bytes,
+def parse_json(
+    data: bytes | str,
+    what: str,
     *,
-    name: str | None = None,
+    max_bytes: int = 16 * MIB,
+    max_depth: int = DEPTH,
     error: type[TesseraError] = DataError,
-    max_bytes: int = MAX_BYTES,
-    max_depth: int = MAX_DEPTH,
 ) -> Any:
-    """The value in a JSON file, or in bytes that were read from one.
+    """Parse JSON text.
 
     Args:
-        source: a path, or the content itself as bytes.
-        name: what messages call it; by default the path.
-        error: what is raised if it cannot be read.
-        max_bytes: no more is read; a longer file is refused.
-        max_depth: of lists and objects within each other.
+        what: what messages call it.
+        max_bytes: the longest text that is read.
+        max_depth: most lists and objects within each other.
+        error: what is raised.
 
     Raises:
-        TesseraError: of the kind `error`: the file is too long, nested too deeply, no JSON, no
-            UTF-8, or cannot be opened.
-        FileNotFoundError: there is no such file.
-
-    Example:
-        >>> read_json(b'{"labels": null}')
-        {'labels': None}
+        TesseraError: the text is longer, nested deeper, or no JSON; of the kind `error`.
     """
-    if name is None:
-        name = "JSON" if isinstance(source, bytes) else os.fspath(source)
-    content = source if isinstance(source, bytes) else _read(Path(source), name, error, max_bytes)
-    if len(content) > max_bytes:
-        raise error(f"{name} is longer than {max_bytes:,} bytes")
-    too_deep = f"{name} is nested more than {max_depth} levels deep"
+    if len(data) > max_bytes:
+        raise error(f"{what}: {len(data):,} bytes of JSON, of which at most {max_bytes:,} are read")
+    deep = f"{what}: lists or objects are nested over {max_depth} deep, which nothing here needs"
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(data)
     except RecursionError:
-        raise error(too_deep) from None
+        raise error(deep) from None
     except ValueError as problem:
-        raise error(f"{name} is no valid JSON ({problem})") from None
-    if deeper(value, max_depth):
-        raise error(too_deep)
+        raise error(f"{what}: no valid JSON ({problem})") from None
+    if not _within(value, max_depth):
+        raise error(deep)
     return value
 
 
-def deeper(value: Any, limit: int) -> bool:
-    """Whether lists and dictionaries lie within each other more than `limit` levels deep."""
-    level = _containers([value])
-    for _ in range(limit):
-        level = _containers(
-            item for node in level for item in (node.values() if isinstance(node, dict) else node)
-        )
-    return bool(level)
+def parse_yaml(
+    text: str,
+    what: str,
+    loader: type[yaml.SafeLoader],
+    *,
+    max_bytes: int = MIB // 4,
+    max_depth: int = DEPTH,
+    error: type[TesseraError] = DataError,
+) -> Any:
+    """Parse YAML text by the rules of `loader`; nothing but plain values, lists and mappings.
 
+    Args as for `parse_json`. Parts that an alias repeats count each time.
 
-def _containers(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if isinstance(value, dict | list)]
-
-
-def _read(path: Path, name: str, error: type[TesseraError], max_bytes: int) -> bytes:
+    Raises:
+        TesseraError: the text is longer, nested deeper, repeats itself without bound, or is no
+            YAML; of the kind `error`.
+    """
+    if len(text) > max_bytes:
+        raise error(f"{what}: {len(text):,} bytes of YAML, of which at most {max_bytes:,} are read")
+    deep = f"{what}: lists or sections are nested over {max_depth} deep, which nothing here needs"
     try:
-        with path.open("rb") as file:
-            return file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise error(f"{name} cannot be read ({problem.strerror})") from problem
+        reader = loader(text)
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        _check_node(node, max_depth)
+        return reader.construct_document(node)
+    except (RecursionError, _TooDeep):
+        raise error(deep) from None
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise error(f"{what}{where}: {problem.problem or problem.context}") from None
+    except yaml.YAMLError as problem:
+        raise error(f"{what}: {problem}") from None
+    except (ValueError, KeyError) as problem:  # of a value that is not what its tag says
+        raise error(f"{what}: a value cannot be read ({problem})") from None
+
+
+class _TooDeep(Exception):
+    pass
+
+
+def _within(value: Any, depth: int) -> bool:
+    """Whether lists and dictionaries are nested no deeper."""
+    level: list[Any] = [value] if isinstance(value, list | dict) else []
+    for _ in range(depth):
+        level = [x for part in level for x in _items(part) if isinstance(x, list | dict)]
+        if not level:
+            return True
+    return False
+
+
+def _items(value: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _check_node(root: yaml.Node, max_depth: int) -> None:
+    """Refuse tags of other values, deep nesting, and aliases that repeat too much."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > max_depth:  # also what contains itself
+            raise _TooDeep
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if node.tag not in _TAGS:
+            problem = f"a value of the kind {node.tag}, which recipes do not have"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            total += sum(size(key, depth + 1) + size(item, depth + 1) for key, item in node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(size(item, depth + 1) for item in node.value)
+        if total > _NODES:
+            problem = f"with all that its aliases repeat, this is over {_NODES:,} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        sizes[id(node)] = total
+        return total
+
+    size(root, 1)

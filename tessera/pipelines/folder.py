@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tessera._version import __version__
 from tessera.errors import CheckpointError, require_extra
 from tessera.files import atomic_file, atomic_folder, sha256, write_json
-from tessera.plain import read_json
+from tessera.plain import parse_json
 
 FORMAT = "tessera-pipeline"
 VERSION = 1
@@ -184,8 +184,8 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / "config.json"
     try:
-        config = read_json(path, error=CheckpointError)
-    except (CheckpointError, FileNotFoundError) as error:
+        config = parse_json(path.read_bytes(), str(path), error=CheckpointError)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Save or download the pipeline again"
         ) from error

@@ -33,8 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from tessera import distributed
 from tessera.errors import CheckpointError
-from tessera.files import atomic_folder, remove_folder, sha256, write_json
-from tessera.plain import read_json
+from tessera.files import atomic_folder, read_json, remove_folder, sha256, write_json
 from tessera.training.parallel import assign
 
 _VERSION = 1
@@ -176,7 +175,7 @@ class Checkpoints:
 def inspect(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None if nothing is."""
     try:
-        checksums = read_json(folder / _CHECKSUMS, name=_CHECKSUMS, error=CheckpointError)
+        checksums = read_json(folder / _CHECKSUMS, _CHECKSUMS, error=CheckpointError)
     except FileNotFoundError:
         return f"{_CHECKSUMS} is missing"
     except CheckpointError as error:
@@ -222,7 +221,7 @@ def read_state(folder: Path) -> RunState:
         CheckpointError: damaged, or written by a newer version of the library.
     """
     try:
-        values = read_json(folder / _STATE, name=_STATE, error=CheckpointError)
+        values = read_json(folder / _STATE, _STATE, error=CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f"{_STATE} is missing") from error
     version = values.get("version") if isinstance(values, dict) else None

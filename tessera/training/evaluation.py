@@ -14,7 +14,7 @@ from tessera import distributed
 from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
 from tessera.errors import DataError, RecipeError
-from tessera.files import atomic_folder, write_json
+from tessera.files import atomic_folder, read_json, write_json
 from tessera.metrics import evaluate as scoring
 from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.features import FeatureExtractor, find_extractor, open_extractor
@@ -26,7 +26,6 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
-from tessera.plain import read_json
 from tessera.recipes.build import build_codec
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner

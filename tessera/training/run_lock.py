@@ -18,8 +18,7 @@ from typing import Any
 
 from tessera import distributed, processes
 from tessera.errors import TrainingError
-from tessera.files import atomic_file, create_file
-from tessera.plain import read_json
+from tessera.files import atomic_file, create_file, read_json
 
 LOCK = "run.lock"
 

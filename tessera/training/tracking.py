@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tessera.errors import TesseraError, TrainingError, require_extra
 from tessera.files import atomic_file
-from tessera.plain import read_json
+from tessera.plain import parse_json
 from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
@@ -179,7 +179,7 @@ def cut_lines(path: Path, images: int) -> None:
 def _images_of(line: bytes) -> int | None:
     """The images seen of a line of metrics; None if it is no such line."""
     try:
-        values = read_json(line, max_bytes=_LONGEST_LINE, max_depth=1)
+        values = parse_json(line, "line", max_bytes=_LONGEST_LINE, max_depth=1)
     except TesseraError:
         return None
     images = values.get("images") if isinstance(values, dict) else None

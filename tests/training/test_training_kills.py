@@ -55,7 +55,7 @@ def test_every_state_that_kills_can_leave_ends_as_the_whole_run(
         go_on(recipe, run_dir)
     whole = contents(run_dir)
     assert states.moments > 100
-    assert len(states.found) > 60
+    assert len(states.found) > 40
     pipeline = [name for name in whole if name.startswith("pipeline/")]
     assert sorted(pipeline) == ["pipeline/config.json", "pipeline/model.safetensors"]
 
