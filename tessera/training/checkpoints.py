@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,6 +64,8 @@ class RunState(BaseModel):
         meter: sum and count of what is being averaged for the next log line.
         recipe: as plain data.
     """
+
+    model_config = ConfigDict(strict=True, frozen=True)
 
     storage: Literal["files", "shards"]
     images: NonNegativeInt
