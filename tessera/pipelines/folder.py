@@ -12,7 +12,6 @@ which is a pipeline itself, and the thresholds between them. `kind` tells a read
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,16 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from tessera._version import __version__
-from tessera.errors import CheckpointError, require_extra
-from tessera.files import atomic_file, atomic_folder, is_hub_id, sha256, user_path, write_json
+from tessera.errors import CheckpointError, TesseraError, require_extra
+from tessera.files import (
+    atomic_file,
+    atomic_folder,
+    is_hub_id,
+    read_json,
+    sha256,
+    user_path,
+    write_json,
+)
 from tessera.plain import parse_json
 from tessera.progress import note
 
@@ -155,10 +162,10 @@ def _check_replaceable(folder: Path) -> None:
 def _is_pipeline(folder: Path) -> bool:
     """Whether a folder's `config.json` is ours, of whatever version: other tools have one, too."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except OSError:
         return False
-    except (ValueError, RecursionError):  # damaged: ours if there is nothing else than we write
+    except TesseraError:  # damaged: ours if there is nothing else than we write
         ours = re.compile(r"config\.json|model(-[^/]+)?\.safetensors|expert-\d+")
         return all(ours.fullmatch(path.name) for path in folder.iterdir())
     return isinstance(config, dict) and config.get("format") == FORMAT
@@ -267,6 +274,21 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "thresholds": _numbers,
 }
 """What the fields of `config.json` hold."""
+
+
+def holds(folder: Path, recipe: dict[str, Any], images_seen: int) -> bool:
+    """Whether a whole pipeline is there, of this recipe and as many images or more.
+
+    Of more images it is where a run has gone back to the checkpoint before a damaged one.
+    """
+    try:
+        config = read_config(folder)
+        if not all(sha256(folder / entry.file) == entry.sha256 for entry in config.weights):
+            return False
+    except (CheckpointError, OSError, ValueError):
+        return False
+    same = config.images_seen == images_seen and config.recipe == recipe
+    return bool(config.weights) and (same or config.images_seen > images_seen)
 
 
 def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +13,8 @@ import torch
 from tessera import distributed
 from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
-from tessera.errors import RecipeError
-from tessera.files import atomic_folder, write_json
+from tessera.errors import DataError, RecipeError
+from tessera.files import atomic_folder, read_json, write_json
 from tessera.metrics import evaluate as scoring
 from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.features import FeatureExtractor, find_extractor, open_extractor
@@ -102,11 +101,16 @@ class Evaluation:
         path = self._run_dir / BEST / _SCORE
         if not path.is_file():
             return True
-        before = json.loads(path.read_text())
-        if before["by"] != name:
+        try:
+            before = read_json(path)
+            if before["by"] != name:
+                return True
+            best = float(before[name])
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            warnings.warn(f"{path} is damaged and counts for nothing ({error})", stacklevel=2)
             return True
         sign = -1 if name.removeprefix("evaluate/") in _HIGHER_IS_BETTER else 1
-        return sign * value < sign * float(before[name])
+        return sign * value < sign * best
 
     def _open(
         self, config: EvaluateConfig, device: torch.device

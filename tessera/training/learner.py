@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.errors import CheckpointError
 from tessera.randomness import Draws
 from tessera.recipes.build import AUTOCAST
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
@@ -213,9 +214,18 @@ class Learner:
         return dict(zip(live, values, strict=True))
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Put back what `counters` gave."""
+        """Put back what `counters` gave.
+
+        Raises:
+            CheckpointError: some are missing, or beyond their range.
+        """
         for name, tensor in self._live_counters().items():
-            tensor.fill_(counters[name])
+            try:
+                tensor.fill_(counters[name])
+            except (KeyError, RuntimeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"the checkpoint's state.json has no fitting value of the counter {name!r}"
+                ) from error
 
     def _live_counters(self) -> dict[str, Tensor]:
         return {**self.loss_scale.state(), **self.skips.state()}

@@ -15,14 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.errors import TrainingError, require_extra
+from tessera.errors import TesseraError, TrainingError, require_extra
 from tessera.files import atomic_file
+from tessera.plain import parse_json
 from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import Update
 
 Metrics = dict[str, float | int | None]
+
+_LONGEST_LINE = 2**20  # of metrics.jsonl, bytes
 
 
 class Meter:
@@ -148,18 +151,39 @@ def describe(metrics: Metrics) -> str:
 
 
 def cut_lines(path: Path, images: int) -> None:
-    """Keep only the lines up to `images`, so that a resumed run continues the file."""
+    """Keep only the lines up to `images`, so that a resumed run continues the file.
+
+    What cannot be a line of this log is left out, and that is said on stderr.
+    """
     if not path.exists():
         return
-    kept: list[str] = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["images"] <= images:
-                kept.append(line)
-        except (ValueError, KeyError):
-            break  # the half line of a killed process
-    with atomic_file(path, "w") as file:
-        file.writelines(line + "\n" for line in kept)
+    content = path.read_bytes()
+    lines = [line for line in content.split(b"\n") if line]
+    numbers = [_images_of(line) for line in lines]
+    kept = [line for line, n in zip(lines, numbers, strict=True) if n is not None and n <= images]
+    foreign = [str(index) for index, number in enumerate(numbers, 1) if number is None]
+    if foreign:
+        # The half line of a killed process, or what another program wrote.
+        which = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        print(
+            f"note: {path}: {len(foreign)} of {len(lines)} lines are none of this log and are left "
+            f"out (line {which})",
+            file=sys.stderr,
+        )
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        with atomic_file(path) as file:
+            file.write(text)
+
+
+def _images_of(line: bytes) -> int | None:
+    """The images seen of a line of metrics; None if it is no such line."""
+    try:
+        values = parse_json(line, "line", max_bytes=_LONGEST_LINE, max_depth=1)
+    except TesseraError:
+        return None
+    images = values.get("images") if isinstance(values, dict) else None
+    return images if type(images) is int and images >= 0 else None
 
 
 class TensorBoard:
@@ -194,7 +218,8 @@ class WeightsAndBiases:
         self._wandb: Any = require_extra("wandb", "log", "run.wandb")
         marker = run_dir / "wandb-id"
         if not marker.exists():
-            marker.write_text(secrets.token_hex(4))
+            with atomic_file(marker, "w") as file:
+                file.write(secrets.token_hex(4))
         try:
             self._run = self._wandb.init(
                 project=project,

@@ -16,13 +16,13 @@ from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.files import user_path
-from tessera.pipelines.folder import start_from
+from tessera.pipelines.folder import holds, start_from
 from tessera.progress import progress
 from tessera.randomness import derive_seed
 from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
-from tessera.training import run_folder, tracking
+from tessera.training import run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
 from tessera.training.evaluation import Evaluation
 from tessera.training.feed import Feed
@@ -83,7 +83,7 @@ class Trainer:
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
-        self.recipe = recipe
+        self.recipe = recipe = run_folder.anchored(recipe)
         self.device = distributed.device()
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
@@ -107,7 +107,8 @@ class Trainer:
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints", recipe.run.keep)
         self._saved: Path | None = None
         if resume is not None:
-            self._restore()
+            with run_lock.hold(self.run_dir):
+                self._restore(recorded)
 
     @property
     def dataset(self) -> Dataset:
@@ -140,6 +141,8 @@ class Trainer:
         run, total = self.recipe.run, self.recipe.training.images
         scores = self.recipe.evaluate
         with contextlib.ExitStack() as stack:
+            stack.enter_context(run_lock.hold(self.run_dir))
+            self._tidy()
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
             small = (
@@ -256,6 +259,9 @@ class Trainer:
         self._saved = self._checkpoints.save(
             self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
         )
+        self._save_pipeline()
+
+    def _save_pipeline(self) -> None:
         pipeline = ema_pipeline(
             self.recipe, self.learner, self.images_seen, self.dataset.class_names
         )
@@ -263,22 +269,34 @@ class Trainer:
             pipeline.save(self.run_dir / "pipeline")
         distributed.barrier()
 
-    def _restore(self) -> None:
+    def _tidy(self) -> None:
+        """Finish what a killed process may have left undone, before anything else is written."""
+        with distributed.main_first():
+            if distributed.is_main():
+                run_folder.clean(self.run_dir)
+                run_folder.write_recipe(self.run_dir, self.recipe)
+                self._checkpoints.prune()
+        current = self._saved is None or (
+            distributed.is_main()
+            and holds(self.run_dir / "pipeline", dump_recipe(self.recipe), self.images_seen)
+        )
+        if not distributed.broadcast(current):
+            self._save_pipeline()
+
+    def _restore(self, recorded: Recipe) -> None:
         """Go back to the newest undamaged checkpoint; to the beginning if there is none yet."""
         self._saved = self._checkpoints.newest()
         if self._saved is not None:
             state = read_state(self._saved)
-            run_folder.check_same(parse_recipe(state["recipe"]), self.recipe)
+            run_folder.check_same(parse_recipe(state.recipe, str(self._saved)), self.recipe)
+            run_folder.check_length(recorded, self.recipe, state.images)
             load_tensors(self._saved, self.learner.tensors())
-            self.learner.load_counters(state["counters"])
-            self._meter.load(state["meter"])
-            self.images_seen, self.step = state["images"], state["step"]
-            self._seconds = state["seconds"]
+            self.learner.load_counters(state.counters)
+            self._meter.load(state.meter)
+            self.images_seen, self.step = state.images, state.step
+            self._seconds = state.seconds
         elif distributed.is_main():
             print("no checkpoint yet: training from the beginning", file=sys.stderr)
-        if distributed.is_main():
-            run_folder.write_recipe(self.run_dir, self.recipe)
-        distributed.barrier()
 
     def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
         if not distributed.is_main():
