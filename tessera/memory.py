@@ -3,7 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import sys
+
+# How PyTorch, oneDNN, CUDA and C++ say that memory is used up, in errors of no type of their own.
+_USED_UP = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "can't start new thread",
+)
+
+
+def used_up(error: BaseException) -> bool:
+    """Whether an error says that the memory of the process or of the device is used up."""
+    # PyTorch's own, by its name, because it is not imported for every command.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words.lower() in text for words in _USED_UP)
+
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
