@@ -51,7 +51,7 @@ def last_good(checkpoint: Path | None) -> str:
 
 
 def _go_on(run_dir: Path, change: str = "") -> str:
-    return f"; then go on with: tessera train --resume {run_dir}{change}"
+    return f"; afterwards go on with: tessera train --resume {run_dir}{change}"
 
 
 def _less_memory(training: TrainingConfig) -> tuple[str, str]:
