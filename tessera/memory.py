@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import re
 import sys
 
 # How PyTorch, oneDNN, CUDA and C++ say that memory is used up, in errors of no type of their own.
-_USED_UP = (
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "out of memory",
-    "bad_alloc",
-    "ALLOC_FAILED",
-    "can't start new thread",
+_USED_UP = re.compile(
+    r"not enough memory|can(no|')t allocate memory|out of memory|bad_alloc|alloc_failed"
+    r"|can't start new thread|could not create a (primitive|memory object)(?! descriptor)",
+    re.IGNORECASE,
 )
 
 
@@ -25,8 +22,7 @@ def used_up(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words.lower() in text for words in _USED_UP)
+    return isinstance(error, RuntimeError) and _USED_UP.search(str(error)) is not None
 
 
 # Of glibc's malloc.h.
