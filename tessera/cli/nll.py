@@ -36,12 +36,14 @@ def nll(
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
     from tessera.pipelines.loading import load
+    from tessera.pipelines.options import check_complete
     from tessera.progress import progress
 
     if out is not None and out.suffix != ".npz":
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
+        check_complete(pipe.recipe)
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
             bits = evaluate(

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tessera.conditioning import NO_CLASS
+from tessera.diffusion.experts import sigma_range
 from tessera.errors import TesseraError
 from tessera.recipes.schema import (
     AblationSampler,
@@ -172,6 +173,23 @@ def _known(num_classes: int, names: list[str]) -> str:
     if names:
         known += f": {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
     return known
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Check that a model knows all noise levels.
+
+    Raises:
+        TesseraError: it is an expert alone.
+    """
+    if recipe.expert is None:
+        return
+    low, high = sigma_range(recipe.snr_splits, recipe.expert)
+    raise TesseraError(
+        f"this model ({recipe.name}) is expert {recipe.expert} of {len(recipe.snr_splits) + 1}: it "
+        f"knows noise levels from {low:.4g} to {high:.4g} only, and images need all of them. Put "
+        "the experts together first, from the cleanest to the noisiest: tessera experts NAME "
+        + " ".join(f"EXPERT-{k}" for k in range(len(recipe.snr_splits) + 1))
+    )
 
 
 def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:

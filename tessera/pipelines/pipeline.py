@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
-from tessera.cost import Cost, choose_bricks, estimate
+from tessera.cost import Cost, choose_bricks, estimate_model
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
@@ -33,6 +33,7 @@ from tessera.pipelines.options import (
     Precision,
     Seeds,
     autocast_for,
+    check_complete,
     check_images,
     check_latents,
     check_low_res,
@@ -43,7 +44,7 @@ from tessera.pipelines.options import (
 from tessera.recipes.build import build_codec, build_sampler
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import DdimSampler, Recipe
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState
+from tessera.sampling.core import NoiseSource, Sampler, SamplerState, step_sigmas
 from tessera.sampling.ddpm import encode_ddim
 from tessera.sampling.seeds import SeedNoise
 
@@ -193,6 +194,10 @@ class Pipeline:
         """The networks of the model: one, or one of each expert."""
         return [m.network for m in self.denoiser.modules() if isinstance(m, Preconditioned)]
 
+    def recipes(self) -> list[Recipe]:
+        """The recipe of each of the networks."""
+        return [self.recipe]
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -290,7 +295,8 @@ class Pipeline:
                 `layout`, `overlap`; see `choose_canvas`.
 
         Raises:
-            TesseraError: a class, guidance, window or sampler option that this model cannot have.
+            TesseraError: a class, guidance, window or sampler option that this model cannot have;
+                or the model is an expert alone, which knows a part of the noise levels only.
         """
         seeds = list_seeds(seeds)
         if not seeds:
@@ -332,7 +338,9 @@ class Pipeline:
         Args:
             options: those of `sample_batches`, but for `batch` and `on_step`.
         """
-        self._plan(list_seeds(seeds), labels, **options)
+        plan = self._plan(list_seeds(seeds), labels, **options)
+        # A sampler says only when it runs that this model is not for it.
+        step_sigmas(plan.sampler, plan.denoiser)
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -436,8 +444,8 @@ class Pipeline:
             TesseraError: an option that this model cannot have.
         """
         section = choose_sampler(self.recipe, options)
-        recipe = self.recipe.model_copy(update={"sampling": section})
-        return estimate(recipe, guidance, guidance_interval, skip, bricks)
+        recipes = [r.model_copy(update={"sampling": section}) for r in self.recipes()]
+        return estimate_model(recipes, self.denoiser, guidance, guidance_interval, skip, bricks)
 
     def _plan(
         self,
@@ -455,6 +463,7 @@ class Pipeline:
         **options: Any,
     ) -> _Plan:
         """What `sample_batches` was asked for, checked and ready to run."""
+        check_complete(self.recipe)
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()
@@ -469,6 +478,8 @@ class Pipeline:
         if schedule is not None:
             model = cut_bricks(self.denoiser, schedule)
         if guidance != 1:
+            if isinstance(guide, Pipeline):
+                check_complete(guide.recipe)
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
             if weak is None:
