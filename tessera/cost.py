@@ -103,29 +103,25 @@ def estimate(
     Raises:
         TesseraError: guidance of a model that knows no classes, or bricks that cannot skip.
     """
-    denoiser = _without_data(recipe).train()
-    counting = _Counting(denoiser.network)
-    model = preconditioned(recipe, counting)
-    _evaluate(recipe, model, guidance, guidance_interval, skip, bricks)
-    return _cost(recipe, denoiser, counting.images)
+    return estimate_model([recipe], None, guidance, guidance_interval, skip, bricks)
 
 
-def estimate_experts(
+def estimate_model(
     recipes: Sequence[Recipe],
-    experts: Experts,
+    model: Preconditioned | Experts | None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     skip: float = 0.0,
     bricks: str | BrickSchedule | None = None,
 ) -> Cost:
-    """Count what experts cost together: trained one after the other, each sampling its own levels.
+    """As `estimate`, of a model that may be made of experts: one trained after the other.
 
-    Memory is that of the expert that needs most of it, `forward_flops` the mean over the
+    Memory is then that of the expert that needs most of it, `forward_flops` the mean over the
     evaluations of a sampled image, `train_flops` that over the images that all train on.
 
     Args:
         recipes: of each network, from the cleanest noise levels; they sample as the first says.
-        experts: the model, which may hold experts of experts.
+        model: says which expert makes which noise levels; not looked at where there is one recipe.
         guidance, guidance_interval, skip, bricks: see `estimate`.
 
     Raises:
@@ -135,12 +131,12 @@ def estimate_experts(
     counting = [_Counting(denoiser.network) for denoiser in denoisers]
     leaves = iter([preconditioned(*pair) for pair in zip(recipes, counting, strict=True)])
 
-    def counted(model: Denoiser) -> Denoiser:
-        if isinstance(model, Experts):
-            return Experts([counted(part) for part, _ in model.owned()], model.thresholds)
+    def counted(part: Denoiser | None) -> Denoiser:
+        if isinstance(part, Experts):
+            return Experts([counted(own) for own, _ in part.owned()], part.thresholds)
         return next(leaves)
 
-    _evaluate(recipes[0], counted(experts), guidance, guidance_interval, skip, bricks)
+    _evaluate(recipes[0], counted(model), guidance, guidance_interval, skip, bricks)
     costs = [
         _cost(recipe, denoiser, count.images)
         for recipe, denoiser, count in zip(recipes, denoisers, counting, strict=True)
@@ -344,7 +340,8 @@ def _stacks(
     specs = getattr(model.network, "specs", None)
     if specs is None:
         raise TesseraError(
-            "one of the experts is not made of bricks; say where to skip any instead"
+            "one of the experts is not made of bricks. Say at which noise levels to skip any, as in "
+            "bricks='0-0.5:1'"
         )
     yield [spec.size for spec in specs], band
 

@@ -43,7 +43,7 @@ def nll(
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
-        check_complete(pipe.recipe)
+        check_complete(pipe)
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
             bits = evaluate(

@@ -295,8 +295,8 @@ class Pipeline:
                 `layout`, `overlap`; see `choose_canvas`.
 
         Raises:
-            TesseraError: a class, guidance, window or sampler option that this model cannot have;
-                or the model is an expert alone, which knows a part of the noise levels only.
+            TesseraError: the model is an expert alone, or there is a class, guidance, window or
+                sampler option that it cannot have.
         """
         seeds = list_seeds(seeds)
         if not seeds:
@@ -443,8 +443,8 @@ class Pipeline:
         Raises:
             TesseraError: an option that this model cannot have.
         """
-        section = choose_sampler(self.recipe, options)
-        recipes = [r.model_copy(update={"sampling": section}) for r in self.recipes()]
+        update = {"sampling": choose_sampler(self.recipe, options)}
+        recipes = [recipe.model_copy(update=update) for recipe in self.recipes()]
         return estimate_model(recipes, self.denoiser, guidance, guidance_interval, skip, bricks)
 
     def _plan(
@@ -463,7 +463,7 @@ class Pipeline:
         **options: Any,
     ) -> _Plan:
         """What `sample_batches` was asked for, checked and ready to run."""
-        check_complete(self.recipe)
+        check_complete(self, guide)
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()
@@ -478,8 +478,6 @@ class Pipeline:
         if schedule is not None:
             model = cut_bricks(self.denoiser, schedule)
         if guidance != 1:
-            if isinstance(guide, Pipeline):
-                check_complete(guide.recipe)
             weak = guide.denoiser if isinstance(guide, Pipeline) else guide
             model = Guided(model, guidance, guidance_interval, weak)
             if weak is None:

@@ -1,4 +1,4 @@
-"""What ends a training from outside, in words: a full disk, no memory left, a process that is gone."""
+"""What ends a training from outside, in words: full disks, no memory left, processes gone."""
 
 from __future__ import annotations
 
