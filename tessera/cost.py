@@ -340,8 +340,8 @@ def _stacks(
     specs = getattr(model.network, "specs", None)
     if specs is None:
         raise TesseraError(
-            "one of the experts is not made of bricks. Say at which noise levels to skip any, as in "
-            "bricks='0-0.5:1'"
+            "one of the experts is not made of bricks. Say at which noise levels to skip any, as "
+            "in bricks='0-0.5:1'"
         )
     yield [spec.size for spec in specs], band
 

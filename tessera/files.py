@@ -81,6 +81,20 @@ def _error_number(error: BaseException | None) -> int | None:
     return None
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Say before the work, not after it, that its result cannot be written to the file `path`.
+
+    Raises:
+        OutputError: names `path` and the reason.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: {_OPENING_REASONS[errno.EISDIR]}")
+    folder = next(folder for folder in path.parents if folder.exists())
+    with writing(path, opening=True), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextlib.contextmanager
 def _folders_taken_back(path: Path) -> Iterator[None]:
     """When the block fails, remove the folders above `path` that it made, as far as empty."""

@@ -224,6 +224,7 @@ def _write(
 ) -> tuple[Summary, list[Path]]:
     """Make the images and write them; returns what was written where."""
     from tessera import distributed
+    from tessera.files import check_writable
     from tessera.images import grid as tiled
     from tessera.images import save_png
     from tessera.pipelines.generate import generate_arrays, generate_folder, read_images
@@ -239,6 +240,7 @@ def _write(
         return summary, [out, picture]
     suffix = {"npz": ".npz", "grid": ".png"}[kind]
     file = out if out.suffix.lower() == suffix else out / f"samples{suffix}"
+    check_writable(file)
     images, labels, summary = generate_arrays(job, file.parent, trajectory=film)
     if distributed.is_main():
         if kind == "npz":

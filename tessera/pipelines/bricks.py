@@ -100,7 +100,7 @@ class Usage:
         """What was saved; None if all calls ran all bricks."""
         if all(bricks is None for *_, bricks in self._calls):
             return None
-        recipes = self._pipe.recipes()
+        recipes = self._pipe.recipes
 
         @functools.cache
         def flops(network: int, size: tuple[int, int], bricks: int | None) -> int:
@@ -150,7 +150,7 @@ def brick_picture(
             "only a stack of bricks that was trained jointly (network.kind=lego, "
             "network.joint=true) can show each brick's output"
         )
-    if any(recipe.network != network for recipe in pipe.recipes()):
+    if any(recipe.network != network for recipe in pipe.recipes):
         raise TesseraError("experts with different networks have no picture of bricks in common")
     options = {k: v for k, v in options.items() if k not in CANVAS_OPTIONS}
     states: list[tuple[float, Tensor]] = []

@@ -13,7 +13,6 @@ from tessera.errors import CheckpointError, TesseraError
 from tessera.pipelines.folder import FolderConfig, write_experts
 from tessera.pipelines.pipeline import Pipeline
 from tessera.recipes.loading import dump_recipe
-from tessera.recipes.schema import Recipe
 
 
 class ExpertsPipeline(Pipeline):
@@ -43,9 +42,7 @@ class ExpertsPipeline(Pipeline):
             checksum=hashlib.sha256(checksums.encode()).hexdigest() if checksums else None,
         )
         self.pipes = tuple(pipes)
-
-    def recipes(self) -> list[Recipe]:
-        return [recipe for pipe in self.pipes for recipe in pipe.recipes()]
+        self.recipes = tuple(recipe for pipe in pipes for recipe in pipe.recipes)
 
     def save(self, folder: str | Path) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced."""

@@ -116,6 +116,7 @@ class Pipeline:
         checksum: str | None = None,
     ) -> None:
         self.recipe = recipe
+        self.recipes: tuple[Recipe, ...] = (recipe,)  # of each of `networks()`
         self.denoiser: Any = denoiser.eval()
         self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
@@ -193,10 +194,6 @@ class Pipeline:
     def networks(self) -> list[nn.Module]:
         """The networks of the model: one, or one of each expert."""
         return [m.network for m in self.denoiser.modules() if isinstance(m, Preconditioned)]
-
-    def recipes(self) -> list[Recipe]:
-        """The recipe of each of the networks."""
-        return [self.recipe]
 
     @property
     def device(self) -> torch.device:
@@ -295,8 +292,7 @@ class Pipeline:
                 `layout`, `overlap`; see `choose_canvas`.
 
         Raises:
-            TesseraError: the model is an expert alone, or there is a class, guidance, window or
-                sampler option that it cannot have.
+            TesseraError: a class, guidance, window or sampler option that this model cannot have.
         """
         seeds = list_seeds(seeds)
         if not seeds:
@@ -339,8 +335,7 @@ class Pipeline:
             options: those of `sample_batches`, but for `batch` and `on_step`.
         """
         plan = self._plan(list_seeds(seeds), labels, **options)
-        # A sampler says only when it runs that this model is not for it.
-        step_sigmas(plan.sampler, plan.denoiser)
+        step_sigmas(plan.sampler, plan.denoiser)  # what a sampler says only when it runs
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -444,7 +439,7 @@ class Pipeline:
             TesseraError: an option that this model cannot have.
         """
         update = {"sampling": choose_sampler(self.recipe, options)}
-        recipes = [recipe.model_copy(update=update) for recipe in self.recipes()]
+        recipes = [recipe.model_copy(update=update) for recipe in self.recipes]
         return estimate_model(recipes, self.denoiser, guidance, guidance_interval, skip, bricks)
 
     def _plan(
