@@ -7,8 +7,10 @@ without data, so that nothing is allocated and no formula has to keep up with th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.conditioning import Conditioning
 from tessera.data.views import PatchSize, PatchView
 from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import (
     BrickSchedule,
-    Skipping,
+    Range,
+    cut_bricks,
     last_brick_schedule,
     parse_schedule,
 )
@@ -99,6 +103,60 @@ def estimate(
     Raises:
         TesseraError: guidance of a model that knows no classes, or bricks that cannot skip.
     """
+    return estimate_model([recipe], None, guidance, guidance_interval, skip, bricks)
+
+
+def estimate_model(
+    recipes: Sequence[Recipe],
+    model: Preconditioned | Experts | None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    skip: float = 0.0,
+    bricks: str | BrickSchedule | None = None,
+) -> Cost:
+    """As `estimate`, of a model that may be made of experts: one trained after the other.
+
+    Memory is then that of the expert that needs most of it, `forward_flops` the mean over the
+    evaluations of a sampled image, `train_flops` that over the images that all train on.
+
+    Args:
+        recipes: of each network, from the cleanest noise levels; they sample as the first says.
+        model: says which expert makes which noise levels; not looked at where there is one recipe.
+        guidance, guidance_interval, skip, bricks: see `estimate`.
+
+    Raises:
+        TesseraError: as `estimate`.
+    """
+    denoisers = [_without_data(recipe).train() for recipe in recipes]
+    counting = [_Counting(denoiser.network) for denoiser in denoisers]
+    leaves = iter([preconditioned(*pair) for pair in zip(recipes, counting, strict=True)])
+
+    def counted(part: Denoiser | None) -> Denoiser:
+        if isinstance(part, Experts):
+            return Experts([counted(own) for own, _ in part.owned()], part.thresholds)
+        return next(leaves)
+
+    _evaluate(recipes[0], counted(model), guidance, guidance_interval, skip, bricks)
+    costs = [
+        _cost(recipe, denoiser, count.images)
+        for recipe, denoiser, count in zip(recipes, denoisers, counting, strict=True)
+    ]
+    largest = max(costs, key=lambda cost: cost.train_bytes)
+    evaluations = sum(cost.evaluations for cost in costs)
+    run = sum(cost.run_flops for cost in costs)
+    return replace(
+        largest,
+        parameters=sum(cost.parameters for cost in costs),
+        forward_flops=round(sum(c.forward_flops * c.evaluations for c in costs) / evaluations),
+        train_flops=round(run / sum(recipe.training.images for recipe in recipes)),
+        run_flops=run,
+        evaluations=evaluations,
+        sample_flops=sum(cost.sample_flops for cost in costs),
+    )
+
+
+def _without_data(recipe: Recipe) -> Preconditioned:
+    """The denoiser on the meta device."""
     # Tables of noise levels are cached; make them before tensors are without data.
     _ = build_preconditioning(recipe.preconditioning).sigma_min
     with torch.device("meta"):
@@ -211,6 +269,7 @@ class _Counting(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.check_prefix = getattr(network, "check_prefix", None)
+        self.specs = getattr(network, "specs", None)
         self.images: Counter[int | None] = Counter()
 
     def forward(
@@ -220,27 +279,24 @@ class _Counting(nn.Module):
         return x
 
 
-def _evaluations(
+def _evaluate(
     recipe: Recipe,
-    network: nn.Module,
+    model: Denoiser,
     guidance: float,
     guidance_interval: tuple[float, float] | None,
     skip: float,
     bricks: str | BrickSchedule | None,
-) -> Counter[int | None]:
-    """How often the recipe's sampler evaluates the network for one image, by bricks run."""
-    counting = _Counting(network)
-    model = preconditioned(recipe, counting)
+) -> None:
+    """Sample one image by the recipe's sampler from a model that counts its evaluations."""
     sampler = build_sampler(recipe.sampling)
     schedule = choose_bricks(recipe, model, sampler, skip, bricks)
-    denoiser: Denoiser = model if schedule is None else Skipping(model, schedule)
+    denoiser = model if schedule is None else cut_bricks(model, schedule)
     if guidance != 1:
         denoiser = Guided(denoiser, guidance, guidance_interval)
     labels = torch.zeros(1, dtype=torch.int64) if recipe.data.num_classes else None
     latents = torch.zeros(1, *recipe.shape)
     for _ in sampler(denoiser, latents, Conditioning(labels), SeedNoise([0])):
         pass
-    return counting.images
 
 
 def choose_bricks(
@@ -268,8 +324,31 @@ def choose_bricks(
         )
     if bricks is not None:
         return parse_schedule(bricks) if isinstance(bricks, str) else bricks
-    sizes = [brick.size for brick in network.bricks]
-    return last_brick_schedule(sizes, skip, step_sigmas(sampler, denoiser))
+    steps = step_sigmas(sampler, denoiser)
+    ranges: list[Range] = []
+    for sizes, band in _stacks(denoiser, (0.0, math.inf)):
+        for part in last_brick_schedule(sizes, skip, steps).within(*band).ranges:
+            if ranges and (ranges[-1].high, ranges[-1].bricks) == (part.low, part.bricks):
+                part = replace(part, low=ranges.pop().low)
+            ranges.append(part)
+    return BrickSchedule(tuple(ranges))
+
+
+def _stacks(
+    model: Denoiser, band: tuple[float, float]
+) -> Iterator[tuple[list[int], tuple[float, float]]]:
+    """The sizes of the bricks of each expert, with the noise levels that it owns."""
+    if isinstance(model, Experts):
+        for expert, (low, high) in model.owned():
+            yield from _stacks(expert, (max(low, band[0]), min(high, band[1])))
+        return
+    specs = getattr(model.network, "specs", None)
+    if specs is None:
+        raise TesseraError(
+            "one of the experts is not made of bricks. Say at which noise levels to skip any, as "
+            "in bricks='0-0.5:1'"
+        )
+    yield [spec.size for spec in specs], band
 
 
 def forward_flops(
@@ -281,10 +360,7 @@ def forward_flops(
         size: height and width; None: as trained.
         bricks: how many bricks of a stack run; None: all.
     """
-    _ = build_preconditioning(recipe.preconditioning).sigma_min
-    with torch.device("meta"):
-        denoiser = build_denoiser(recipe).eval()
-    return _forward_flops(recipe, denoiser, size, bricks)
+    return _forward_flops(recipe, _without_data(recipe).eval(), size, bricks)
 
 
 def _forward_flops(

@@ -26,6 +26,10 @@ class CheckpointError(TesseraError):
     """A checkpoint or pipeline that is missing, damaged or of another kind."""
 
 
+class OutputError(TesseraError):
+    """A file or folder that cannot be written; the message names it and the reason."""
+
+
 class TrainingError(TesseraError):
     """A training run that cannot go on."""
 

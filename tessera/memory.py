@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import re
 import sys
 from pathlib import Path
+
+# How PyTorch, oneDNN, CUDA and C++ say that memory is used up, in errors of no type of their own.
+_USED_UP = re.compile(
+    r"not enough memory|can(no|')t allocate memory|out of memory|bad_alloc|alloc_failed"
+    r"|can't start new thread|could not create a (primitive|memory object)(?! descriptor)",
+    re.IGNORECASE,
+)
+
+
+def used_up(error: BaseException) -> bool:
+    """Whether an error says that the memory of the process or of the device is used up."""
+    # PyTorch's own, by its name, because it is not imported for every command.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _USED_UP.search(str(error)) is not None
+
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

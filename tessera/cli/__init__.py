@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from tessera import memory
 from tessera._version import __version__
 from tessera.cli.app import App
 from tessera.cli.convert import convert
@@ -74,12 +75,11 @@ def _in_words(error: Exception) -> str | None:
     """What is wrong, of errors that the user can put right; None for those of the program."""
     if isinstance(error, TesseraError):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # PyTorch's, by its name, because it is not imported for every command.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if memory.used_up(error):
         return (
             "the memory is used up. Take fewer images at once: training.micro_batch of a recipe, "
             "--batch of a command"
         )
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None

@@ -22,6 +22,7 @@ from tessera.cli.score_tables import (
     reference_rows,
 )
 from tessera.errors import DataError, TesseraError
+from tessera.files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -388,6 +389,7 @@ def _convention(name: str) -> str:
 def _check_npz(out: Path, what: str) -> None:
     if out.suffix != ".npz":
         raise TesseraError(f"{out}: a {what} file is an NPZ file; give it a name with .npz")
+    check_writable(out)
 
 
 def _is_main() -> bool:

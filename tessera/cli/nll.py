@@ -32,16 +32,20 @@ def nll(
     import numpy as np
 
     from tessera import distributed
-    from tessera.files import atomic_file
+    from tessera.files import atomic_file, check_writable
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
     from tessera.pipelines.loading import load
+    from tessera.pipelines.options import check_complete
     from tessera.progress import progress
 
     if out is not None and out.suffix != ".npz":
         raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
+    if out is not None:
+        check_writable(out)
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
+        check_complete(pipe)
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
             bits = evaluate(

@@ -285,6 +285,7 @@ class _Places:
 def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None) -> Summary:
     """Make the images and write them."""
     from tessera import distributed
+    from tessera.files import check_writable
     from tessera.images import grid as tiled
     from tessera.images import save_png
     from tessera.pipelines.generate import generate_arrays, generate_folder, read_images
@@ -296,6 +297,7 @@ def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory
         if places.grid is not None and distributed.is_main():
             save_png(places.grid, tiled(read_images(out, job.seeds, subdirs)))
         return summary
+    check_writable(out)
     images, labels, summary = generate_arrays(job, out.parent, trajectory=film)
     if distributed.is_main():
         if kind == "npz":

@@ -39,18 +39,18 @@ def train(
     from tessera.training.trainer import Trainer
 
     changes = list(overrides or [])
-    with distributed.session():
-        if resume is not None:
-            changes = ([recipe] if recipe else []) + changes
-            trainer = Trainer(run_folder.read_recipe(resume, changes), resume=resume)
-        elif recipe is None:
-            raise RecipeError(
-                "name a recipe to train, or a run to resume:\n"
-                "  tessera train cifar10-small data.path=cifar10.zip\n"
-                "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
-            )
-        else:
-            trainer = Trainer(load_recipe(recipe, changes))
+    if resume is not None:
+        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes)
+    elif recipe is None:
+        raise RecipeError(
+            "name a recipe to train, or a run to resume:\n"
+            "  tessera train cifar10-small data.path=cifar10.zip\n"
+            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+        )
+    else:
+        chosen = load_recipe(recipe, changes)
+    with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
+        trainer = Trainer(chosen, resume=resume)
         if distributed.is_main():
             _describe(trainer)
         trainer.run()
@@ -110,7 +110,12 @@ def _conclude(trainer: Trainer) -> None:
         print(f"  {_launcher()}tessera train --resume {run}")
         return
     print(f"trained on {trainer.images_seen:,} images. Next:")
-    print(f"  tessera sample {run} --seeds 0-63 --out samples/")
+    if trainer.recipe.expert is not None:
+        experts = ["..."] * (1 + len(trainer.recipe.snr_splits))
+        experts[trainer.recipe.expert] = run
+        print(f"  tessera experts NAME {' '.join(experts)}   # with the other experts' runs")
+    else:
+        print(f"  tessera sample {run} --seeds 0-63 --out samples/")
     print(f"  tessera train --resume {run} training.images={2 * images}   # to train longer")
 
 

@@ -41,6 +41,11 @@ class BrickSchedule:
         """The number of bricks at σ; None for all."""
         return next((r.bricks for r in self.ranges if r.low <= sigma < r.high), None)
 
+    def within(self, low: float, high: float) -> BrickSchedule:
+        """What it says about the noise levels low <= σ < high, and nothing about others."""
+        parts = [Range(max(r.low, low), min(r.high, high), r.bricks) for r in self.ranges]
+        return BrickSchedule(tuple(part for part in parts if part.low < part.high))
+
     def __str__(self) -> str:
         return ",".join(f"{r.low:g}-{r.high:g}:{r.bricks}" for r in self.ranges)
 
@@ -172,13 +177,16 @@ class Skipping(Wrapper):
 
 
 def cut_bricks(denoiser: nn.Module, schedule: BrickSchedule) -> Denoiser:
-    """A model's denoiser, running as many bricks as the schedule says; of all its experts.
+    """A model's denoiser, running as many bricks as the schedule says; of experts each its own.
+
+    An expert of whose noise levels the schedule says nothing stays as it is.
 
     Raises:
         TesseraError: see `Skipping`.
     """
     if isinstance(denoiser, Experts):
-        parts = [cut_bricks(part, schedule) for part in denoiser.experts]
+        cuts = [(expert, schedule.within(*band)) for expert, band in denoiser.owned()]
+        parts = [cut_bricks(expert, own) if own.ranges else expert for expert, own in cuts]
         return Experts(parts, denoiser.thresholds)
     if not isinstance(denoiser, Preconditioned):
         raise TesseraError("only a denoiser around one network can skip bricks of it")

@@ -43,19 +43,23 @@ class Savings:
     seconds: float | None
 
 
+# Number of the network, its canvas, and how many bricks ran (None: all).
+_Kind = tuple[int, tuple[int, int], int | None]
+
+
 class Usage:
-    """Calls of a network by canvas and number of bricks: images and seconds of each."""
+    """Calls of networks by canvas and number of bricks: images and seconds of each."""
 
     def __init__(self, pipe: Pipeline) -> None:
         self._pipe = pipe
-        self._calls: dict[tuple[tuple[int, int], int | None], list[tuple[int, float]]]
+        self._calls: dict[_Kind, list[tuple[int, float]]]
         self._calls = defaultdict(list)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Note every call during the block."""
         started: list[Any] = []
-        timed: list[tuple[tuple[tuple[int, int], int | None], int, Any, Any]] = []
+        timed: list[tuple[_Kind, int, Any, Any]] = []
         on_gpu = self._pipe.device.type == "cuda"
 
         def now() -> Any:
@@ -68,15 +72,17 @@ class Usage:
         def before(_module: nn.Module, _inputs: tuple[Any, ...], _options: dict[str, Any]) -> None:
             started.append(now())
 
+        networks = self._pipe.networks()
+
         def after(
-            _module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], _output: Any
+            module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], _output: Any
         ) -> None:
             x: Tensor = inputs[0]
-            kind = ((x.shape[2], x.shape[3]), options.get("bricks"))
+            kind = (networks.index(module), (x.shape[2], x.shape[3]), options.get("bricks"))
             timed.append((kind, len(x), started.pop(), now()))
 
         handles = []
-        for network in self._pipe.networks():
+        for network in networks:
             handles.append(network.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(network.register_forward_hook(after, with_kwargs=True))
         try:
@@ -92,16 +98,21 @@ class Usage:
 
     def savings(self) -> Savings | None:
         """What was saved; None if all calls ran all bricks."""
-        if all(bricks is None for _, bricks in self._calls):
+        if all(bricks is None for *_, bricks in self._calls):
             return None
-        flops = functools.cache(functools.partial(forward_flops, self._pipe.recipe))
+        recipes = self._pipe.recipes
+
+        @functools.cache
+        def flops(network: int, size: tuple[int, int], bricks: int | None) -> int:
+            return forward_flops(recipes[network], size, bricks)
+
         spent = full = seconds = full_seconds = 0.0
         comparable = True
-        for (size, bricks), calls in self._calls.items():
+        for (network, size, bricks), calls in self._calls.items():
             images = sum(n for n, _ in calls)
-            spent += images * flops(size, bricks)
-            full += images * flops(size, None)
-            whole = self._calls.get((size, None))
+            spent += images * flops(network, size, bricks)
+            full += images * flops(network, size, None)
+            whole = self._calls.get((network, size, None))
             comparable &= whole is not None
             if whole is not None:
                 seconds += images * _per_image(calls)

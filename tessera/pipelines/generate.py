@@ -32,6 +32,7 @@ from tessera.progress import progress
 from tessera.recipes.build import build_sampler
 from tessera.sampling.core import SamplerState
 from tessera.sampling.output import (
+    SETTINGS_FILE,
     Trajectory,
     claim_folder,
     image_path,
@@ -83,7 +84,7 @@ class Job:
         """All that decides what the image of a seed looks like, as plain JSON values."""
         pipe, guide = self.pipe, self.options.get("guide")
         own = {"guidance", "guidance_interval", "guide", "precision", "skip", "bricks", "low_res"}
-        own |= CANVAS_OPTIONS
+        own |= {"latents", *CANVAS_OPTIONS}
         sampler = choose_sampler(
             pipe.recipe, {k: v for k, v in self.options.items() if k not in own}
         )
@@ -98,7 +99,7 @@ class Job:
         label = self.label
         if label is not None and label != "balanced":
             label = class_index(label, pipe.denoiser.num_classes, pipe.class_names)
-        small = self.options.get("low_res")
+        small, latents = self.options.get("low_res"), self.options.get("latents")
         return {
             "recipe": pipe.recipe.name,
             "images_seen": pipe.images_seen,
@@ -110,10 +111,15 @@ class Job:
             "precision": self.options.get("precision", "fp32"),
             "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
             "bricks": None if schedule is None else str(schedule),
-            "low_res": None if small is None else hashlib.sha256(small.tobytes()).hexdigest(),
+            "low_res": None if small is None else _digest(small),
+            **({} if latents is None else {"latents": _digest(latents.cpu().numpy())}),
             **({} if pipe.codec.describe() is None else {"codec": pipe.codec.describe()}),
             "sampler": {k: "inf" if v == math.inf else v for k, v in sampler.model_dump().items()},
         }
+
+
+def _digest(array: NDArray[Any]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +145,30 @@ def generate_folder(
     """
     folder = user_path(folder)
     paths = {seed: image_path(folder, seed, subdirs) for seed in job.seeds}
+    with _claim_taken_back(folder, list(paths.values())):
+        return _generate(job, folder, paths, trajectory)
+
+
+@contextlib.contextmanager
+def _claim_taken_back(folder: Path, images: Sequence[Path]) -> Iterator[None]:
+    """When the block fails before any image is there, remove the settings that it wrote."""
+    settings = folder / SETTINGS_FILE
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    claimed = settings.exists()
+    try:
+        yield
+    except BaseException:
+        if distributed.is_main() and not claimed and not any(path.exists() for path in images):
+            settings.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                for path in [*{image.parent for image in images} - {folder}, *new]:
+                    path.rmdir()
+        raise
+
+
+def _generate(
+    job: Job, folder: Path, paths: dict[int, Path], trajectory: Trajectory | None
+) -> Summary:
     with distributed.main_first():
         if distributed.is_main():
             claim_folder(folder, job.settings())
@@ -188,18 +218,23 @@ def generate_arrays(
     key = hashlib.sha256(repr((list(job.seeds), str(scratch))).encode()).hexdigest()[:12]
     files = [scratch / f".samples-{key}-{index}.npy" for index in range(world)]
     seeds = distributed.gather([seed for batch in own for seed in batch.seeds])
-    if rank != 0:
-        scratch.mkdir(parents=True, exist_ok=True)
-        np.save(files[rank], np.concatenate([np.zeros((0, *shape[1:]), np.uint8),
-                                             *(batch.images for batch in own)]))  # fmt: skip
-    distributed.barrier()
     images = np.zeros(shape, np.uint8)
-    if rank == 0:
-        for batch in own:
-            images[[place[seed] for seed in batch.seeds]] = batch.images
-        for index in range(1, world):
-            images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
-            files[index].unlink()
+    try:
+        if rank != 0:
+            with atomic_file(files[rank]) as file:
+                np.save(file, np.concatenate([np.zeros((0, *shape[1:]), np.uint8),
+                                              *(batch.images for batch in own)]))  # fmt: skip
+        distributed.barrier()
+        if rank == 0:
+            for batch in own:
+                images[[place[seed] for seed in batch.seeds]] = batch.images
+            for index in range(1, world):
+                rows = [place[seed] for seed in seeds[index]]
+                images[rows] = np.load(files[index], mmap_mode="r")
+    finally:
+        if rank == 0:
+            for path in files:
+                path.unlink(missing_ok=True)
     classes = (
         job.pipe.labels(job.seeds, job.label, **job.options)
         if job.pipe.denoiser.num_classes

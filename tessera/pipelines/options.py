@@ -262,6 +262,26 @@ def check_output(output: str) -> None:
         raise TesseraError(f"`output={output}`: there is none. Choose {', '.join(OUTPUTS)}")
 
 
+def check_complete(*models: object) -> None:
+    """Check that pipelines know all noise levels; what has no recipe is not looked at.
+
+    Raises:
+        TesseraError: one is an expert alone.
+    """
+    for model in models:
+        recipe = getattr(model, "recipe", None)
+        if not isinstance(recipe, Recipe) or recipe.expert is None:
+            continue
+        low, high = sigma_range(recipe.snr_splits, recipe.expert)
+        names = [f"EXPERT-{k}" for k in range(len(recipe.snr_splits) + 1)]
+        raise TesseraError(
+            f"the model {recipe.name} is expert {recipe.expert} of 0 to {len(names) - 1}: it knows "
+            f"noise levels from {low:.4g} to {high:.4g} only, and images need all of them. Put the "
+            "experts together first, from the cleanest to the noisiest: tessera experts NAME "
+            + " ".join(names)
+        )
+
+
 def check_low_res(recipe: Recipe, low_res: NDArray[np.uint8] | None) -> None:
     """Check that small images are given exactly where the model enlarges them.
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
-from tessera.cost import Cost, choose_bricks, estimate
+from tessera.cost import Cost, choose_bricks, estimate_model
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
@@ -107,6 +107,7 @@ class Pipeline:
         checksum: str | None = None,
     ) -> None:
         self.recipe = recipe
+        self.recipes: tuple[Recipe, ...] = (recipe,)  # of each of `networks()`
         self.denoiser: Any = denoiser.eval()
         self.codec = build_codec(recipe.codec)
         self.images_seen = images_seen
@@ -334,7 +335,8 @@ class Pipeline:
         Args:
             options: those of `sample_batches`, but for `batch` and `on_step`.
         """
-        self._plan(list_seeds(seeds), labels, **options)
+        plan = self._plan(list_seeds(seeds), labels, **options)
+        step_sigmas(plan.sampler, plan.denoiser)  # what a sampler says only when it runs
 
     def labels(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any
@@ -438,9 +440,9 @@ class Pipeline:
         Raises:
             TesseraError: an option that this model cannot have.
         """
-        section = choose_sampler(self.recipe, options)
-        recipe = self.recipe.model_copy(update={"sampling": section})
-        return estimate(recipe, guidance, guidance_interval, skip, bricks)
+        update = {"sampling": choose_sampler(self.recipe, options)}
+        recipes = [recipe.model_copy(update=update) for recipe in self.recipes]
+        return estimate_model(recipes, self.denoiser, guidance, guidance_interval, skip, bricks)
 
     def _plan(
         self,
@@ -458,6 +460,7 @@ class Pipeline:
         **options: Any,
     ) -> Plan:
         """What `sample_batches` was asked for, checked and ready to run."""
+        check_complete(self, guide)
         classes = choose_labels(labels, seeds, self.denoiser.num_classes, self.class_names)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,14 @@ def run(
     seconds: dict[str, float] = {}
     data_path, run_dir = out / "digits.safetensors", out / "run"
     recipe = load_recipe(RECIPE, [f"data.path={data_path}", f"training.seed={seed}", *overrides])
-    with _timed(seconds, "data"):
-        write_digits(data_path, recipe.data.resolution, digits)
-        dataset = open_dataset(data_path)
+    _check(recipe)
+    with _data_taken_back(data_path):
+        with _timed(seconds, "data"):
+            write_digits(data_path, recipe.data.resolution, digits)
+            dataset = open_dataset(data_path)
+        trainer = Trainer(recipe, run_dir)
     with _timed(seconds, "training"):
-        trainer, losses = _train(recipe, run_dir)
+        losses = _train(trainer)
     pipeline = Pipeline.load(run_dir, device=trainer.device)
     with _timed(seconds, "classifier"):
         reference = build_reference(
@@ -165,12 +168,34 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = time.monotonic() - begin
 
 
-def _train(recipe: Recipe, run_dir: Path) -> tuple[Trainer, list[tuple[int, float]]]:
-    trainer = Trainer(recipe, run_dir)
+def _check(recipe: Recipe) -> None:
+    """Refuse, before anything is written, what the report could not show after the training."""
+    if recipe.data.num_classes == 0 or recipe.expert is not None:
+        raise TesseraError(
+            "the quickstart shows samples of each class from one model: leave data.num_classes "
+            "and expert as they are"
+        )
+
+
+@contextmanager
+def _data_taken_back(path: Path) -> Iterator[None]:
+    """When the block fails, remove the data set that it wrote, and its folder if that is empty."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+        raise
+
+
+def _train(trainer: Trainer) -> list[tuple[int, float]]:
     logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
     if trainer.stopped_by is not None:
-        raise TrainingError(f"stopped; to finish the training: tessera train --resume {run_dir}")
-    return trainer, [(images, float(loss)) for images, loss in logged if loss is not None]
+        raise TrainingError(
+            f"stopped; to finish the training: tessera train --resume {trainer.run_dir}"
+        )
+    return [(images, float(loss)) for images, loss in logged if loss is not None]
 
 
 def _sample(

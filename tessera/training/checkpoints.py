@@ -33,7 +33,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from tessera import distributed
 from tessera.errors import CheckpointError
-from tessera.files import atomic_folder, read_json, remove_folder, sha256, write_json
+from tessera.files import (
+    atomic_folder,
+    read_json,
+    remove_folder,
+    sha256,
+    write_json,
+    writing,
+)
 from tessera.training.ema import local
 from tessera.training.parallel import assign
 
@@ -111,7 +118,8 @@ class Checkpoints:
             part = distributed.broadcast(part)
             assert part is not None
             if sharded:
-                _save_shards(part / _SHARDS, tensors)
+                with writing(target):
+                    _save_shards(part / _SHARDS, tensors)
                 distributed.barrier()
             elif distributed.is_main():
                 _save_groups(part, tensors)
@@ -291,8 +299,11 @@ def _save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     # Safetensors shards, because PyTorch's own shard format reads its index with pickle.
     options: dict[str, Any] = {_EACH_ITS_SHARD: True}
     writer = HuggingFaceStorageWriter(str(folder), **options)
-    with _quiet():
-        save_distributed(dict(tensors), storage_writer=writer)
+    try:
+        with _quiet():
+            save_distributed(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # on all processes, whichever failed
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -54,8 +54,6 @@ class Evaluation:
         self._recipe, self._class_names = recipe, class_names
         self._run_dir, self._trackers = run_dir, trackers
         self._sides: tuple[FeatureExtractor, Measured] | None = None
-        if recipe.evaluate is not None:
-            _check_reference(recipe, recipe.evaluate)
 
     def make(self, learner: Learner, images_seen: int) -> Metrics:
         """Sample, score and log; all processes take part, with the same result."""
@@ -178,7 +176,7 @@ def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs) -> s
     return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 
-def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
+def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
     """Say before the training, not at the first score, that there is nothing to compare with.
 
     Raises:

@@ -89,7 +89,11 @@ def ema_pipeline(
     denoiser = build_denoiser(recipe)
     denoiser.load_state_dict(states[0])
     others = [
-        {n.removeprefix(_NETWORK): t.cpu() for n, t in state.items() if n.startswith(_NETWORK)}
+        {
+            n.removeprefix(_NETWORK): t.to("cpu", copy=True)  # the average itself goes on
+            for n, t in state.items()
+            if n.startswith(_NETWORK)
+        }
         for state in states[1:]
     ]
     return Pipeline.from_denoiser(

@@ -8,6 +8,7 @@ import resource
 import secrets
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.errors import TesseraError, TrainingError, require_extra
-from tessera.files import atomic_file
+from tessera.files import atomic_file, writing
 from tessera.plain import parse_json
 from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
@@ -99,17 +100,21 @@ class JsonLines:
     """metrics.jsonl: a JSON object for each log interval, in the order of images seen."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._path = path
+        with writing(path, opening=True):
+            self._file = path.open("a")
 
     def log(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
         pass
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 class StatusLines:
@@ -192,19 +197,24 @@ class TensorBoard:
     def __init__(self, folder: Path, images: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process logged beyond its checkpoint is not shown.
-        self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None)
+        self._folder = folder
+        with writing(folder, opening=True):
+            # What a killed process logged beyond its checkpoint is not shown.
+            self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None)
 
     def log(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if name != "images" and value is not None:
-                self._writer.add_scalar(name, value, metrics["images"])
+        with writing(self._folder):
+            for name, value in metrics.items():
+                if name != "images" and value is not None:
+                    self._writer.add_scalar(name, value, metrics["images"])
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
-        self._writer.add_image(name, image, images, dataformats="HWC")
+        with writing(self._folder):
+            self._writer.add_image(name, image, images, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -215,7 +225,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run_dir: Path, project: str, recipe: Recipe) -> None:
-        self._wandb: Any = require_extra("wandb", "log", "run.wandb")
+        self._wandb: Any = _wandb()
         marker = run_dir / "wandb-id"
         if not marker.exists():
             with atomic_file(marker, "w") as file:
@@ -245,6 +255,20 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb() -> ModuleType:
+    return require_extra("wandb", "log", "run.wandb")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse trackers that cannot be opened.
+
+    Raises:
+        TesseraError: a package is missing; the message names the extra that brings it.
+    """
+    if recipe.run.wandb is not None:
+        _wandb()
 
 
 def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:

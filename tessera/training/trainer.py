@@ -17,14 +17,15 @@ from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.files import user_path
 from tessera.pipelines.folder import holds, start_from
+from tessera.pipelines.pipeline import Pipeline
 from tessera.progress import progress
 from tessera.randomness import derive_seed
 from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
-from tessera.training import run_folder, run_lock, tracking
+from tessera.training import faults, run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
-from tessera.training.evaluation import Evaluation
+from tessera.training.evaluation import Evaluation, check_reference
 from tessera.training.feed import Feed
 from tessera.training.learner import Learner, TrainStep, Update
 from tessera.training.preview import Preview, ema_pipeline
@@ -68,7 +69,11 @@ class Trainer:
 
     Example:
         >>> trainer = Trainer(load_recipe("quickstart-digits", ["data.path=digits.zip"]))
-        >>> for report in trainer.steps(): ...  # doctest: +SKIP
+        >>> for report in trainer.steps():  # doctest: +SKIP
+        ...     if report.images >= 100_000:
+        ...         break
+        >>> trainer.save()  # doctest: +SKIP
+        >>> trainer.pipeline().sample(range(16))  # doctest: +SKIP
     """
 
     def __init__(
@@ -77,6 +82,11 @@ class Trainer:
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
     ) -> None:
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TrainingError(
+                f"Trainer({recipe!r}): give a Recipe, such as load_recipe('cifar10-small', "
+                "['data.path=cifar10.zip']), or resume='runs/a', the folder of a run to go on with"
+            )
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
             recipe = recipe or recorded
@@ -85,7 +95,11 @@ class Trainer:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
         self.recipe = recipe = run_folder.anchored(recipe)
         self.device = distributed.device()
+        # What can be refused is, before the folder of a new run is made.
         self._feed = Feed(recipe, self.device)
+        tracking.check(recipe)
+        if recipe.evaluate is not None and recipe.expert is None:
+            check_reference(recipe, recipe.evaluate)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
         # Weights, gradients, two moments of the optimiser, and averages; on a GPU in its memory.
         copies = 4 + len(recipe.ema) if self.device.type == "cpu" else 1
@@ -103,6 +117,7 @@ class Trainer:
         self.stopped_by: int | None = None
         self._meter = tracking.Meter(self.device)
         self._seconds = 0.0
+        self._clock: Clock | None = None
         self.run_dir = run_folder.create(recipe, run_dir) if resume is None else user_path(resume)
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints", recipe.run.keep)
         self._saved: Path | None = None
@@ -135,27 +150,37 @@ class Trainer:
         """Train; an iterator over the steps, after each of which metrics, previews and checkpoints
         that are due have been made.
 
+        It may be left early: `save` and `pipeline` keep what was trained, and a second call goes
+        on. Steps after the newest checkpoint are lost otherwise.
+
         Raises:
-            TrainingError: too many steps in a row had gradients that are not finite.
+            TrainingError: too many steps in a row had gradients that are not finite, the disk is
+                full, the memory used up, or another process gone; it names the last checkpoint.
         """
         run, total = self.recipe.run, self.recipe.training.images
-        scores = self.recipe.evaluate
+        previews, scores = run.preview, self.recipe.evaluate
+        if self.recipe.expert is not None:
+            self._say_that_experts_make_no_images()
+            previews = scores = None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved)
+            )
             stack.enter_context(run_lock.hold(self.run_dir))
             self._tidy()
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
             small = (
                 None
-                if run.preview is None
-                else self._feed.small_images(run.preview.rows * run.preview.columns)
+                if previews is None
+                else self._feed.small_images(previews.rows * previews.columns)
             )
             preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
             evaluation = Evaluation(self.recipe, self.dataset.class_names, self.run_dir, trackers)
             bar = stack.enter_context(
                 progress("training", total, unit="images", completed=self.images_seen)
             )
-            clock = Clock(self._seconds, self.images_seen)
+            clock = stack.enter_context(self._timed())
             save_pending = False
             for batch in stack.enter_context(self._feed.batches(self.images_seen)):
                 before, update = self.images_seen, self._train(batch)
@@ -168,7 +193,7 @@ class Trainer:
                     for tracker in trackers:
                         tracker.log(metrics)
                     bar.update(self.images_seen, note=tracking.describe(metrics))
-                if run.preview is not None and due(run.preview.every_images):
+                if previews is not None and due(previews.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)
                 if scores is not None and due(scores.every_images) and self._settled(True):
@@ -177,8 +202,7 @@ class Trainer:
                 stopping = stop.agreed()
                 save_pending = save_pending or stopping or due(run.checkpoint_every_images)
                 if save_pending and self._settled(due.finished):
-                    with clock.paused():
-                        self._save(clock.seconds)
+                    self._save()
                     save_pending = False
                 yield StepReport(self.step, self.images_seen, update, metrics)
                 if stopping and not save_pending and not due.finished:
@@ -237,29 +261,64 @@ class Trainer:
             )
 
     def _last_good(self) -> str:
-        advice = "try a lower optimizer.lr"
+        advice = "; try a lower optimizer.lr"
         advice += " or optimizer.clip_norm=1" if self.recipe.optimizer.clip_norm is None else ""
         advice += " or training.precision=bf16" if self.recipe.training.precision == "fp16" else ""
-        if self._saved is None:
-            return f"No checkpoint had been written yet; {advice}, in a new run"
-        return f"The last good checkpoint is {self._saved}; {advice}, in a new run"
+        return f"{faults.last_good(self._saved)}{advice}, in a new run"
 
     # ---------------------------------------------------------------------- saving and resuming
 
-    def _save(self, seconds: float) -> None:
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, and the pipeline folder; returns the checkpoint.
+
+        To be called between steps or after them, by all processes. A run that is resumed from it
+        repeats one that was never stopped.
+
+        Raises:
+            TrainingError: the weights are not finite, or the disk is full.
+        """
+        with faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved):
+            self._settled(finished=True)
+            return self._save()
+
+    def pipeline(self) -> Pipeline:
+        """The model with the averaged weights of this moment, on the device of the training.
+
+        To be called between steps or after them, by all processes; each gets its own.
+
+        Example:
+            >>> trainer.pipeline().sample(range(16), steps=18)  # doctest: +SKIP
+        """
+        pipe = ema_pipeline(
+            self.recipe,
+            self.learner,
+            self.images_seen,
+            self.dataset.class_names,
+            everywhere=True,
+        )
+        assert pipe is not None
+        return pipe.to(self.device)
+
+    def _save(self) -> Path:
+        with contextlib.nullcontext() if self._clock is None else self._clock.paused():
+            return self._write()
+
+    def _write(self) -> Path:
         """Write a checkpoint, and the pipeline folder with the averaged weights."""
         state = {
             "images": self.images_seen,
             "step": self.step,
-            "seconds": seconds,
+            "seconds": self._seconds if self._clock is None else self._clock.seconds,
             "counters": self.learner.counters(),
             "meter": self._meter.state(),
             "recipe": dump_recipe(self.recipe),
         }
-        self._saved = self._checkpoints.save(
+        saved = self._checkpoints.save(
             self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
         )
+        self._saved = saved
         self._save_pipeline()
+        return saved
 
     def _save_pipeline(self) -> None:
         pipeline = ema_pipeline(
@@ -268,6 +327,32 @@ class Trainer:
         if pipeline is not None:
             pipeline.save(self.run_dir / "pipeline")
         distributed.barrier()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[Clock]:
+        """The clock of the block, whose time is added to that of the run."""
+        self._clock = Clock(self._seconds, self.images_seen)
+        try:
+            yield self._clock
+        finally:
+            self._seconds, self._clock = self._clock.seconds, None
+
+    def _say_that_experts_make_no_images(self) -> None:
+        asked = [
+            name
+            for name, section in (
+                ("previews", self.recipe.run.preview),
+                ("scores", self.recipe.evaluate),
+            )
+            if section is not None
+        ]
+        if asked and distributed.is_main():
+            print(
+                f"note: expert {self.recipe.expert} knows its own noise levels only and makes no "
+                f"images alone, so there will be no {' and no '.join(asked)}; put the experts "
+                "together with: tessera experts",
+                file=sys.stderr,
+            )
 
     def _tidy(self) -> None:
         """Finish what a killed process may have left undone, before anything else is written."""

@@ -135,3 +135,6 @@ class RunConfig(Section):
     preview: PreviewConfig | None = PreviewConfig()
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project")
+    timeout_minutes: PositiveFloat = Field(
+        30, description="longest that one of several processes waits for the others"
+    )
