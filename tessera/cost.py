@@ -6,7 +6,6 @@ without data, so that nothing is allocated and no formula has to keep up with th
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.data.views import PatchSize, PatchView
 from tessera.diffusion.denoiser import Denoiser
@@ -29,9 +29,9 @@ from tessera.diffusion.skipping import (
     parse_schedule,
 )
 from tessera.errors import TesseraError
+from tessera.precision import autocast, resolve
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
-    AUTOCAST,
     Objective,
     build_denoiser,
     build_preconditioning,
@@ -167,9 +167,11 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = denoiser.to_empty(device="cpu")
         x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
-        dtype = AUTOCAST.get(recipe.training.precision)
-        autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        precision = resolve(recipe.training.precision, distributed.device())
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(torch.device("cpu"), precision),
+        ):
             loss = _objective(recipe)(denoiser, x, cond, draws)["loss"]
         for parameter in denoiser.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)

@@ -28,8 +28,10 @@ def cost(
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
 ) -> None:
     """Count parameters, FLOPs and memory of a recipe, without training anything."""
+    from tessera import distributed
     from tessera.cli.sample import parse_interval
     from tessera.cost import estimate
+    from tessera.precision import resolve
     from tessera.recipes.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -51,7 +53,8 @@ def cost(
     full = result.evaluations * result.forward_flops
     skipped = f", {1 - result.sample_flops / full:.1%} skipped" if skip or bricks else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
-    kept = f"{result.micro_batch:,} images x {per_image}, {training.precision}, estimated"
+    precision = resolve(training.precision, distributed.device())
+    kept = f"{result.micro_batch:,} images x {per_image}, {precision}, estimated"
     rows = [
         ("parameters", human(result.parameters), loaded.network.kind),
         ("", "", ""),

@@ -77,7 +77,7 @@ def _describe(trainer: Trainer) -> None:
     where = (
         f"{trainer.device_name}, {processes} processes" if processes > 1 else trainer.device_name
     )
-    options: list[str] = [training.precision]
+    options: list[str] = [f"{training.precision} ({trainer.precision_reason})"]
     options += ["channels last"] if training.channels_last else []
     options += ["compiled"] if training.compile else []
     options += [training.parallel.upper()] if processes > 1 else []

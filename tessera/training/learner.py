@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.precision import autocast, resolve
 from tessera.randomness import Draws
-from tessera.recipes.build import AUTOCAST
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
@@ -94,6 +94,9 @@ class Learner:
         training: TrainingConfig,
         device: torch.device,
     ) -> None:
+        precision = resolve(training.precision, device)
+        training = training.model_copy(update={"precision": precision})
+        self._precision = precision
         self._config, self.training, self.device = optimizer, training, device
         set_precision(training)
         self.step = step.to(device).train()
@@ -190,9 +193,7 @@ class Learner:
             self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.training.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.training.precision])
+        return autocast(self.device, self._precision)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every live tensor that a checkpoint holds, by `<group>/<name>`.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tessera import distributed
+from tessera import distributed, precision
 from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
@@ -57,7 +57,8 @@ class Trainer:
         resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
 
     Attributes:
-        recipe, run_dir, device: of this run.
+        recipe, run_dir, device: of this run; the recipe says what precision `auto` has become.
+        precision_reason: why it computes in the precision that it does, in a few words.
         learner: weights, averages, optimiser.
         images_seen, step: progress so far.
         stopped_by: number of the signal that ended the run early; None otherwise.
@@ -82,8 +83,11 @@ class Trainer:
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
-        self.recipe = recipe
         self.device = distributed.device()
+        self.precision_reason = precision.reason(recipe.training.precision, self.device)
+        chosen = precision.resolve(recipe.training.precision, self.device, together=True)
+        training = recipe.training.model_copy(update={"precision": chosen})
+        self.recipe = recipe = recipe.model_copy(update={"training": training})
         self._feed = Feed(recipe, self.device)
         torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
         denoiser = build_denoiser(recipe)
@@ -265,9 +269,10 @@ class Trainer:
         self._saved = self._checkpoints.newest()
         if self._saved is not None:
             state = read_state(self._saved)
-            run_folder.check_same(parse_recipe(state["recipe"]), self.recipe)
+            saved = parse_recipe(state["recipe"])
+            run_folder.check_same(saved, self.recipe)
             load_tensors(self._saved, self.learner.tensors())
-            self.learner.load_counters(state["counters"])
+            self.learner.load_counters(state["counters"] | self._fresh_scale(saved))
             self._meter.load(state["meter"])
             self.images_seen, self.step = state["images"], state["step"]
             self._seconds = state["seconds"]
@@ -276,6 +281,19 @@ class Trainer:
         if distributed.is_main():
             run_folder.write_recipe(self.run_dir, self.recipe)
         distributed.barrier()
+
+    def _fresh_scale(self, saved: Recipe) -> dict[str, float]:
+        """The loss scale's counters in place of saved ones, where the precision is another now."""
+        before, now = saved.training.precision, self.recipe.training.precision
+        if before == now:
+            return {}
+        if distributed.is_main():
+            print(
+                f"note: training.precision was {before} and is {now} from here on: the run is no "
+                "longer equal, bit for bit, to one that was never stopped",
+                file=sys.stderr,
+            )
+        return {n: v for n, v in self.learner.counters().items() if n.startswith("loss_scale")}
 
     def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
         if not distributed.is_main():
