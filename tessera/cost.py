@@ -128,7 +128,7 @@ def estimate(
 
 def _train_flops(recipe: Recipe, denoiser: Denoiser) -> int:
     """FLOPs of one training image, forward and backward, on meta tensors."""
-    x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
+    x, cond, draws = example_inputs(recipe, 1, torch.device("meta"))
     view = build_view(recipe)
     sizes = view.sizes if isinstance(view, PatchView) else [PatchSize(x.shape[-1], 1.0, 1)]
     flops = images = 0.0
@@ -166,7 +166,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     # Fake CPU tensors, not meta ones: these know autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = denoiser.to_empty(device="cpu")
-        x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
+        x, cond, draws = example_inputs(recipe, batch, torch.device("cpu"))
         precision = resolve(recipe.training.precision, distributed.device())
         with (
             saved_tensors_hooks(keep, lambda tensor: tensor),
@@ -179,7 +179,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _inputs(
+def example_inputs(
     recipe: Recipe, batch: int, device: torch.device
 ) -> tuple[Tensor, Conditioning, AddressedDraws]:
     """Images, conditioning and draws of a training step."""
@@ -234,6 +234,14 @@ def _evaluations(
     return counting.images
 
 
+def sampling_evaluations(recipe: Recipe) -> int:
+    """Evaluations of the denoiser for one image of the recipe's sampler, without guidance."""
+    _ = build_preconditioning(recipe.preconditioning).sigma_min
+    with torch.device("meta"):
+        network = build_denoiser(recipe).network
+    return _evaluations(recipe, network, 1.0, None, 0.0, None).total()
+
+
 def choose_bricks(
     recipe: Recipe,
     denoiser: Denoiser,
@@ -285,7 +293,7 @@ def _forward_flops(
     bricks: int | None = None,
 ) -> int:
     """As `forward_flops`, on a denoiser of meta tensors, where attention is counted, too."""
-    x, cond, _ = _inputs(recipe, 1, torch.device("meta"))
+    x, cond, _ = example_inputs(recipe, 1, torch.device("meta"))
     if size is not None:
         x = x.new_zeros(1, x.shape[1], *size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

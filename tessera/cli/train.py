@@ -42,7 +42,7 @@ def train(
     with distributed.session():
         if resume is not None:
             changes = ([recipe] if recipe else []) + changes
-            trainer = Trainer(run_folder.read_recipe(resume, changes), resume=resume)
+            trainer = Trainer(run_folder.read_recipe(resume, changes), resume=resume, probe=True)
         elif recipe is None:
             raise RecipeError(
                 "name a recipe to train, or a run to resume:\n"
@@ -50,7 +50,7 @@ def train(
                 "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
             )
         else:
-            trainer = Trainer(load_recipe(recipe, changes))
+            trainer = Trainer(load_recipe(recipe, changes), probe=True)
         if distributed.is_main():
             _describe(trainer)
         trainer.run()
@@ -66,6 +66,7 @@ def _describe(trainer: Trainer) -> None:
     from rich.table import Table
 
     from tessera import distributed
+    from tessera.cli.cost import described
     from tessera.progress import quantity
 
     recipe = trainer.recipe
@@ -93,6 +94,8 @@ def _describe(trainer: Trainer) -> None:
         "images": f"{trainer.images_seen:,} of {training.images:,} seen",
         "run folder": str(trainer.run_dir),
     }
+    if trainer.forecast is not None:
+        rows |= described(trainer.forecast)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

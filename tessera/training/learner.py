@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.diffusion.preconditioning import Preconditioned
 from tessera.precision import autocast, resolve
-from tessera.randomness import Draws
-from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
+from tessera.randomness import Draws, derive_seed
+from tessera.recipes.build import build_denoiser, recipe_objective
+from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
 
@@ -236,6 +238,18 @@ class Learner:
         tensors = [*local(self.parameters), *(a for ema in self.emas for a in ema.local_weights)]
         finite = all(torch.stack([t.isfinite().all() for t in tensors]).tolist())
         return all(distributed.gather(finite))
+
+
+def fresh_denoiser(recipe: Recipe) -> Preconditioned:
+    """The denoiser with the weights that the recipe's run begins with."""
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    return build_denoiser(recipe)
+
+
+def learner_of(recipe: Recipe, denoiser: nn.Module, device: torch.device) -> Learner:
+    """What trains `denoiser` as the recipe says."""
+    step = TrainStep(denoiser, recipe_objective(recipe))
+    return Learner(step, recipe.optimizer, recipe.ema, recipe.training, device)
 
 
 def _by_quartile(values: dict[str, Tensor], quartile: Tensor) -> dict[str, Tensor]:

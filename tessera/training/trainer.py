@@ -17,16 +17,16 @@ from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.pipelines.folder import start_from
 from tessera.progress import progress
-from tessera.randomness import derive_seed
-from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training import run_folder, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
 from tessera.training.evaluation import Evaluation
 from tessera.training.feed import Feed
-from tessera.training.learner import Learner, TrainStep, Update
+from tessera.training.forecast import Forecast
+from tessera.training.learner import Update, fresh_denoiser, learner_of
 from tessera.training.preview import Preview, ema_pipeline
+from tessera.training.probe import measure
 from tessera.training.signals import StopRequest
 
 
@@ -55,12 +55,14 @@ class Trainer:
             of the run only where that does not change what has been trained.
         run_dir: folder of a new run; by default the recipe's, or runs/<recipe>-<number>.
         resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
+        probe: spend up to five seconds on steps that leave no trace, to make the `forecast`.
 
     Attributes:
         recipe, run_dir, device: of this run; the recipe says what precision `auto` has become.
         precision_reason: why it computes in the precision that it does, in a few words.
         learner: weights, averages, optimiser.
         images_seen, step: progress so far.
+        forecast: what the run will take here; None without `probe`.
         stopped_by: number of the signal that ended the run early; None otherwise.
 
     Raises:
@@ -76,6 +78,8 @@ class Trainer:
         recipe: Recipe | None = None,
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
+        *,
+        probe: bool = False,
     ) -> None:
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
@@ -89,17 +93,11 @@ class Trainer:
         training = recipe.training.model_copy(update={"precision": chosen})
         self.recipe = recipe = recipe.model_copy(update={"training": training})
         self._feed = Feed(recipe, self.device)
-        torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-        denoiser = build_denoiser(recipe)
+        measured = measure(recipe, self._feed, self.device) if probe else None
+        denoiser = fresh_denoiser(recipe)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, denoiser.network)
-        self.learner = Learner(
-            TrainStep(denoiser, recipe_objective(recipe)),
-            recipe.optimizer,
-            recipe.ema,
-            recipe.training,
-            self.device,
-        )
+        self.learner = learner_of(recipe, denoiser, self.device)
         self.images_seen = self.step = 0
         self.stopped_by: int | None = None
         self._meter = tracking.Meter(self.device)
@@ -109,6 +107,9 @@ class Trainer:
         self._saved: Path | None = None
         if resume is not None:
             self._restore()
+        self.forecast: Forecast | None = None
+        if measured is not None:
+            self.forecast = measured.forecast(recipe, self._feed.view, self.images_seen)
 
     @property
     def dataset(self) -> Dataset:
