@@ -135,26 +135,31 @@ class _Bench:
     def _step_seconds(self, batch: Batch, kinds_left: int) -> float:
         """Seconds of a step over `batch`, without reading it."""
         count = len(batch.numbers)
-        small, before, peak = 0, 0.0, self._peak()
-        if count > 1 and not self._recipe.training.compile:  # which compiles for every size anew
-            small, before, peak = 1, self._repeated(batch, 1, 0), self._peak()
-        # One warm-up and one that counts, at least.
-        run = before * self._recipe.training.images
-        self._seconds = min(self._seconds, max(_SHARE * run, 1e-3)) if small else self._seconds
-        budget = max(self._seconds - self._elapsed(), 0) / kinds_left
-        tried = count
-        if small:
-            tried = max(2, min(count, int(budget / (2 * before))))
-        found = self._repeated(batch, tried, budget)
-        if tried == count:
+        if count == 1 or self._recipe.training.compile:  # which compiles for every size anew
+            found = self._repeated(batch, count, 0)
             self._memory = max(self._memory, self._peak())
             return found
-        slope = max(found - before, 0.5 * found) / (tried - small)
-        grown = (self._peak() - peak) / (tried - small)
+        size, seconds, slope = 1, self._repeated(batch, 1, 0), 0.0
+        run = seconds * self._recipe.training.images
+        self._seconds = min(self._seconds, max(_SHARE * run, 1e-3))
+        end = self._elapsed() + max(self._seconds - self._elapsed(), 0) / kinds_left
+        peak, grown = self._peak(), 0.0
+        while size < count:
+            # One step to warm up and one that counts; as for one image, until two sizes are known.
+            affordable = (end - self._elapsed()) / 2 - seconds
+            larger = min(count, size + int(affordable / (slope or seconds)))
+            if larger < 2 * size:
+                if slope:
+                    break
+                larger = 2
+            found = self._repeated(batch, larger, end - self._elapsed() if larger == count else 0)
+            slope = max(found - seconds, 0.1 * found) / (larger - size)
+            grown = max(grown, (self._peak() - peak) / (larger - size))
+            size, seconds, peak = larger, found, self._peak()
         at_once = min(count, self._recipe.training.micro_batch or count)
-        needed = self._peak() + grown * max(at_once - tried, 0)
+        needed = self._peak() + grown * max(at_once - size, 0)
         self._memory = max(self._memory, round(needed))
-        return found + slope * (count - tried)
+        return seconds + slope * (count - size)
 
     def _repeated(self, batch: Batch, count: int, budget: float) -> float:
         """Mean seconds of steps over the first `count` images of `batch`, after a warm-up."""
