@@ -148,7 +148,7 @@ class _Bench:
             # One step to warm up and one that counts; as for one image, until two sizes are known.
             affordable = (end - self._elapsed()) / 2 - seconds
             larger = min(count, size + int(affordable / (slope or seconds)))
-            if larger < 2 * size:
+            if larger < min(2 * size, count):
                 if slope:
                     break
                 larger = 2
