@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.data.views import PatchSize, PatchView
 from tessera.diffusion.denoiser import Denoiser
@@ -33,9 +34,9 @@ from tessera.diffusion.skipping import (
     parse_schedule,
 )
 from tessera.errors import TesseraError
+from tessera.precision import autocast, resolve
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import (
-    AUTOCAST,
     Objective,
     build_denoiser,
     build_preconditioning,
@@ -197,7 +198,7 @@ def _count(recipe: Recipe, denoiser: Preconditioned, evaluations: Counter[int | 
 
 def _train_flops(recipe: Recipe, denoiser: Denoiser) -> int:
     """FLOPs of one training image, forward and backward, on meta tensors."""
-    x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
+    x, cond, draws = example_inputs(recipe, 1, torch.device("meta"))
     view = build_view(recipe)
     sizes = view.sizes if isinstance(view, PatchView) else [PatchSize(x.shape[-1], 1.0, 1)]
     flops = images = 0.0
@@ -235,10 +236,12 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     # Fake CPU tensors, not meta ones: these know autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         denoiser = denoiser.to_empty(device="cpu")
-        x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
-        dtype = AUTOCAST.get(recipe.training.precision)
-        autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        x, cond, draws = example_inputs(recipe, batch, torch.device("cpu"))
+        precision = resolve(recipe.training.precision, distributed.device())
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(torch.device("cpu"), precision),
+        ):
             loss = _objective(recipe)(denoiser, x, cond, draws)["loss"]
         for parameter in denoiser.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)
@@ -246,7 +249,7 @@ def _activations(recipe: Recipe, denoiser: Denoiser, batch: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _inputs(
+def example_inputs(
     recipe: Recipe, batch: int, device: torch.device
 ) -> tuple[Tensor, Conditioning, AddressedDraws]:
     """Images, conditioning and draws of a training step."""
@@ -297,6 +300,14 @@ def _evaluate(
     latents = torch.zeros(1, *recipe.shape)
     for _ in sampler(denoiser, latents, Conditioning(labels), SeedNoise([0])):
         pass
+
+
+def sampling_evaluations(recipe: Recipe) -> int:
+    """Evaluations of the denoiser for one image of the recipe's sampler, without guidance."""
+    _ = build_preconditioning(recipe.preconditioning).sigma_min
+    with torch.device("meta"):
+        network = build_denoiser(recipe).network
+    return _evaluations(recipe, network, 1.0, None, 0.0, None).total()
 
 
 def choose_bricks(
@@ -370,7 +381,7 @@ def _forward_flops(
     bricks: int | None = None,
 ) -> int:
     """As `forward_flops`, on a denoiser of meta tensors, where attention is counted, too."""
-    x, cond, _ = _inputs(recipe, 1, torch.device("meta"))
+    x, cond, _ = example_inputs(recipe, 1, torch.device("meta"))
     if size is not None:
         x = x.new_zeros(1, x.shape[1], *size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

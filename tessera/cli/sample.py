@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from tessera.files import check_folder_name, check_free
 
 if TYPE_CHECKING:
     from tessera.pipelines.generate import Job, Summary
+    from tessera.precision import Precision as Arithmetic
     from tessera.sampling.output import Trajectory
 
 # Options of one group, by its heading in the help.
@@ -38,7 +39,7 @@ Format = StrEnum("Format", ["png", "npz", "grid"])
 WindowNoise = StrEnum("WindowNoise", ["crop", "own"])
 Layout = StrEnum("Layout", ["tiles", "pad", "windows"])
 _SUFFIXES = {"npz": ".npz", "grid": ".png"}  # of the formats that are one file
-Precision = StrEnum("Precision", ["fp32", "bf16"])
+Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 Sampler = StrEnum("Sampler", ["edm", "ablation", "ddpm", "ddim"])
 Clip = StrEnum("Clip", ["auto", "none", "static", "dynamic"])
 Variance = StrEnum("Variance", ["learned", "large", "small"])
@@ -77,7 +78,10 @@ def sample(
         None, help="Folder or Hugging Face id of the VAE of a model of latents."
     ),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
-    precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
+    precision: Precision = typer.Option(
+        Precision.auto,
+        help="Arithmetic of the network; auto: bf16 where the device multiplies it natively.",
+    ),
     guidance: float = _guidance(1.0, help="Weight; 1 is none."),
     guidance_interval: str | None = _guidance(
         None, metavar="LOW,HIGH", help="Noise levels where it acts."
@@ -207,13 +211,15 @@ def sample(
     from tessera.pipelines.bricks import joint_bricks
     from tessera.pipelines.generate import Job
     from tessera.pipelines.pipeline import Pipeline
+    from tessera.precision import resolve
     from tessera.sampling.output import Trajectory
     from tessera.sampling.seeds import parse_seeds
 
     wanted = parse_seeds(seeds)
     with distributed.session(device) as target, _plain_warnings():
         pipe = Pipeline.load(pipeline, ema=ema, vae=vae, device=target)
-        options |= {"guidance": guidance, "precision": precision.value}
+        chosen_precision = resolve(cast("Arithmetic", precision.value), target, together=True)
+        options |= {"guidance": guidance, "precision": chosen_precision}
         if "size" in options:
             _, *trained = pipe.denoiser.shape
             options["size"] = (height or trained[0], width or trained[1])

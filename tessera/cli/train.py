@@ -50,7 +50,7 @@ def train(
     else:
         chosen = load_recipe(recipe, changes)
     with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
-        trainer = Trainer(chosen, resume=resume)
+        trainer = Trainer(chosen, resume=resume, probe=True)
         if distributed.is_main():
             _describe(trainer)
         trainer.run()
@@ -66,6 +66,7 @@ def _describe(trainer: Trainer) -> None:
     from rich.table import Table
 
     from tessera import distributed
+    from tessera.cli.cost import described
     from tessera.progress import quantity
 
     recipe = trainer.recipe
@@ -77,7 +78,7 @@ def _describe(trainer: Trainer) -> None:
     where = (
         f"{trainer.device_name}, {processes} processes" if processes > 1 else trainer.device_name
     )
-    options: list[str] = [training.precision]
+    options: list[str] = [f"{training.precision} ({trainer.precision_reason})"]
     options += ["channels last"] if training.channels_last else []
     options += ["compiled"] if training.compile else []
     options += [training.parallel.upper()] if processes > 1 else []
@@ -93,6 +94,8 @@ def _describe(trainer: Trainer) -> None:
         "images": f"{trainer.images_seen:,} of {training.images:,} seen",
         "run folder": str(trainer.run_dir),
     }
+    if trainer.forecast is not None:
+        rows |= described(trainer.forecast)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

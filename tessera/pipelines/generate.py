@@ -28,6 +28,7 @@ from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import choose_canvas
 from tessera.pipelines.options import choose_sampler, class_index
 from tessera.pipelines.pipeline import Pipeline, SampledBatch
+from tessera.precision import resolve
 from tessera.progress import progress
 from tessera.recipes.build import build_sampler
 from tessera.sampling.core import SamplerState
@@ -108,7 +109,7 @@ class Job:
             "guidance": self.options.get("guidance", 1.0),
             "guidance_interval": self.options.get("guidance_interval"),
             "guide": guide.checksum if guide is not None else None,
-            "precision": self.options.get("precision", "fp32"),
+            "precision": resolve(self.options.get("precision", "auto"), pipe.device),
             "canvas": None if canvas == choose_canvas(pipe.recipe) else _plain(asdict(canvas)),
             "bricks": None if schedule is None else str(schedule),
             "low_res": None if small is None else _digest(small),

@@ -18,6 +18,7 @@ from tessera.conditioning import NO_CLASS
 from tessera.diffusion.denoiser import Denoiser
 from tessera.errors import TesseraError
 from tessera.pipelines.canvas import Canvas
+from tessera.precision import autocast, resolve
 from tessera.recipes.schema import (
     AblationSampler,
     DdimSampler,
@@ -33,7 +34,7 @@ from tessera.sampling.seeds import parse_seeds
 
 Seeds = Iterable[int] | str
 Label = SupportsIndex | str
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -335,6 +336,6 @@ def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
     Raises:
         TesseraError: there is no such precision.
     """
-    if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"there is no precision {precision!r}. Choose fp32 or bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise TesseraError(f"there is no precision {precision!r}. Choose auto, fp32 or bf16")
+    return autocast(device, resolve(precision, device))

@@ -261,7 +261,7 @@ class Pipeline:
         low_res: NDArray[np.uint8] | None = None,
         latents: Tensor | None = None,
         batch: int = 64,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Iterator[SampledBatch]:
@@ -286,7 +286,8 @@ class Pipeline:
             latents: [N, C, H, W], unit normal numbers to begin with in place of the seeds' own,
                 like those of `encode`; seed s takes number s modulo N.
             batch: most images at once; the seeds are divided evenly.
-            precision: "bf16" computes the network in bfloat16 where that is safe.
+            precision: "bf16" computes the network in bfloat16 where that is safe, "fp32" in
+                float32; "auto" is bf16 where the device multiplies it natively, else fp32.
             on_step: called after every step of every batch.
             options: of the sampler, in place of the recipe's (steps, sigma_max, s_churn, ...); and
                 for models with coordinates which part of the picture to make: `window`,
@@ -368,7 +369,7 @@ class Pipeline:
         guide: Pipeline | Denoiser | None = None,
         low_res: NDArray[np.uint8] | None = None,
         batch: int = 64,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         **options: Any,
     ) -> Tensor:
         """The latents [N, C, H, W] that DDIM makes images of; float32 on the CPU.
@@ -456,7 +457,7 @@ class Pipeline:
         bricks: str | BrickSchedule | None = None,
         low_res: NDArray[np.uint8] | None = None,
         latents: Tensor | None = None,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         **options: Any,
     ) -> Plan:
         """What `sample_batches` was asked for, checked and ready to run."""

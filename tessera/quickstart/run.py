@@ -146,7 +146,7 @@ def run(
         scored = _scores(recipe, reference, dataset, made, labels, seed)
     return Result(
         out=out,
-        recipe=recipe,
+        recipe=trainer.recipe,
         device=trainer.device_name,
         parameters=sum(p.numel() for p in pipeline.denoiser.network.parameters()),
         images_seen=trainer.images_seen,

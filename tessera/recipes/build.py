@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from tessera.data.augment import Augmentation
@@ -27,9 +26,6 @@ from tessera.sampling.ablation import sample_ablation
 from tessera.sampling.core import Sampler
 from tessera.sampling.ddpm import sample_ddim, sample_ddpm
 from tessera.sampling.edm import sample_edm
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What `training.precision` makes products and convolutions compute in; fp32 is not there."""
 
 
 def build_network(recipe: schema.Recipe, copies: int = 1) -> nn.Module:

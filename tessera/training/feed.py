@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +37,22 @@ Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
 class Feed:
     """The training images of a recipe, in the order of the run, as the learner wants them.
 
+    Args:
+        dataset: instead of the recipe's own, and not compared with it.
+
     Raises:
         RecipeError: the images do not fit the recipe, or the batch not the processes; the message
             names the key.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, dataset: Dataset | None = None
+    ) -> None:
         self._recipe, self._device = recipe, device
-        self.dataset = _open(recipe)
-        _check(recipe, self.dataset)
+        if dataset is None:
+            dataset = _open(recipe)
+            _check(recipe, dataset)
+        self.dataset = dataset
         self.view = build_view(recipe)
         self._augment: Augment | None = build_augment(recipe.augment)
         seed = derive_seed(recipe.training.seed, "order")
@@ -57,10 +64,14 @@ class Feed:
 
     def batches(self, images_seen: int) -> Loader:
         """This process's batches of the steps that follow after `images_seen` images."""
+        return self.load(self._plans(images_seen))
+
+    def load(self, plans: Iterable[StepPlan]) -> Loader:
+        """This process's batches of some steps."""
         return Loader(
             self.dataset,
             self._order,
-            self._plans(images_seen),
+            plans,
             rank=distributed.rank(),
             world=distributed.world(),
             device=self._device,

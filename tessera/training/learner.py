@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import CheckpointError
-from tessera.randomness import Draws
-from tessera.recipes.build import AUTOCAST
-from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
+from tessera.precision import autocast, resolve
+from tessera.randomness import Draws, derive_seed
+from tessera.recipes.build import build_denoiser, recipe_objective
+from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
 
@@ -95,6 +97,9 @@ class Learner:
         training: TrainingConfig,
         device: torch.device,
     ) -> None:
+        precision = resolve(training.precision, device)
+        training = training.model_copy(update={"precision": precision})
+        self._precision = precision
         self._config, self.training, self.device = optimizer, training, device
         set_precision(training)
         self.step = step.to(device).train()
@@ -191,9 +196,7 @@ class Learner:
             self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.training.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.training.precision])
+        return autocast(self.device, self._precision)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every live tensor that a checkpoint holds, by `<group>/<name>`.
@@ -245,6 +248,24 @@ class Learner:
         tensors = [*local(self.parameters), *(a for ema in self.emas for a in ema.local_weights)]
         finite = all(torch.stack([t.isfinite().all() for t in tensors]).tolist())
         return all(distributed.gather(finite))
+
+
+def fresh_denoiser(recipe: Recipe, device: torch.device) -> Preconditioned:
+    """The denoiser with the weights that the recipe's run begins with.
+
+    Raises:
+        RecipeError: training it does not fit into memory.
+    """
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    # Weights, gradients, two moments of the optimiser, and averages; on a GPU in its memory.
+    copies = 4 + len(recipe.ema) if device.type == "cpu" else 1
+    return build_denoiser(recipe, copies)
+
+
+def learner_of(recipe: Recipe, denoiser: nn.Module, device: torch.device) -> Learner:
+    """What trains `denoiser` as the recipe says."""
+    step = TrainStep(denoiser, recipe_objective(recipe))
+    return Learner(step, recipe.optimizer, recipe.ema, recipe.training, device)
 
 
 def _by_quartile(values: dict[str, Tensor], quartile: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ _CHANGEABLE = (
     "sampling",
     "training.images",
     "training.micro_batch",
+    "training.precision",
     "training.compile",
     "training.channels_last",
     "training.parallel",

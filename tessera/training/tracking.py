@@ -133,7 +133,9 @@ class StatusLines:
             print(f"{metrics['images']:,} images  {scores}", file=sys.stderr, flush=True)
             return
         images, speed = metrics["images"] or 0, metrics["images_per_second"] or 0
-        left = datetime.timedelta(seconds=round((self._total - images) / speed)) if speed else "?"
+        # The last step may go beyond the end.
+        seconds = max(self._total - images, 0) / speed if speed else None
+        left = "?" if seconds is None else datetime.timedelta(seconds=round(seconds))
         text = (
             f"{images:,} of {self._total:,} images  {describe(metrics)}  "
             f"{quantity(speed)} images/s  {left} left"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tessera import distributed
+from tessera import distributed, precision
 from tessera.data.latents import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
@@ -19,16 +19,16 @@ from tessera.files import user_path
 from tessera.pipelines.folder import holds, start_from
 from tessera.pipelines.pipeline import Pipeline
 from tessera.progress import progress
-from tessera.randomness import derive_seed
-from tessera.recipes.build import build_denoiser, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training import faults, run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
 from tessera.training.evaluation import Evaluation, check_reference
 from tessera.training.feed import Feed
-from tessera.training.learner import Learner, TrainStep, Update
+from tessera.training.forecast import Forecast
+from tessera.training.learner import Update, fresh_denoiser, learner_of
 from tessera.training.preview import Preview, ema_pipeline
+from tessera.training.probe import measure
 from tessera.training.signals import StopRequest
 
 
@@ -57,11 +57,14 @@ class Trainer:
             of the run only where that does not change what has been trained.
         run_dir: folder of a new run; by default the recipe's, or runs/<recipe>-<number>.
         resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
+        probe: spend up to five seconds on steps that leave no trace, to make the `forecast`.
 
     Attributes:
-        recipe, run_dir, device: of this run.
+        recipe, run_dir, device: of this run; the recipe says what precision `auto` has become.
+        precision_reason: why it computes in the precision that it does, in a few words.
         learner: weights, averages, optimiser.
         images_seen, step: progress so far.
+        forecast: what the run will take here; None without `probe`.
         stopped_by: number of the signal that ended the run early; None otherwise.
 
     Raises:
@@ -81,6 +84,8 @@ class Trainer:
         recipe: Recipe | None = None,
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
+        *,
+        probe: bool = False,
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise TrainingError(
@@ -93,26 +98,22 @@ class Trainer:
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
-        self.recipe = recipe = run_folder.anchored(recipe)
         self.device = distributed.device()
+        self.precision_reason = precision.reason(recipe.training.precision, self.device)
+        chosen = precision.resolve(recipe.training.precision, self.device, together=True)
+        training = recipe.training.model_copy(update={"precision": chosen})
+        recipe = recipe.model_copy(update={"training": training})
+        self.recipe = recipe = run_folder.anchored(recipe)
         # What can be refused is, before the folder of a new run is made.
         self._feed = Feed(recipe, self.device)
         tracking.check(recipe)
         if recipe.evaluate is not None and recipe.expert is None:
             check_reference(recipe, recipe.evaluate)
-        torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-        # Weights, gradients, two moments of the optimiser, and averages; on a GPU in its memory.
-        copies = 4 + len(recipe.ema) if self.device.type == "cpu" else 1
-        denoiser = build_denoiser(recipe, copies)
+        measured = measure(recipe, self._feed, self.device) if probe else None
+        denoiser = fresh_denoiser(recipe, self.device)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, denoiser.network)
-        self.learner = Learner(
-            TrainStep(denoiser, recipe_objective(recipe)),
-            recipe.optimizer,
-            recipe.ema,
-            recipe.training,
-            self.device,
-        )
+        self.learner = learner_of(recipe, denoiser, self.device)
         self.images_seen = self.step = 0
         self.stopped_by: int | None = None
         self._meter = tracking.Meter(self.device)
@@ -124,6 +125,9 @@ class Trainer:
         if resume is not None:
             with run_lock.hold(self.run_dir):
                 self._restore(recorded)
+        self.forecast: Forecast | None = None
+        if measured is not None:
+            self.forecast = measured.forecast(recipe, self._feed.view, self.images_seen)
 
     @property
     def dataset(self) -> Dataset:
@@ -373,15 +377,29 @@ class Trainer:
         self._saved = self._checkpoints.newest()
         if self._saved is not None:
             state = read_state(self._saved)
-            run_folder.check_same(parse_recipe(state.recipe, str(self._saved)), self.recipe)
+            saved = parse_recipe(state.recipe, str(self._saved))
+            run_folder.check_same(saved, self.recipe)
             run_folder.check_length(recorded, self.recipe, state.images)
             load_tensors(self._saved, self.learner.tensors())
-            self.learner.load_counters(state.counters)
+            self.learner.load_counters(state.counters | self._fresh_scale(saved))
             self._meter.load(state.meter)
             self.images_seen, self.step = state.images, state.step
             self._seconds = state.seconds
         elif distributed.is_main():
             print("no checkpoint yet: training from the beginning", file=sys.stderr)
+
+    def _fresh_scale(self, saved: Recipe) -> dict[str, float]:
+        """The loss scale's counters in place of saved ones, where the precision is another now."""
+        before, now = saved.training.precision, self.recipe.training.precision
+        if before == now:
+            return {}
+        if distributed.is_main():
+            print(
+                f"note: training.precision was {before} and is {now} from here on: the run is no "
+                "longer equal, bit for bit, to one that was never stopped",
+                file=sys.stderr,
+            )
+        return {n: v for n, v in self.learner.counters().items() if n.startswith("loss_scale")}
 
     def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
         if not distributed.is_main():

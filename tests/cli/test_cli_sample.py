@@ -301,6 +301,7 @@ def launch(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "tessera", "sample", *map(str, arguments), "--device", "cpu"]
+    command += ["--precision", "fp32"]  # as `auto` is in tests
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from tessera.precision import Precision
 from tessera.recipes.schema.base import Factor, Listed, NonNegative, Probability, Section, UserPath
 
 
@@ -49,7 +50,9 @@ class TrainingConfig(Section):
     micro_batch: PositiveInt | None = Field(
         None, description="images of one forward pass on one device; less memory, same result"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = Field(
+        "auto", description="auto: bf16 where the device multiplies it natively, else fp32"
+    )
     compile: bool = False
     channels_last: bool = True
     parallel: Literal["ddp", "fsdp"] = "ddp"
