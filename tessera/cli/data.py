@@ -85,6 +85,10 @@ def convert(
             help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
         ),
     ] = False,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+    ] = None,
 ) -> None:
     """Make a training set from a collection of images.
 
@@ -92,6 +96,7 @@ def convert(
     """
     from tessera.data.convert import convert as run
     from tessera.data.transforms import parse_size
+    from tessera.images import MAX_PIXELS
 
     if channels == 2:
         raise DataError("--channels: 1 (grey) or 3 (RGB)")
@@ -109,6 +114,7 @@ def convert(
         overwrite=overwrite,
         upright=not ignore_orientation,
         released_wide_crop=legacy_wide_crop,
+        max_pixels=max_pixels or MAX_PIXELS,
         workers=workers,
     )
     _print_report(report)

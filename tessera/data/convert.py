@@ -30,6 +30,7 @@ from tessera.data.transforms import (
 )
 from tessera.errors import DataError
 from tessera.files import atomic_file, atomic_folder
+from tessera.images import MAX_PIXELS
 from tessera.progress import progress
 
 Format = Literal["zip", "packed", "folder"]
@@ -86,6 +87,7 @@ def convert(
     overwrite: bool = False,
     upright: bool = True,
     released_wide_crop: bool = False,
+    max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
 ) -> Report:
     """Convert a collection; the result appears under `target` when it is whole, or not at all.
@@ -103,6 +105,7 @@ def convert(
         overwrite: replace what stands under `target`.
         upright: turn photos as the camera's orientation tag says.
         released_wide_crop: see `transforms.apply_transform`.
+        max_pixels: refuse images of more pixels, before they are decoded.
         workers: threads; by default one per core.
 
     Raises:
@@ -115,7 +118,10 @@ def convert(
     workers = cores() if workers is None else workers
     started = time.monotonic()
 
-    with open_source(source, upright=upright) as opened, _sink(form, target, opened) as sink:
+    with (
+        open_source(source, upright=upright, max_pixels=max_pixels) as opened,
+        _sink(form, target, opened) as sink,
+    ):
         report = Report(target, form, opened.kind, ignored=opened.ignored)
 
         def prepare(record: Record) -> _Prepared:
