@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tessera.commands import tessera_command
 from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.images import to_uint8
@@ -167,7 +168,9 @@ def _train(recipe: Recipe, run_dir: Path) -> tuple[Trainer, list[tuple[int, floa
     trainer = Trainer(recipe, run_dir)
     logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
     if trainer.stopped_by is not None:
-        raise TrainingError(f"stopped; to finish the training: tessera train --resume {run_dir}")
+        raise TrainingError(
+            f"stopped; to finish the training: {tessera_command()} train --resume {run_dir}"
+        )
     return trainer, [(images, float(loss)) for images, loss in logged if loss is not None]
 
 
