@@ -180,9 +180,14 @@ def _sample(
     """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
     images = []
     with progress(title, count, unit="images") as bar:
-        for made in pipeline.sample_batches(range(count), "balanced", batch=128, **options):
+
+        def advance(seeds: Sequence[int], state: SamplerState) -> None:
+            bar.advance(len(seeds) / state.steps)
+
+        for made in pipeline.sample_batches(
+            range(count), "balanced", batch=128, on_step=advance, **options
+        ):
             images.append(made.images)
-            bar.advance(len(made.images))
     return np.concatenate(images), np.arange(count) % pipeline.denoiser.num_classes
 
 

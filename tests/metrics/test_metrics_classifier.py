@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tessera.errors import DataError
-from tessera.metrics.classifier import Classifier, train_classifier
+from tessera.metrics import classifier as module
+from tessera.metrics.classifier import Classifier, ClassifierNetwork, train_classifier
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import build_reference, load_reference, save_reference
 from tessera.metrics.score import score_images
@@ -129,6 +131,62 @@ def test_a_subset_is_drawn_over_the_whole_set() -> None:
     assert drawn.fd_classifier < first.fd_classifier
     with pytest.raises(DataError, match="101 images asked for, there are 100"):
         score_images(by_class, reference, num=101)
+
+
+def seen(data: ArrayImages, monkeypatch: pytest.MonkeyPatch, **options: int) -> int:
+    """How many images a classifier is trained on."""
+    count, original = [0], ClassifierNetwork.forward
+
+    def counted(self: ClassifierNetwork, images: torch.Tensor) -> torch.Tensor:
+        count[0] += len(images) if self.training else 0
+        return original(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierNetwork, "forward", counted)
+        train_classifier(data, **options)
+    return count[0]
+
+
+def test_training_ends_when_the_accuracy_has_stopped_to_rise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert seen(stripes(100), monkeypatch, training_images=1500) == 11 * 128  # too few to tell
+    # Right on all held-out images at one of the first looks, then three looks without a better one.
+    steps = seen(stripes(100), monkeypatch, training_images=100_000) // 128
+    looks = range(4 * module._CHECK_STEPS, 8 * module._CHECK_STEPS, module._CHECK_STEPS)
+    assert steps in [-(-look * 5 // 3) for look in looks]
+
+
+@pytest.mark.parametrize(("images", "most"), [(100, 8_000), (2000, 24_000), (50_000, 60_000)])
+def test_training_is_scaled_to_the_set(
+    images: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def record(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+
+    monkeypatch.setattr(module, "_train", record)
+    monkeypatch.setattr(module, "_accuracy", lambda *_: 0.5)
+    train_classifier(stripes(images, size=4))
+    assert asked == [most]
+
+
+def test_the_rate_rises_stays_and_falls_to_zero() -> None:
+    schedule = module._Schedule(100)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:61] == [1] * 51
+    assert rates[61:] == sorted(rates[61:], reverse=True)
+    assert rates[-1] == pytest.approx(1 / 40)
+    for step, accuracy in ((20, 0.5), (40, 0.5), (50, 0.4), (55, 0.5)):
+        assert schedule.end == 100
+        schedule.look(step, accuracy)
+    assert schedule.end == 92  # 55 and two thirds of it
+    assert schedule.rate(55) == 1
+    assert schedule.rate(91) == pytest.approx(1 / 37)
+    schedule.look(60, 0.1)  # while it falls, nothing is decided
+    assert schedule.end == 92
 
 
 def test_label_vectors_are_no_classes() -> None:
