@@ -28,8 +28,9 @@ _FEWEST = 10
 _RATE = 3e-3
 # Images to train on at most, unless the caller says: so many times the set, within bounds.
 _REPETITIONS, _LEAST, _MOST = 12, 8_000, 60_000
-_CHECK_STEPS, _CHECK_IMAGES = 20, 1000  # steps between looks at the accuracy, on so many images
-_PATIENCE = 3  # looks without a better accuracy, after which it counts as risen
+_LOOK_STEPS, _LOOK_IMAGES = 20, 1000  # steps between looks at the accuracy, on so many images
+_PATIENCE = 3  # looks without a better accuracy, after which it has stopped to rise
+_REST = 2 / 3  # of the steps until then are taken for the rest
 
 
 class LabelledImages(Protocol):
@@ -207,7 +208,7 @@ def train_classifier(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training_images is None:
         training_images = min(max(_REPETITIONS * len(data), _LEAST), _MOST)
-    _train(network, data, facts, training, held_out[:_CHECK_IMAGES], training_images)
+    _train(network, data, facts, training, held_out[:_LOOK_IMAGES], training_images)
     known = replace(
         facts, accuracy=_accuracy(network, data, facts, held_out), held_out=len(held_out)
     )
@@ -247,63 +248,52 @@ def _train(
     held_out: NDArray[np.int64],
     most: int,
 ) -> None:
-    """AdamW over shuffled epochs of images moved by a few pixels, until there is no more to gain.
+    """AdamW with one learning-rate cycle, over shuffled epochs of images moved by a few pixels.
 
-    The learning rate rises, stays until the accuracy has stopped to rise, and falls to zero.
+    When the accuracy on `held_out` has stopped to rise, the rest of the cycle is passed in larger
+    strides: without its end, the weights are not worth much.
     """
+    steps = max(2, most // _BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.02)
-    schedule = _Schedule(max(2, most // _BATCH))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
     random = numpy_generator(facts.seed, "classifier", "order")
-    queue = np.empty(0, np.int64)
+    queue, risen = np.empty(0, np.int64), _Risen()
     network.train()
-    with progress("classifier", schedule.end * _BATCH, unit="images") as bar:
-        step = 0
-        while step < schedule.end:
+    with progress("classifier", steps * _BATCH, unit="images") as bar:
+        step, passed, stride = 0, 0, 1
+        while passed < steps:
             while len(queue) < _BATCH:
                 queue = np.concatenate([queue, random.permutation(training)])
             indices, queue = queue[:_BATCH], queue[_BATCH:]
             batch, targets = _read(data, facts, indices, random)
             batch = _shift(batch, random).to(network.head.weight.device)
-            optimizer.param_groups[0]["lr"] = _RATE * schedule.rate(step)
             loss = F.cross_entropy(network(batch), targets.to(batch.device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step, note = step + 1, None
-            if step % _CHECK_STEPS == 0:
+            if stride == 1 and step % _LOOK_STEPS == 0:
                 accuracy = _accuracy(network, data, facts, held_out)
-                schedule.look(step, accuracy)
                 note = f"{accuracy:.1%} right"
-            bar.update(step * _BATCH, note, total=schedule.end * _BATCH)
+                if risen(accuracy):
+                    stride = max(1, round((steps - step) / (step * _REST)))
+            passed += stride
+            for _ in range(min(stride, steps - 1 - schedule.last_epoch)):
+                schedule.step()
+            left = -(-(steps - passed) // stride)
+            bar.update(step * _BATCH, note, total=(step + max(left, 0)) * _BATCH)
 
 
-class _Schedule:
-    """The learning rate of `most` steps, or of fewer if the accuracy stops to rise before.
+class _Risen:
+    """Whether several looks in a row have shown no better accuracy."""
 
-    Two fifths of the steps are those of the fall, without which the weights are no good.
-
-    Attributes:
-        end: the number of steps.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.end = most
-        self._rise, self._fall = max(1, most // 10), most * 3 // 5
+    def __init__(self) -> None:
         self._best, self._looks = 0.0, 0
 
-    def rate(self, step: int) -> float:
-        """Of step 0, 1, ..., as a share of the highest rate."""
-        falling = (self.end - step) / (self.end - self._fall)
-        return min((step + 1) / self._rise, 1.0, falling)
-
-    def look(self, step: int, accuracy: float) -> None:
-        """Take note of the accuracy after so many steps."""
-        if step >= self._fall:
-            return
+    def __call__(self, accuracy: float) -> bool:
         self._looks = 0 if accuracy > self._best else self._looks + 1
         self._best = max(self._best, accuracy)
-        if self._looks >= _PATIENCE:
-            self._fall, self.end = step, -(-step * 5 // 3)
+        return self._looks >= _PATIENCE
 
 
 def _accuracy(

@@ -178,17 +178,16 @@ def _sample(
     pipeline: Pipeline, count: int, title: str, **options: Any
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
-    images = []
     with progress(title, count, unit="images") as bar:
 
         def advance(seeds: Sequence[int], state: SamplerState) -> None:
             bar.advance(len(seeds) / state.steps)
 
-        for made in pipeline.sample_batches(
+        batches = pipeline.sample_batches(
             range(count), "balanced", batch=128, on_step=advance, **options
-        ):
-            images.append(made.images)
-    return np.concatenate(images), np.arange(count) % pipeline.denoiser.num_classes
+        )
+        images = np.concatenate([made.images for made in batches])
+    return images, np.arange(count) % pipeline.denoiser.num_classes
 
 
 def _denoising(pipeline: Pipeline) -> list[Frame]:
