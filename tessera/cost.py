@@ -6,7 +6,6 @@ without data, so that nothing is allocated and no formula has to keep up with th
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

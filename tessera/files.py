@@ -25,7 +25,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
-from tessera.errors import OutputError, TesseraError
+from tessera import processes
+from tessera.errors import DataError, OutputError, TesseraError
+from tessera.plain import MIB, parse_json
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,10 +51,6 @@ _OPENING_REASONS = _REASONS | {
     errno.EISDIR: "there is a folder of that name. Name another place",
     errno.ENAMETOOLONG: "its name is too long. Give it a shorter one",
 }
-
-from tessera import processes
-from tessera.errors import DataError, TesseraError
-from tessera.plain import MIB, parse_json
 
 _PART, _OLD = ".part", ".old"
 _LEFT_OVER = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)\.[a-z0-9_]{8}\.(?:part|old)")

@@ -13,7 +13,7 @@ from pathlib import Path
 # How PyTorch, oneDNN, CUDA and C++ say that memory is used up, in errors of no type of their own.
 _USED_UP = re.compile(
     r"not enough memory|can(no|')t allocate memory|out of memory|bad_alloc|alloc_failed"
-    r"|can't start new thread|could not create a (primitive|memory object)(?! descriptor)",
+    r"|can't start new thread|failed to map segment|could not create a (primitive|memory object)(?! descriptor)",
     re.IGNORECASE,
 )
 
@@ -25,7 +25,7 @@ def used_up(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and _USED_UP.search(str(error)) is not None
+    return isinstance(error, RuntimeError | ImportError) and _USED_UP.search(str(error)) is not None
 
 
 # Of glibc's malloc.h.

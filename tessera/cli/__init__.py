@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from tessera import memory
 from tessera._version import __version__
@@ -60,15 +59,26 @@ app.add_typer(eval_app, name="eval")
 
 def main() -> None:
     """Run the command; errors that the user can put right exit with code 2 and no traceback."""
+    text = _run()
+    if text is not None:
+        typer.secho("error:", fg="red", bold=True, err=True, nl=False)
+        print("", text, file=sys.stderr)
+        sys.exit(2)
+
+
+def _run() -> str | None:
+    """Run the command; what is wrong, if the user can put it right.
+
+    When it returns, the failed command's memory is free again, for there may be no other.
+    """
     try:
         app()
     except Exception as error:
         text = _in_words(error)
         if text is None:
             raise
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", end=" ")
-        print(text, file=sys.stderr)
-        sys.exit(2)
+        return text
+    return None
 
 
 def _in_words(error: Exception) -> str | None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessera.errors import TesseraError
+from tessera.cli.eval_checks import check_destination
 
 
 def nll(
@@ -26,23 +26,22 @@ def nll(
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the NPZ if it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Bits per dimension: an upper bound of what a model needs to code real images."""
     import numpy as np
 
     from tessera import distributed
-    from tessera.files import atomic_file, check_writable
+    from tessera.files import atomic_file
     from tessera.metrics.images import open_images
     from tessera.metrics.likelihood import evaluate
     from tessera.pipelines.loading import load
     from tessera.pipelines.options import check_complete
     from tessera.progress import progress
 
-    if out is not None and out.suffix != ".npz":
-        raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
     if out is not None:
-        check_writable(out)
+        check_destination(out, "terms", overwrite=overwrite, source=data)
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
         check_complete(pipe)

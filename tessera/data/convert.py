@@ -31,6 +31,7 @@ from tessera.data.transforms import (
 )
 from tessera.errors import DataError
 from tessera.files import atomic_file, atomic_folder, check_folder_name, check_free, user_path
+from tessera.images import MAX_PIXELS
 from tessera.progress import progress
 
 Format = Literal["zip", "packed", "folder"]
@@ -88,6 +89,7 @@ def convert(
     upright: bool = True,
     released_wide_crop: bool = False,
     max_file_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
 ) -> Report:
     """Convert a collection; the result appears under `target` when it is whole, or not at all.
@@ -107,6 +109,7 @@ def convert(
         upright: turn photos as the camera's orientation tag says.
         released_wide_crop: see `transforms.apply_transform`.
         max_file_bytes: the largest file in a folder or ZIP that is read.
+        max_pixels: refuse images of more pixels, before they are decoded.
         workers: threads; by default one per core.
 
     Raises:
@@ -119,8 +122,12 @@ def convert(
     workers = cores() if workers is None else workers
     started = time.monotonic()
 
-    opening = open_source(source, upright=upright, max_file_bytes=max_file_bytes)
-    with opening as opened, _sink(form, target, opened) as sink:
+    with (
+        open_source(
+            source, upright=upright, max_file_bytes=max_file_bytes, max_pixels=max_pixels
+        ) as opened,
+        _sink(form, target, opened) as sink,
+    ):
         report = Report(target, form, opened.kind, ignored=opened.ignored)
 
         def prepare(record: Record) -> _Prepared:

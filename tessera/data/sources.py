@@ -23,9 +23,11 @@ from tessera.data.members import MAX_BYTES, Members, ZipMembers, open_members
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, require_extra
 from tessera.files import user_path
+from tessera.images import MAX_PIXELS
 from tessera.pickles import NUMPY, load_pickle
 
 Pixels = NDArray[np.uint8]
+Decode = Callable[[bytes, str], Pixels]  # an image file's bytes and name
 
 # CIFAR-10 has 178 MiB, the largest of the extended MNIST sets 610.
 _CIFAR_BYTES = 512 * 2**20
@@ -70,28 +72,34 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(
-    path: Path, *, upright: bool = True, max_file_bytes: int = MAX_BYTES
+    path: Path,
+    *,
+    upright: bool = True,
+    max_file_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Source]:
     """Open a folder, ZIP, CIFAR-10 archive, MNIST file, LSUN LMDB or packed set by its name.
 
     Args:
         upright: turn photos as the camera's orientation tag says.
         max_file_bytes: the largest file in a folder or ZIP that is read.
+        max_pixels: refuse images of more pixels, before they are decoded.
 
     Raises:
         DataError: nothing there, or of no known kind.
     """
     path = user_path(path)
     name = path.name.lower()
+    decode = functools.partial(decode_image, upright=upright, max_pixels=max_pixels)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir() and (name.endswith("_lmdb") or (path / "data.mdb").exists()):
-        with _open_lmdb(path, upright) as source:
+        with _open_lmdb(path, decode) as source:
             yield source
     elif path.is_dir() or name.endswith(".zip"):
         members = open_members(path, max_file_bytes)
         try:
-            yield _files(members, upright)
+            yield _files(members, decode)
         finally:
             members.close()
     elif name.endswith((".tar.gz", ".tgz", ".tar")):
@@ -111,7 +119,7 @@ def open_source(
 # ---------------------------------------------------------------------------- folders and archives
 
 
-def _files(members: Members, upright: bool) -> Source:
+def _files(members: Members, decode: Decode) -> Source:
     images = [name for name in members.names if is_image(name)]
     if not isinstance(members, ZipMembers):
         images.sort(key=lambda name: name.split("/"))  # component-wise, like path objects
@@ -123,7 +131,7 @@ def _files(members: Members, upright: bool) -> Source:
     def load(name: str) -> Pixels:
         if name in strays:
             raise DataError(stray_text(members.where(name)))
-        return decode_image(members.read(name), members.where(name), upright=upright)
+        return decode(members.read(name), members.where(name))
 
     values: list[Label] = labels.values if labels is not None else [None] * len(images)
     records = [
@@ -292,7 +300,7 @@ def _read_idx(path: Path, axes: int) -> Pixels:
 
 
 @contextlib.contextmanager
-def _open_lmdb(path: Path, upright: bool) -> Iterator[Source]:
+def _open_lmdb(path: Path, decode: Decode) -> Iterator[Source]:
     lmdb = require_extra("lmdb", "data", "reading an LMDB folder")
     try:
         database = lmdb.open(str(path), readonly=True, lock=False, readahead=True, max_readers=1)
@@ -304,7 +312,7 @@ def _open_lmdb(path: Path, upright: bool) -> Iterator[Source]:
             # The cursor belongs to this thread; the bytes go to the others.
             for key, value in transaction.cursor():
                 name = f"{path}: {key.decode('utf-8', 'backslashreplace')}"
-                load = functools.partial(decode_image, bytes(value), name, upright=upright)
+                load = functools.partial(decode, bytes(value), name)
                 yield Record(name, None, load)
 
         yield Source("LMDB folder", path.name, int(transaction.stat()["entries"]), records())

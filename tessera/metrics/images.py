@@ -152,7 +152,7 @@ def read_npz(
             return {name: _array(path, name, file[name]) for name in wanted}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # a damaged archive or header may raise nearly anything
         raise DataError(f"{path}: not a readable NPZ file, it may be damaged ({error})") from error

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.cost import choose_bricks
 from tessera.files import user_path
-from tessera.images import save_png
+from tessera.images import open_image, save_png
 from tessera.pipelines.bricks import Savings, Usage
 from tessera.pipelines.canvas import OPTIONS as CANVAS_OPTIONS
 from tessera.pipelines.canvas import choose_canvas
@@ -247,7 +246,7 @@ def generate_arrays(
 def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
     """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
     folder = user_path(folder)
-    images = [np.asarray(Image.open(image_path(folder, seed, subdirs))) for seed in seeds]
+    images = [np.asarray(open_image(image_path(folder, seed, subdirs))) for seed in seeds]
     return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tessera.commands import tessera_command
 from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.files import user_path
@@ -193,7 +194,7 @@ def _train(trainer: Trainer) -> list[tuple[int, float]]:
     logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
     if trainer.stopped_by is not None:
         raise TrainingError(
-            f"stopped; to finish the training: tessera train --resume {trainer.run_dir}"
+            f"stopped; to finish the training: {tessera_command()} train --resume {trainer.run_dir}"
         )
     return [(images, float(loss)) for images, loss in logged if loss is not None]
 
@@ -202,12 +203,16 @@ def _sample(
     pipeline: Pipeline, count: int, title: str, **options: Any
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
-    images = []
     with progress(title, count, unit="images") as bar:
-        for made in pipeline.sample_batches(range(count), "balanced", batch=128, **options):
-            images.append(made.images)
-            bar.advance(len(made.images))
-    return np.concatenate(images), np.arange(count) % pipeline.denoiser.num_classes
+
+        def advance(seeds: Sequence[int], state: SamplerState) -> None:
+            bar.advance(len(seeds) / state.steps)
+
+        batches = pipeline.sample_batches(
+            range(count), "balanced", batch=128, on_step=advance, **options
+        )
+        images = np.concatenate([made.images for made in batches])
+    return images, np.arange(count) % pipeline.denoiser.num_classes
 
 
 def _denoising(pipeline: Pipeline) -> list[Frame]:

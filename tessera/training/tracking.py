@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.commands import install_command
 from tessera.errors import TesseraError, TrainingError, require_extra
 from tessera.files import atomic_file, writing
 from tessera.plain import parse_json
@@ -283,7 +284,7 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
         except ImportError:
             print(
                 "note: TensorBoard is not installed, so only metrics.jsonl is written "
-                "(pip install 'tessera-diffusion[log]', or run.tensorboard=false)",
+                f"({install_command('log')}, or run.tensorboard=false)",
                 file=sys.stderr,
             )
     if recipe.run.wandb is not None:

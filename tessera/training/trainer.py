@@ -182,7 +182,13 @@ class Trainer:
             preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
             evaluation = Evaluation(self.recipe, self.dataset.class_names, self.run_dir, trackers)
             bar = stack.enter_context(
-                progress("training", total, unit="images", completed=self.images_seen)
+                progress(
+                    "training",
+                    total,
+                    unit="images",
+                    completed=self.images_seen,
+                    lines=False,  # a tracker prints them, with the loss
+                )
             )
             clock = stack.enter_context(self._timed())
             save_pending = False
