@@ -23,8 +23,8 @@ from benchmarks.harness import device, interleaved, markdown, record, seconds, s
 from tessera.metrics.frechet import frechet_from_moments
 from tessera.metrics.kid import kernel_distance
 from tessera.metrics.manifold import precision_recall
-from tessera.metrics.screening import fast_dtype
 from tessera.metrics.statistics import FeatureStatistics
+from tessera.precision import fast_dtype
 
 DIM = 2048
 OURS, THEIRS, SCIPY = "tessera", "torch-fidelity", "SciPy sqrtm"

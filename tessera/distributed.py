@@ -72,8 +72,12 @@ def session(name: str | None = None, timeout_minutes: float = 30) -> Iterator[to
     Yields the device of this process, as in `device`, which is made the current one. On a CPU, the
     process keeps freed memory from then on (`memory.keep_freed`).
 
+    Args:
+        timeout_minutes: the longest that processes wait for each other.
+
     Raises:
-        TesseraError: the launcher's environment is incomplete, or there is no device `name`.
+        TesseraError: the launcher's environment is incomplete, there is no device `name`, or
+            another process ended or does not answer.
     """
     chosen = device(name)
     if chosen.type == "cuda":
@@ -83,6 +87,11 @@ def session(name: str | None = None, timeout_minutes: float = 30) -> Iterator[to
     joined = _join(chosen, timeout_minutes)
     try:
         yield chosen
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        raise TesseraError(lost) from error
     finally:
         if joined and active():
             dist.destroy_process_group()
@@ -107,6 +116,37 @@ def _join(chosen: torch.device, timeout_minutes: float) -> bool:
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return True
+
+
+# What Gloo, NCCL and the store of the process group say when another process is gone or silent.
+_TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+_GONE = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|failed to (recv|send)|remote process exited"
+    r"|socket (error|closed)|ncclRemoteError|ncclSystemError",
+    re.IGNORECASE,
+)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What happened to another process that this one waited for, in words; None for other errors.
+
+    Without its full stop.
+    """
+    text = str(error)
+    about = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text.lower()
+    if not (active() and isinstance(error, RuntimeError) and about):
+        return None
+    if _TIMED_OUT.search(text):
+        found = re.search(r"(\d+) ?ms|\(ms\)=(\d+)", text)
+        waited = f" for {int(found[1] or found[2]) / 60000:.3g} minutes" if found else " in time"
+        return (
+            f"process {rank()} of {world()} waited for another one, which did not answer{waited}: "
+            "it is stopped, hangs or is cut off from the network. End the processes that are left. "
+            "If it was only slow, allow more with run.timeout_minutes"
+        )
+    if _GONE.search(text):
+        return f"process {rank()} of {world()} lost another one, which has ended: see its message"
+    return None
 
 
 @contextlib.contextmanager

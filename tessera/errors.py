@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from tessera.commands import install_command
+
 
 class TesseraError(Exception):
     """Something the user can put right; the command prints the message and exits with code 2.
@@ -26,6 +28,10 @@ class CheckpointError(TesseraError):
     """A checkpoint or pipeline that is missing, damaged or of another kind."""
 
 
+class OutputError(TesseraError):
+    """A file or folder that cannot be written; the message names it and the reason."""
+
+
 class TrainingError(TesseraError):
     """A training run that cannot go on."""
 
@@ -34,12 +40,12 @@ def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or say which extra brings it.
 
     Raises:
-        TesseraError: the module is not installed; the message names the extra to install.
+        TesseraError: the module is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise TesseraError(
             f"{purpose} needs the package {module.split('.')[0]!r}, which is not installed. "
-            f"Install it with: pip install 'tessera-diffusion[{extra}]'"
+            f"Install it with: {install_command(extra)}"
         ) from error

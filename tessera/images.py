@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tessera.errors import DataError
 from tessera.files import atomic_file
+
+MAX_PIXELS = 1 << 26  # of one image that is opened; 8192 x 8192
+# Nothing else is tried, whatever a file is called: Pillow has decoders that start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+# `open_image` refuses such images itself, and smaller ones.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -43,6 +53,55 @@ def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
     """Write uint8 [H, W, C] or [H, W] as a PNG file, atomically."""
     with atomic_file(path) as file:
         file.write(png_bytes(image))
+
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened, of which it may have been built without some.
+
+    Examples:
+        >>> image_formats()[:3]
+        ('PNG', 'JPEG', 'WEBP')
+    """
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def open_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Open an image file of a known format, by its path or its bytes; no pixel is decoded yet.
+
+    Args:
+        name: what an error calls the file; by default its path.
+        max_pixels: refuse an image of more pixels, however small its file.
+
+    Raises:
+        DataError: it is larger.
+        PIL.UnidentifiedImageError: it is of no format in `image_formats`.
+    """
+    if isinstance(source, bytes):
+        file: io.BytesIO | Path = io.BytesIO(source)
+    else:
+        file = Path(source)
+    name = str(file) if name is None else name
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which no argument changes
+    try:
+        image = Image.open(file, formats=image_formats())
+    except Image.DecompressionBombError as error:
+        raise DataError(_too_large(name, "more", max_pixels)) from error
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise DataError(_too_large(name, f"{image.width}x{image.height}", max_pixels))
+    return image
+
+
+def _too_large(name: str, size: str, limit: int) -> str:
+    return (
+        f"{name}: {size} pixels are more than the limit of {limit:,} for one image, because a few "
+        "such images fill the memory. If that is meant: tessera data convert --max-pixels NUMBER"
+    )
 
 
 def grid(

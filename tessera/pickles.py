@@ -6,14 +6,21 @@ in a table of what the reader expects, and a name that is not in it ends the rea
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable, Mapping
+import pickletools
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tessera.errors import DataError
+
+# A released network has 30,000 operations, a batch of CIFAR-10 60,000.
+_OPERATIONS = 500_000
+_TUPLE = 100_000
+"""Values in a tuple with all that is in its tuples: what hashing it goes through."""
 
 Names = Mapping[tuple[str, str], Any]
 """What a pickle may refer to: (module, name) to what stands in its place."""
@@ -52,17 +59,67 @@ def load_pickle(
         persistent: gives the values that the pickle refers to by a persistent id.
 
     Raises:
-        DataError: the pickle is damaged, or refers to anything else, which the message names.
+        DataError: the pickle is damaged, would take time or memory out of all proportion to its
+            size, or refers to anything else, which the message names.
     """
-    reader = _Reader(file, encoding=encoding)
-    reader.names, reader.persistent = names, persistent
-    try:
+    with _damage():
+        start = file.tell()
+        _check_program(file)
+        file.seek(start)
+        reader = _Reader(file, encoding=encoding)
+        reader.names, reader.persistent = names, persistent
         return reader.load()
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # damaged pickles raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"not a whole pickle of the expected kind ({reason})") from error
+
+
+def _check_program(file: IO[bytes]) -> None:
+    """Go through a pickle without running it, and refuse what the reader itself would suffer from.
+
+    That are numbers of remembered values that make it reserve gigabytes, and tuples of tuples that
+    are small to write and endless to hash.
+    """
+    stack: list[Any] = []  # of each value what hashing it goes through; at marks `markobject`
+    memo: dict[int, int] = {}
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if count > _OPERATIONS:
+            raise DataError(f"a pickle of more than {_OPERATIONS:,} operations")
+        name, takes = operation.name, len(operation.stack_before)
+        if "PUT" in name or name == "MEMOIZE":
+            number = len(memo) if name == "MEMOIZE" else int(argument or 0)
+            if number > _OPERATIONS:
+                raise DataError("it remembers values under numbers that no pickle has")
+            memo[number] = stack[-1]
+            continue
+        if "GET" in name:
+            stack.append(memo[int(argument or 0)])
+            continue
+        if pickletools.markobject in operation.stack_before:
+            taken = []
+            while (value := stack.pop()) is not pickletools.markobject:
+                taken.append(value)
+            takes = operation.stack_before.index(pickletools.markobject)
+        else:
+            taken = []
+        taken += [stack.pop() for _ in range(takes)]
+        sizes = [value for value in taken if isinstance(value, int)]
+        size = 1 + sum(sizes) if "TUPLE" in name else 1
+        if size > _TUPLE:
+            raise DataError("a tuple of tuples that is out of all proportion")
+        if name == "DUP":
+            stack += [*sizes, *sizes]
+        elif name != "POP":
+            made = operation.stack_after
+            stack += [x if x is pickletools.markobject else size for x in made]
 
 
 class _Reader(pickle.Unpickler):

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Tests run side by side, one process per core: more threads than that only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
 # No test asserts on time, and a busy machine is no failure.
 settings.register_profile("tessera", deadline=None)
 settings.load_profile("tessera")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32() -> Iterator[None]:
+    """`auto` is fp32 in tests, also where bfloat16 is fast: their numbers are those of float32."""
+    import torch
+
+    from tessera import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "fast_dtype", lambda device: torch.float32)
+        yield

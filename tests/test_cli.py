@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import typer
 
 from tessera import cli
 from tessera.cli import app
+from tessera.metrics.images import ArrayImages
+from tessera.metrics.reference import build_reference, save_reference
 
 HEAVY = ("torch", "numpy", "PIL", "scipy", "sklearn", "matplotlib")
 
@@ -40,6 +44,8 @@ def test_help_of_every_command_answers_without_torch() -> None:
 import contextlib, io, sys
 from tessera import cli
 from tessera.cli import app
+from tessera.metrics.images import ArrayImages
+from tessera.metrics.reference import build_reference, save_reference
 for path in {COMMANDS!r}:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -117,6 +123,8 @@ def test_mistakes_end_with_code_2_and_no_traceback(arguments: list[str], words: 
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (torch.OutOfMemoryError("CUDA out of memory"), "training.micro_batch"),
         (MemoryError(), "--batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), "--batch"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory"),
     ],
 )
 def test_what_the_machine_lacks_is_said_in_words(
@@ -130,6 +138,30 @@ def test_what_the_machine_lacks_is_said_in_words(
         cli.main()
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_too_little_memory_is_said_in_a_line(tmp_path: Path) -> None:
+    """The images fit, what the network makes of them does not."""
+    reference, samples = tmp_path / "a.ref.npz", tmp_path / "samples.npz"
+    images = np.random.default_rng(0).integers(0, 255, (6000, 32, 32, 1)).astype(np.uint8)
+    few = ArrayImages("a", images[:20].transpose(0, 3, 1, 2), np.arange(20) % 2)
+    save_reference(reference, build_reference(few, training_images=256))
+    np.savez(samples, images)
+    limited = (
+        "import resource, sys, torch, tessera.metrics.score\n"
+        "from tessera.cli import main\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
+        "main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, "eval", "score", samples, reference, "--batch", "6000"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: the memory is used up")
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("a mistake"), OSError("of a library")])

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 
 # From the bottom to the top; parts of one line do not know each other, but for the first line's.
 LAYERS = (
-    ("errors", "files", "images", "conditioning", "randomness", "distributed", "progress",
-     "pickles", "memory", "model", "_version"),
+    ("commands", "errors", "files", "images", "conditioning", "randomness", "distributed", "model",
+     "progress", "pickles", "plain", "memory", "precision", "processes", "_version"),
     ("networks",),
     ("diffusion",),
     ("data",),

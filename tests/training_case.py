@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "objective": {"kind": "edm", "label_dropout": 0.2},
     "optimizer": {"lr": 2e-3, "rampup_images": 40},
     "ema": [{"halflife_images": 50}],
-    "training": {"images": 96, "batch": 8, "seed": 3},
+    "training": {"images": 96, "batch": 8, "seed": 3, "precision": "fp32"},
     "sampling": {"kind": "edm", "steps": 2},
     "run": {
         "log_every_images": 16,

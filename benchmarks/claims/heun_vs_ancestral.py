@@ -49,7 +49,7 @@ def measure(pipe: Pipeline, options: argparse.Namespace) -> list[Point]:
         for steps in getattr(options, sampler):
             result = common.scored(
                 pipe, reference, options, sampler=sampler, steps=steps,
-                guidance=options.guidance, precision="bf16",
+                guidance=options.guidance,
             )  # fmt: skip
             points.append(Point(sampler, steps, result))
             print(f"{SAMPLERS[sampler]}, {steps} steps: {points[-1].distance:.3f}", flush=True)

@@ -43,7 +43,7 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
             continue
         done = int(seconds * options.evaluations / limit)
         result = common.scored(
-            common.averaged(trainer), reference, options, steps=options.steps, precision="bf16"
+            common.averaged(trainer), reference, options, steps=options.steps
         ).score
         line = {
             "arm": arm, "seconds": round(seconds, 1), "images": trainer.images_seen,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
+from tessera import memory
 from tessera._version import __version__
 from tessera.cli.app import App
 from tessera.cli.bricks import bricks
@@ -61,27 +61,37 @@ app.add_typer(eval_app, name="eval")
 
 def main() -> None:
     """Run the command; errors that the user can put right exit with code 2 and no traceback."""
+    text = _run()
+    if text is not None:
+        typer.secho("error:", fg="red", bold=True, err=True, nl=False)
+        print("", text, file=sys.stderr)
+        sys.exit(2)
+
+
+def _run() -> str | None:
+    """Run the command; what is wrong, if the user can put it right.
+
+    When it returns, the failed command's memory is free again, for there may be no other.
+    """
     try:
         app()
     except Exception as error:
         text = _in_words(error)
         if text is None:
             raise
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", end=" ")
-        print(text, file=sys.stderr)
-        sys.exit(2)
+        return text
+    return None
 
 
 def _in_words(error: Exception) -> str | None:
     """What is wrong, of errors that the user can put right; None for those of the program."""
     if isinstance(error, TesseraError):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # PyTorch's, by its name, because it is not imported for every command.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if memory.used_up(error):
         return (
             "the memory is used up. Take fewer images at once: training.micro_batch of a recipe, "
             "--batch of a command"
         )
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from tessera.recipes.schema import Recipe
+    from tessera.training.forecast import Forecast
 
 
 def cost(
@@ -21,18 +26,32 @@ def cost(
         metavar="KEY=VALUE",
         help="An option of sampling, as of `tessera sample`, like guidance=1.5; may be repeated.",
     ),
+    probe: bool = typer.Option(
+        False, "--probe", help="Train for five seconds to tell the time and memory needed here."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
 ) -> None:
-    """Count parameters, FLOPs and memory of a recipe, without training anything."""
+    """Count parameters, FLOPs and memory of a recipe, without training anything.
+
+    With --probe, also what its training takes on this machine: from data.path if that is set, from
+    blank images otherwise.
+    """
+    from tessera import distributed
     from tessera.cli.sample import parse_options
     from tessera.pipelines.loading import estimate
+    from tessera.precision import resolve
     from tessera.recipes.loading import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
-    given = parse_options(sample)
+    loaded, given = load_recipe(recipe, overrides or ()), parse_options(sample)
+    # First, because counting needs memory, too.
+    forecast = _probe(loaded, show=not as_json) if probe else None
     result = estimate(loaded, **given)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result) | {"train_bytes": result.train_bytes}))
+        values = dataclasses.asdict(result) | {"train_bytes": result.train_bytes}
+        if forecast is not None:
+            values["probe"] = dataclasses.asdict(forecast)
+        if distributed.is_main():
+            print(json.dumps(values))
         return
     training = loaded.training
     table = Table(
@@ -47,7 +66,8 @@ def cost(
     skipped = 1 - result.sample_flops / (result.evaluations * result.forward_flops)
     asked += f", {skipped:.1%} skipped" if skipped >= 0.0005 else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
-    kept = f"{result.micro_batch:,} images x {per_image}, {training.precision}, estimated"
+    precision = resolve(training.precision, distributed.device())
+    kept = f"{result.micro_batch:,} images x {per_image}, {precision}, estimated"
     rows = [
         ("parameters", human(result.parameters), loaded.network.kind),
         ("", "", ""),
@@ -68,12 +88,47 @@ def cost(
         (
             "memory in training",
             human(result.train_bytes, "B"),
-            "on one device; less with micro_batch",
+            "these, on one device; less with micro_batch",
         ),
     ]
+    if forecast is not None:
+        blank = "" if loaded.data.path else "from blank images: "
+        here = described(forecast)
+        rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _probe(recipe: Recipe, *, show: bool) -> Forecast:
+    """What a run of the recipe takes here, from its beginning to its end."""
+    from tessera import distributed
+    from tessera.training.feed import Feed
+    from tessera.training.probe import blank_images, measure
+
+    with distributed.session() as device:
+        feed = Feed(recipe, device, dataset=None if recipe.data.path else blank_images(recipe))
+        return measure(recipe, feed, device, show=show).forecast(recipe, feed.view, 0)
+
+
+def described(forecast: Forecast) -> dict[str, str]:
+    """Time and memory of a run, as rows of a table."""
+    extra = forecast.extra_seconds
+    parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
+    return {
+        "time here": f"about {duration(forecast.seconds)}{parts}, "
+        f"{forecast.images_per_second:.3g} images/s",
+        "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
+    }
+
+
+def duration(seconds: float) -> str:
+    """Two digits and more: 45 s, 12 min, 3.4 h, 5.2 days."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def human(value: float, unit: str = "") -> str:

@@ -89,6 +89,14 @@ def convert(
             help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
         ),
     ] = False,
+    max_file_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
+    ] = 256,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+    ] = None,
 ) -> None:
     """Make a training set from a collection of images.
 
@@ -96,6 +104,7 @@ def convert(
     """
     from tessera.data.convert import convert as run
     from tessera.data.transforms import parse_size
+    from tessera.images import MAX_PIXELS
 
     if channels == 2:
         raise DataError("--channels: 1 (grey) or 3 (RGB)")
@@ -113,6 +122,8 @@ def convert(
         overwrite=overwrite,
         upright=not ignore_orientation,
         released_wide_crop=legacy_wide_crop,
+        max_file_bytes=max_file_size * 2**20,
+        max_pixels=max_pixels or MAX_PIXELS,
         workers=workers,
     )
     _print_report(report)

@@ -34,3 +34,6 @@ def experts(
     made.save(out)
     between = ", ".join(f"{threshold:g}" for threshold in made.recipe.snr_splits)
     print(f"{len(pipelines)} experts, SNR thresholds {between}, written to {out}")
+    for source, pipe in zip(pipelines, made.pipes, strict=True):
+        if pipe.recipe.expert is None:
+            print(f"note: {source} was trained for all noise levels, and makes a part of them now")

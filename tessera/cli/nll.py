@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tessera.cli.eval_checks import check_destination
 from tessera.errors import TesseraError
 
 
@@ -26,6 +27,7 @@ def nll(
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the NPZ if it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Bits per dimension: an upper bound of what a model needs to code real images."""
@@ -39,8 +41,8 @@ def nll(
     from tessera.pipelines.loading import load
     from tessera.progress import progress
 
-    if out is not None and out.suffix != ".npz":
-        raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
+    if out is not None:
+        check_destination(out, "terms", overwrite=overwrite, source=data)
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
         if not isinstance(pipe, DiffusionPipeline):
@@ -48,6 +50,7 @@ def nll(
                 f"{pipeline} is a pipeline of kind {pipe.kind}, whose likelihood is not known; "
                 "name one of kind diffusion or experts"
             )
+        pipe.check_complete()
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
             bits = evaluate(

@@ -25,6 +25,7 @@ def quickstart(
 ) -> None:
     """Train on handwritten digits, sample, score, and write report.html: minutes on two cores."""
     from tessera import distributed
+    from tessera.commands import tessera_command
     from tessera.files import atomic_file
     from tessera.quickstart.report import render
     from tessera.quickstart.run import run
@@ -43,7 +44,8 @@ def quickstart(
         f"{result.score.fd_classifier:.3g} is their Fréchet distance (in-domain classifier); "
         f"real digits {result.floor:.3g}, untrained network {result.ceiling:.3g}\n"
         f"{sum(result.seconds.values()):.0f} seconds in all, {result.seconds['training']:.0f} of "
-        f"them to train on {result.images_seen:,} images; the report is {report}"
+        f"them to train on {result.images_seen:,} images; the report is {report}\n"
+        f"more digits: {tessera_command()} sample {out}/run --seeds 0-63 --grid --out more-digits"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tessera.sampling.output import Trajectory
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
-Precision = StrEnum("Precision", ["fp32", "bf16"])
+Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 _SUFFIXES = {"npz": ".npz", "grid": ".png"}  # of the formats that are one file
 
 
@@ -75,7 +75,9 @@ def sample(
         None, help="Folder or Hugging Face id of the VAE of a model of latents."
     ),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
-    precision: Precision = typer.Option(Precision.fp32, help="Arithmetic of the network."),
+    precision: Precision = typer.Option(
+        Precision.auto, help="Arithmetic of the network; auto: bf16 where it is fast, else fp32."
+    ),
 ) -> None:
     """Make images, the same one for a seed whatever the batch size and number of processes.
 
@@ -85,6 +87,8 @@ def sample(
     from tessera import distributed
     from tessera.pipelines.generate import Job
     from tessera.pipelines.loading import load
+    from tessera.precision import Precision as Arithmetic
+    from tessera.precision import resolve
     from tessera.sampling.output import Trajectory
     from tessera.sampling.seeds import parse_seeds
 
@@ -104,7 +108,8 @@ def sample(
     with distributed.session(device) as target, plain_warnings():
         pipe = load(pipeline, ema=ema, vae=vae, device=target)
         given |= {"guidance": guidance} if guidance != 1 else {}
-        given |= {"precision": precision.value}
+        wanted_precision = cast("Arithmetic", precision.value)
+        given |= {"precision": resolve(wanted_precision, target, together=True)}
         if steps is not None:
             given["steps"] = steps
         if start_from is not None:
@@ -208,6 +213,7 @@ class _Places:
 def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None) -> Summary:
     """Make the images and write them."""
     from tessera import distributed
+    from tessera.files import check_writable
     from tessera.images import grid as tiled
     from tessera.images import save_png
     from tessera.pipelines.generate import generate_arrays, generate_folder, read_images
@@ -219,6 +225,7 @@ def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory
         if places.grid is not None and distributed.is_main():
             save_png(places.grid, tiled(read_images(out, job.seeds, subdirs)))
         return summary
+    check_writable(out)
     images, labels, summary = generate_arrays(job, out.parent, trajectory=film)
     if distributed.is_main():
         if kind == "npz":

@@ -39,18 +39,18 @@ def train(
     from tessera.training.trainer import Trainer
 
     changes = list(overrides or [])
-    with distributed.session():
-        if resume is not None:
-            changes = ([recipe] if recipe else []) + changes
-            trainer = Trainer(run_folder.read_recipe(resume, changes), resume=resume)
-        elif recipe is None:
-            raise RecipeError(
-                "name a recipe to train, or a run to resume:\n"
-                "  tessera train cifar10-small data.path=cifar10.zip\n"
-                "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
-            )
-        else:
-            trainer = Trainer(load_recipe(recipe, changes))
+    if resume is not None:
+        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes)
+    elif recipe is None:
+        raise RecipeError(
+            "name a recipe to train, or a run to resume:\n"
+            "  tessera train cifar10-small data.path=cifar10.zip\n"
+            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+        )
+    else:
+        chosen = load_recipe(recipe, changes)
+    with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
+        trainer = Trainer(chosen, resume=resume, probe=True)
         if distributed.is_main():
             _describe(trainer)
         trainer.run()
@@ -66,6 +66,7 @@ def _describe(trainer: Trainer) -> None:
     from rich.table import Table
 
     from tessera import distributed
+    from tessera.cli.cost import described
     from tessera.progress import quantity
 
     recipe = trainer.recipe
@@ -77,7 +78,7 @@ def _describe(trainer: Trainer) -> None:
     where = (
         f"{trainer.device_name}, {processes} processes" if processes > 1 else trainer.device_name
     )
-    options: list[str] = [training.precision]
+    options: list[str] = [f"{training.precision} ({trainer.precision_reason})"]
     options += ["channels last"] if training.channels_last else []
     options += ["compiled"] if training.compile else []
     options += [training.parallel.upper()] if processes > 1 else []
@@ -93,6 +94,8 @@ def _describe(trainer: Trainer) -> None:
         "images": f"{trainer.images_seen:,} of {training.images:,} seen",
         "run folder": str(trainer.run_dir),
     }
+    if trainer.forecast is not None:
+        rows |= described(trainer.forecast)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -110,7 +113,12 @@ def _conclude(trainer: Trainer) -> None:
         print(f"  {_launcher()}tessera train --resume {run}")
         return
     print(f"trained on {trainer.images_seen:,} images. Next:")
-    print(f"  tessera sample {run} --seeds 0-63 --out samples/")
+    if trainer.recipe.expert is not None:
+        experts = ["..."] * (1 + len(trainer.recipe.snr_splits))
+        experts[trainer.recipe.expert] = run
+        print(f"  tessera experts NAME {' '.join(experts)}   # with the other experts' runs")
+    else:
+        print(f"  tessera sample {run} --seeds 0-63 --out samples/")
     print(f"  tessera train --resume {run} training.images={2 * images}   # to train longer")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,11 @@ from torch import Tensor
 from tessera.convert.unpickle import Record, read_container
 from tessera.errors import CheckpointError
 from tessera.recipes.schema import Recipe
+
+
+def brief(value: Any) -> str:
+    """A value of a file in a message: shortened, whatever is in it."""
+    return value[:40] if isinstance(value, str) else reprlib.repr(value)[:80]
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class Checkpoint:
         unknown = [name for name in given if names is not None and name not in names]
         if unknown:
             raise self.error(
-                f"its {record.class_name} was made with {', '.join(map(str, unknown))}, which the "
-                "released code has not"
+                f"its {record.class_name} was made with {', '.join(map(brief, unknown))}, which "
+                "the released code has not"
             )
         return {name if names is None else names[name]: value for name, value in given.items()}
 

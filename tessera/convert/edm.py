@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tessera.convert.checkpoint import Checkpoint, Converter
+from tessera.convert.checkpoint import Checkpoint, Converter, brief
 from tessera.convert.unpickle import Record
 from tessera.diffusion.preconditioning import Iddpm, Vp
 from tessera.recipes.build import build_preconditioning
@@ -118,7 +118,7 @@ def edm_recipe(checkpoint: Checkpoint) -> tuple[Recipe, int]:
     model_type = arguments.get("model_type", _DEFAULT_NETWORK.get(scaling, "DhariwalUNet"))
     if model_type not in _NETWORKS:
         raise checkpoint.error(
-            f"its network is a {model_type}; those of EDM are {', '.join(_NETWORKS)}"
+            f"its network is a {brief(model_type)}; those of EDM are {', '.join(_NETWORKS)}"
         )
     _check_arguments(checkpoint, arguments, scaling, {*names, *_NETWORKS[model_type].arguments})
 
@@ -169,7 +169,7 @@ def _check_arguments(
     }  # fmt: skip
     fixed = {"sigma_min": 0, "sigma_max": math.inf} if scaling == "edm" else {}
     wrong = [
-        f"{name}={value}"
+        f"{brief(name)}={brief(value)}"
         for name, value in arguments.items()
         if name not in names | common and (name not in fixed or value != fixed[name])
     ]

@@ -14,7 +14,7 @@ from tessera.convert.checkpoint import Checkpoint, Converter, read_checkpoint
 from tessera.convert.unpickle import read_state
 from tessera.errors import CheckpointError, DataError
 from tessera.files import user_path
-from tessera.pipelines.folder import mismatches, write_folder
+from tessera.pipelines.folder import mismatches, not_finite, write_folder
 from tessera.recipes.build import build_network
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
@@ -133,4 +133,7 @@ def _state(
         raise checkpoint.error(
             "its tensors are not those of the network that it describes: " + "; ".join(problems)
         )
+    broken = not_finite(state)
+    if broken:
+        raise checkpoint.error(f"{broken}; its training had failed before it was saved")
     return state

@@ -46,7 +46,8 @@ _PLAIN_CLASSES = (
     ("torch.nn.modules.activation", "SiLU"),
 )
 
-_NESTING = 64  # modules within modules; the released networks have five
+_NESTING = 16  # modules within modules; the released networks have five
+_TENSORS = 100_000  # of a network; the largest released one has 1,000
 
 
 class _Frozen(type):
@@ -74,6 +75,11 @@ class Record(metaclass=_Frozen):
 class Storage(Protocol):
     """The numbers that tensors are views of."""
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the file they take."""
+        ...
+
     def read(self) -> Tensor:
         """All of them, one-dimensional, on the CPU. Raises DataError if they are damaged."""
         ...
@@ -85,8 +91,14 @@ class _Embedded:
 
     data: bytes
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
     def read(self) -> Tensor:
         with _damage("a tensor's numbers"):
+            if self.data[:4] == b"PK\3\4":  # which could be a bomb, and is not the old format
+                raise DataError("a tensor's numbers in a ZIP of their own")
             storage = torch.load(io.BytesIO(self.data), map_location="cpu", weights_only=True)
             if not isinstance(storage, torch.storage.TypedStorage):
                 raise DataError(f"a {type(storage).__name__} in place of a tensor's numbers")
@@ -101,6 +113,10 @@ class _Member:
     name: str
     dtype: torch.dtype
     count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
 
     def read(self) -> Tensor:
         data = bytearray(_read_member(self.archive, self.name))
@@ -125,7 +141,10 @@ class StoredTensor:
         Raises:
             DataError: damaged, or not within its storage.
         """
-        flat = self.storage.read()
+        return self.view_of(self.storage.read())
+
+    def view_of(self, flat: Tensor) -> Tensor:
+        """As `read`, where all numbers of the storage have been read."""
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         if math.prod(self.shape) > len(flat) or (0 not in self.shape and last >= len(flat)):
             raise DataError(f"a tensor of shape {self.shape} is larger than what is stored of it")
@@ -164,14 +183,19 @@ def read_state(module: Record) -> dict[str, Tensor]:
     """The state dict of a recorded module: parameters and buffers of it and of its children.
 
     Raises:
-        DataError: it is no module, or a tensor is damaged.
+        DataError: it is no module, a tensor is damaged, or tensors repeat what is stored once.
     """
-    result: dict[str, Tensor] = {}
-    _collect(module, "", result)
-    return result
+    found: dict[str, StoredTensor] = {}
+    _collect(module, "", found)
+    storages = {tensor.storage for tensor in found.values()}
+    stored = sum(storage.nbytes for storage in storages)
+    if sum(math.prod(tensor.shape) for tensor in found.values()) > 2 * stored:
+        raise DataError("its tensors have more numbers than are stored of them")
+    flat = {storage: storage.read() for storage in storages}
+    return {name: tensor.view_of(flat[tensor.storage]) for name, tensor in found.items()}
 
 
-def _collect(module: Any, prefix: str, result: dict[str, Tensor]) -> None:
+def _collect(module: Any, prefix: str, result: dict[str, StoredTensor]) -> None:
     if not isinstance(module, Record) or prefix.count(".") > _NESTING:
         raise DataError(f"{prefix.rstrip('.')[:80] or 'it'} is no module of a network")
     passing = module.state.get("_non_persistent_buffers_set") or ()
@@ -185,10 +209,12 @@ def _collect(module: Any, prefix: str, result: dict[str, Tensor]) -> None:
     ]
     for name, value in tensors:
         if isinstance(value, StoredTensor):
-            result[prefix + name] = value.read()
+            result[prefix + name] = value
         elif value is not None:
             raise DataError(f"{prefix}{name} is no tensor")
     for name, child in _mapping(module.state.get("_modules", {}), "_modules").items():
+        if len(result) > _TENSORS:
+            raise DataError(f"a network of more than {_TENSORS:,} tensors")
         if child is not None:
             _collect(child, f"{prefix}{name}.", result)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tessera.data import archive
 from tessera.data.decode import channels_first, shape_text
 from tessera.data.labels import LABELS_FILE, Label, label_array
+from tessera.data.members import MAX_BYTES
 from tessera.data.packed import PackedWriter
 from tessera.data.parallel import cores, ordered_map
 from tessera.data.sources import Record, Source, open_source
@@ -30,6 +31,7 @@ from tessera.data.transforms import (
 )
 from tessera.errors import DataError
 from tessera.files import atomic_file, atomic_folder, check_folder_name, check_free, user_path
+from tessera.images import MAX_PIXELS
 from tessera.progress import progress
 
 Format = Literal["zip", "packed", "folder"]
@@ -86,6 +88,8 @@ def convert(
     overwrite: bool = False,
     upright: bool = True,
     released_wide_crop: bool = False,
+    max_file_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
 ) -> Report:
     """Convert a collection; the result appears under `target` when it is whole, or not at all.
@@ -104,6 +108,8 @@ def convert(
         overwrite: replace what stands under `target`.
         upright: turn photos as the camera's orientation tag says.
         released_wide_crop: see `transforms.apply_transform`.
+        max_file_bytes: the largest file in a folder or ZIP that is read.
+        max_pixels: refuse images of more pixels, before they are decoded.
         workers: threads; by default one per core.
 
     Raises:
@@ -116,7 +122,12 @@ def convert(
     workers = cores() if workers is None else workers
     started = time.monotonic()
 
-    with open_source(source, upright=upright) as opened, _sink(form, target, opened) as sink:
+    with (
+        open_source(
+            source, upright=upright, max_file_bytes=max_file_bytes, max_pixels=max_pixels
+        ) as opened,
+        _sink(form, target, opened) as sink,
+    ):
         report = Report(target, form, opened.kind, ignored=opened.ignored)
 
         def prepare(record: Record) -> _Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 
 import numpy as np
@@ -11,15 +10,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessera.errors import DataError
+from tessera.images import MAX_PIXELS, image_formats, open_image
 
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
-    """Lower-case file name extensions (with the dot) of the formats that Pillow can open."""
+    """Lower-case file name extensions (with the dot) of the formats that are opened."""
     return frozenset(
         extension
         for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind != "MPEG"
+        if kind in image_formats()
     )
 
 
@@ -30,7 +30,12 @@ def is_image(name: str) -> bool:
 
 
 def decode_image(
-    data: bytes, name: str, *, upright: bool = False, opaque: bool = False
+    data: bytes,
+    name: str,
+    *,
+    upright: bool = False,
+    opaque: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.uint8]:
     """Pixels of an image file: uint8 [H, W] for grey images, else RGB [H, W, 3].
 
@@ -41,14 +46,15 @@ def decode_image(
         name: what an error calls the file.
         upright: turn the picture as the camera's orientation tag (EXIF) says.
         opaque: refuse an image with an alpha channel.
+        max_pixels: refuse an image of more pixels, before it is decoded.
 
     Raises:
-        DataError: not an image, damaged, transparent, or of a kind without a brightness scale
-            (float).
+        DataError: not an image, damaged, transparent, too large, or of a kind without a brightness
+            scale (float).
     """
     try:
         # A decoder that meets damaged data may raise nearly anything.
-        with Image.open(io.BytesIO(data)) as file:
+        with open_image(data, name, max_pixels) as file:
             if opaque and ("A" in file.getbands() or "transparency" in file.info):
                 raise DataError(
                     f"{name}: has an alpha channel, and what it would be laid over is not known. "
@@ -56,7 +62,7 @@ def decode_image(
                 )
             image = ImageOps.exif_transpose(file) if upright else file
             return _pixels(image)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image that can be read") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from tessera.data.members import Members, ZipMembers
 from tessera.errors import DataError
+from tessera.plain import MIB, parse_json
 
 LABELS_FILE = "dataset.json"
 Label = int | list[float] | None
+_CLASSES = 2**31
 _ARCHIVE_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
 
 
@@ -48,7 +50,8 @@ def find_labels(members: Members, images: Sequence[str]) -> Labels | None:
         DataError: `dataset.json` is not what it should be.
     """
     if LABELS_FILE in members.names:
-        return parse_labels(members.read(LABELS_FILE), images, members.where(LABELS_FILE))
+        limit = _longest(len(images))
+        return parse_labels(members.read(LABELS_FILE, limit), images, members.where(LABELS_FILE))
     inner = _without_common_folder(images) if isinstance(members, ZipMembers) else images
     labels = folder_labels(inner)
     if labels is None:
@@ -62,21 +65,17 @@ def parse_labels(text: bytes, images: Sequence[str], where: str) -> Labels | Non
 
     `class_names` is this library's addition; other readers look at `labels` only.
     """
-    try:
-        content = json.loads(text)
-        pairs = content["labels"]
-        table = None if pairs is None else {_slashes(name): value for name, value in pairs}
-    except (ValueError, KeyError, TypeError) as error:
+    content = parse_json(text, where, max_bytes=_longest(len(images)))
+    pairs = content.get("labels", ...) if isinstance(content, dict) else ...
+    if pairs is not None and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
         raise DataError(
-            f'{where}: should be {{"labels": [[file name, label], ...]}} or {{"labels": null}} '
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if table is None:
+            f'{where}: should be {{"labels": [[file name, label], ...]}} or {{"labels": null}}'
+        )
+    if pairs is None:
         return None
+    table = {_slashes(name): value for name, value in pairs}
     names = content.get("class_names")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
+    if names is not None and not is_names(names):
         raise DataError(f"{where}: class_names should be a list of strings")
     values = [_label(table.get(image), image, where) for image in images]
     if len({len(v) if isinstance(v, list) else -1 for v in values if v is not None}) > 1:
@@ -131,13 +130,34 @@ def label_array(
     return np.array(values, np.int64)
 
 
+def _longest(images: int) -> int:
+    """Bytes of the longest `dataset.json` that is read with so many images."""
+    return 64 * MIB + 16 * 1024 * images
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value of JSON is a list of texts that can be written and shown."""
+    return isinstance(value, list) and all(
+        isinstance(name, str) and not re.search("[\ud800-\udfff]", name) for name in value
+    )
+
+
 def _slashes(name: str) -> str:
     return name.replace("\\", "/")
 
 
 def _label(value: Any, image: str, where: str) -> Label:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if value is None or (type(value) is int and 0 <= value < _CLASSES):
         return value
-    if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
+    if isinstance(value, list) and value and all(map(_is_number, value)):
         return [float(v) for v in value]
     raise DataError(f"{where}: the label of {image} is neither a class index nor a list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    small = type(value) is int and abs(value) < 2**53
+    return small or (type(value) is float and math.isfinite(value))

@@ -16,6 +16,7 @@ import math
 import os
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from tessera.data.codec import VaeCodec
 from tessera.data.dataset import ImageDataset, choose_subset, count_classes
-from tessera.data.packed import DTYPES, LATENTS_FORMAT, map_tensor, read_header, tensor_entry
+from tessera.data.packed import DTYPES, LATENTS_FORMAT, read_header, tensor_entry
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
 from tessera.files import atomic_file, check_free, user_path
@@ -88,34 +89,22 @@ class LatentDataset:
         """
         path = user_path(path)
         try:
-            header, start = read_header(path)
-            metadata = header.pop("__metadata__", {})
+            header = read_header(path)
+            metadata = header.metadata
             if metadata.get("format") != LATENTS_FORMAT or metadata.get("version") != VERSION:
                 raise DataError(f"{path} is no set of latents of version {VERSION}. {_HOW_TO_MAKE}")
-            moments = map_tensor(path, header["moments"], start)
-            self.flips = "moments_flip" in header
-            mirrored = map_tensor(path, header["moments_flip"], start) if self.flips else None
-            labels = (
-                np.array(map_tensor(path, header["labels"], start)) if "labels" in header else None
-            )
-            names = metadata.get("class_names")
-            self.class_names = None if names is None else tuple(json.loads(names))
-            self.info = LatentInfo(
-                metadata["vae"],
-                int(metadata["resolution"]),
-                int(metadata["downsample"]),
-                float(metadata["scale"]),
-                float(metadata["shift"]),
-            )
+            moments = header.map("moments")
+            self.flips = "moments_flip" in header.entries
+            mirrored = header.map("moments_flip") if self.flips else None
+            labels, self.class_names = header.labels(), header.class_names()
+            self.info = _info(metadata)
+            _check_moments(moments, mirrored, labels)
             count, width, *sides = moments.shape
-            if len(sides) != 2 or width % 2 or not count:
-                raise ValueError(f"moments of shape {moments.shape}")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+        except ValueError as error:
             raise DataError(
-                f"{path}: not a whole set of latents ({type(error).__name__}: {error}). "
-                + _HOW_TO_MAKE
+                f"{path}: not a whole set of latents ({error}). {_HOW_TO_MAKE}"
             ) from error
         if xflip and mirrored is None:
             raise DataError(
@@ -147,6 +136,39 @@ class LatentDataset:
         """The map goes with the object."""
 
 
+def _info(metadata: Mapping[str, str]) -> LatentInfo:
+    """How a set was made. Raises ValueError where its metadata do not say it."""
+    names = ("vae", "resolution", "downsample", "scale", "shift")
+    missing = [name for name in names if name not in metadata]
+    if missing:
+        raise ValueError(f"it does not say its {', '.join(missing)}")
+    info = LatentInfo(
+        metadata["vae"],
+        int(metadata["resolution"]),
+        int(metadata["downsample"]),
+        float(metadata["scale"]),
+        float(metadata["shift"]),
+    )
+    positive = 0 < info.resolution < 2**31 and 0 < info.downsample < 2**31
+    if not (positive and math.isfinite(info.scale) and math.isfinite(info.shift)):
+        raise ValueError("its metadata are no sizes and scales")
+    return info
+
+
+def _check_moments(
+    moments: NDArray[Any], mirrored: NDArray[Any] | None, labels: NDArray[Any] | None
+) -> None:
+    """Raise ValueError for tensors that do not belong together."""
+    if moments.ndim != 4 or moments.shape[1] % 2 or 0 in moments.shape:
+        raise ValueError(f"moments of shape {moments.shape}")
+    if moments.dtype.kind != "f":
+        raise ValueError(f"moments that are {moments.dtype}")
+    if mirrored is not None and (mirrored.shape, mirrored.dtype) != (moments.shape, moments.dtype):
+        raise ValueError(f"mirrored moments of shape {mirrored.shape}, others of {moments.shape}")
+    if labels is not None and len(labels) != len(moments):
+        raise ValueError(f"{len(moments)} latents but {len(labels)} labels")
+
+
 _HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` makes one"
 
 
@@ -156,9 +178,8 @@ def is_latents(path: str | os.PathLike[str]) -> bool:
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
     try:
-        header, _ = read_header(path)
-        return bool(header.get("__metadata__", {}).get("format") == LATENTS_FORMAT)
-    except (OSError, ValueError, AttributeError, struct.error):
+        return read_header(path).metadata.get("format") == LATENTS_FORMAT
+    except (OSError, ValueError, DataError):
         return False
 
 

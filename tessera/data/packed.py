@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.data.labels import is_names
 from tessera.errors import DataError
+from tessera.plain import MIB, parse_json
 
 FORMAT = "tessera-packed"
 LATENTS_FORMAT = "tessera-latents"
@@ -108,60 +111,134 @@ class PackedFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            header, start = read_header(path)
-            metadata = header.pop("__metadata__", {})
+            header = read_header(path)
+            metadata = header.metadata
             if metadata.get("format") == LATENTS_FORMAT:
                 raise DataError(
                     f"{path} holds latents of images, not images: train on it with codec.kind=vae, "
                     "and give other commands the images that it was made from"
                 )
-            images = map_tensor(path, header["images"], start)
-            labels = map_tensor(path, header["labels"], start) if "labels" in header else None
-            names = metadata.get("class_names")
-            self.class_names = None if names is None else tuple(json.loads(names))
+            images = header.map("images")
+            self.labels, self.class_names = header.labels(), header.class_names()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+        except ValueError as error:
             raise DataError(
-                f"{path}: not a whole packed set ({type(error).__name__}: {error}); "
-                "`tessera data convert` writes them"
+                f"{path}: not a whole packed set ({error}); `tessera data convert` writes them"
             ) from error
+        labels = self.labels
         if metadata.get("format", FORMAT) != FORMAT or metadata.get("version", VERSION) != VERSION:
             raise DataError(
                 f"{path}: format {metadata.get('format')!r} version {metadata.get('version')!r}, "
                 f"but this library reads {FORMAT!r} version {VERSION!r}"
             )
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[1] not in (1, 3)
+            or 0 in images.shape[2:]
+        ):
             raise DataError(f"{path}: images must be uint8 [N, C, H, W] with C = 1 or 3")
         if labels is not None and len(labels) != len(images):
             raise DataError(f"{path}: {len(images)} images but {len(labels)} labels")
         self.images = images
-        self.labels = None if labels is None else np.array(labels)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its tensors begin."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > 100_000_000:
-            raise ValueError("its header is not that of a safetensors file")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("its header is not that of a safetensors file")
-    return header, 8 + length
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file; `first` and `last` are bytes from the file's beginning."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
 
 
-def map_tensor(path: Path, entry: dict[str, Any], start: int) -> NDArray[Any]:
-    """The tensor that a header's entry describes, memory-mapped.
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file, of which all types and places have been checked.
+
+    Its methods raise ValueError for what does not fit.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+    def map(self, name: str) -> NDArray[Any]:
+        """A tensor, memory-mapped."""
+        if name not in self.entries:
+            raise ValueError(f"no tensor {name!r} in it")
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is of the type {entry.dtype[:20]!r}")
+        dtype, size = DTYPES[entry.dtype], math.prod(entry.shape)
+        if entry.last - entry.first != size * dtype.itemsize:
+            raise ValueError("sizes in its header contradict each other")
+        if not size:
+            return np.empty(entry.shape, dtype)
+        array: NDArray[Any] = np.memmap(
+            self.path, dtype, "r", offset=entry.first, shape=entry.shape
+        )
+        return array
+
+    def labels(self) -> NDArray[Any] | None:
+        """Class indices int64 [N] or vectors float32 [N, K], in memory; None if there are none."""
+        if "labels" not in self.entries:
+            return None
+        labels = np.array(self.map("labels"))
+        if labels.dtype == np.int64 and labels.ndim == 1:
+            fits = not labels.size or (labels.min() >= 0 and labels.max() < 2**31)
+        else:
+            fits = labels.dtype == np.float32 and labels.ndim == 2 and np.isfinite(labels).all()
+        if not fits:
+            raise ValueError("labels that are neither class indices [N] nor vectors [N, K]")
+        return labels
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, if known."""
+        text = self.metadata.get("class_names")
+        names = None if text is None else parse_json(text, f"{self.path}: class_names")
+        if names is not None and not is_names(names):
+            raise ValueError("class_names that are no list of names")
+        return None if names is None else tuple(names)
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry contradicts itself.
+        OSError: the file cannot be read.
+        ValueError: it is none, is damaged, or describes what is not in it.
+        DataError: its header is nested or long beyond all need.
     """
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError("sizes in its header contradict each other")
-    if not math.prod(shape):
-        return np.empty(shape, dtype)
-    array: NDArray[Any] = np.memmap(path, dtype, "r", offset=start + first, shape=shape)
-    return array
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(100 * MIB, size - 8):
+            raise ValueError("its header is not that of a safetensors file")
+        content = parse_json(file.read(length), str(path), max_bytes=100 * MIB)
+    if not isinstance(content, dict):
+        raise ValueError("its header is not that of a safetensors file")
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are no texts by name")
+    begin = 8 + length
+    entries = {name: _entry(name, value, begin, size) for name, value in content.items()}
+    return Header(path, metadata, entries)
+
+
+def _entry(name: str, value: Any, begin: int, size: int) -> Entry:
+    """What a header says of a tensor, in a file of `size` bytes whose tensors begin at `begin`."""
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _is_sizes(shape) and _is_sizes(offsets)):
+        raise ValueError(f"no type, shape and place of {name[:40]!r}")
+    if len(shape) > 8 or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - begin:
+        raise ValueError(f"{name[:40]!r} is not within the file")
+    return Entry(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _is_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)

@@ -82,6 +82,11 @@ class Experts(Denoiser):
         self.sigma_max = denoisers[-1].sigma_max
         self.guided = any(denoiser.guided for denoiser in denoisers)
 
+    def owned(self) -> list[tuple[Denoiser, tuple[float, float]]]:
+        """Each expert with its noise levels low <= σ < high."""
+        bands = itertools.pairwise([0.0, *self.bounds, math.inf])
+        return list(zip(self.denoisers(), bands, strict=True))
+
     def owner(self, sigma: Tensor) -> Tensor:
         """Number of the expert at noise levels σ; int64, shaped like σ, where σ is."""
         bounds = torch.tensor(self.bounds, dtype=sigma.dtype, device=sigma.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ class BrickSchedule:
     def bricks(self, sigma: float) -> int | None:
         """The number of bricks at σ; None for all."""
         return next((r.bricks for r in self.ranges if r.low <= sigma < r.high), None)
+
+    def within(self, low: float, high: float) -> BrickSchedule:
+        """What it says about the noise levels low <= σ < high, and nothing about others."""
+        parts = [Range(max(r.low, low), min(r.high, high), r.bricks) for r in self.ranges]
+        return BrickSchedule(tuple(part for part in parts if part.low < part.high))
 
     def __str__(self) -> str:
         return ",".join(f"{r.low:g}-{r.high:g}:{r.bricks}" for r in self.ranges)
@@ -168,21 +173,52 @@ class Skipping(Wrapper):
         return {int(n): d for n, d in self.prefixes.items() if isinstance(d, Denoiser)}
 
 
-def brick_sizes(denoiser: Denoiser) -> list[int]:
-    """Sizes of the bricks of a stack, first to last; of experts, those of the first one."""
-    specs: Sequence[BrickSpec] = getattr(denoiser.networks()[0], "specs", ())
-    return [spec.size for spec in specs]
+def brick_sizes(denoiser: Denoiser) -> list[tuple[list[int], tuple[float, float]]]:
+    """Sizes of the bricks of a stack, first to last, and the noise levels low <= σ < high it owns.
+
+    Several of them where the stacks are experts.
+
+    Raises:
+        TesseraError: a network is not made of bricks.
+    """
+    if isinstance(denoiser, Experts):
+        return [
+            (sizes, (max(low, own[0]), min(high, own[1])))
+            for expert, own in denoiser.owned()
+            for sizes, (low, high) in brick_sizes(expert)
+        ]
+    specs: Sequence[BrickSpec] | None = getattr(denoiser.networks()[0], "specs", None)
+    if specs is None:
+        raise TesseraError(
+            "one of the experts is not made of bricks. Say at which noise levels to skip any, as "
+            "in bricks='0-0.5:1'"
+        )
+    return [([spec.size for spec in specs], (0.0, math.inf))]
+
+
+def skipping_schedule(denoiser: Denoiser, ratio: float, levels: Sequence[float]) -> BrickSchedule:
+    """`last_brick_schedule` of a stack, or of each stack of experts at its own noise levels."""
+    ranges: list[Range] = []
+    for sizes, band in brick_sizes(denoiser):
+        for part in last_brick_schedule(sizes, ratio, levels).within(*band).ranges:
+            if ranges and (ranges[-1].high, ranges[-1].bricks) == (part.low, part.bricks):
+                part = replace(part, low=ranges.pop().low)
+            ranges.append(part)
+    return BrickSchedule(tuple(ranges))
 
 
 def cut_bricks(denoiser: Denoiser, schedule: BrickSchedule) -> Denoiser:
-    """A model's denoiser, running as many bricks as the schedule says; of all its experts.
+    """A model's denoiser, running as many bricks as the schedule says; of experts each its own.
+
+    An expert of whose noise levels the schedule says nothing stays as it is.
 
     Raises:
         TesseraError: the network is no stack of bricks, was trained with its last output only, or
             has not as many bricks as the schedule names.
     """
     if isinstance(denoiser, Experts):
-        parts = [cut_bricks(part, schedule) for part in denoiser.denoisers()]
+        cuts = [(expert, schedule.within(*band)) for expert, band in denoiser.owned()]
+        parts = [cut_bricks(expert, own) if own.ranges else expert for expert, own in cuts]
         return Experts(parts, denoiser.thresholds)
     prefix = getattr(getattr(denoiser, "network", None), "prefix", None)
     if not isinstance(denoiser, Preconditioned) or prefix is None:

@@ -25,6 +25,7 @@ from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
 from tessera.metrics.statistics import Moments
 from tessera.pickles import NUMPY, load_pickle
+from tessera.plain import parse_json
 
 FORMAT = 2
 NAMES = {2048: "inception", 1024: "dinov2"}
@@ -156,7 +157,7 @@ def _described(found: Measured, arrays: Mapping[str, NDArray[Any]], path: Path) 
     if "tessera" not in arrays:
         return replace(found, extractor=NAMES.get(found.dim or 0))
     try:
-        description = json.loads(str(arrays["tessera"]))
+        description = parse_json(str(arrays["tessera"]), str(path))
         n = int(arrays["n"]) or None
         moments, spatial = (m and replace(m, n=n) for m in (found.moments, found.spatial_moments))
         return replace(

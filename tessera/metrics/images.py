@@ -17,7 +17,11 @@ from torch import Tensor
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.files import user_path
+from tessera.memory import physical
 from tessera.metrics.classifier import LabelledImages
+
+# Of deflated arrays: images shrink to a half, not to a hundredth.
+_FREELY, _EXPANSION = 64 * 2**20, 100
 
 
 @dataclass(frozen=True)
@@ -134,18 +138,47 @@ def read_npz(
     """Arrays of an NPZ file, all or `only` some, without ever unpickling anything.
 
     Raises:
-        DataError: the file is missing, damaged, or holds Python objects.
+        DataError: the file is missing, damaged, holds Python objects, or unpacks to more than any
+            numbers do or than fits into memory.
     """
     try:
-        opened = np.load(path, allow_pickle=False)
-        if not isinstance(opened, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
-        with opened as file:
+        with open(path, "rb") as start:
+            if start.read(6) == b"\x93NUMPY":
+                raise DataError(f"{path}: one bare array, not an NPZ archive of named arrays")
+        with np.load(path, allow_pickle=False) as file:
             wanted = [name for name in file.files if only is None or name in only]
-            return {name: file[name] for name in wanted if name not in skip}
+            wanted = [name for name in wanted if name not in skip]
+            _check_sizes(path, wanted)
+            return {name: _array(path, name, file[name]) for name in wanted}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # a damaged archive or header may raise nearly anything
         raise DataError(f"{path}: not a readable NPZ file, it may be damaged ({error})") from error
+
+
+def _check_sizes(path: Path, arrays: Sequence[str]) -> None:
+    """Refuse arrays that unpack to more than they can be, before any of them is unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if m.filename.removesuffix(".npy") in arrays]
+    total = sum(member.file_size for member in members)
+    stored = sum(member.compress_size for member in members)
+    if total > _FREELY and total > _EXPANSION * stored:
+        raise DataError(
+            f"{path}: {stored / 2**20:,.0f} MiB that unpack to {total / 2**20:,.0f}; no real "
+            "images or features do"
+        )
+    if total > physical() // 2:
+        raise DataError(
+            f"{path}: its arrays have {total / 2**30:,.1f} GiB unpacked, more than fits into the "
+            f"memory here beside the rest. Save it uncompressed (np.savez): 'arr_0' is then read "
+            "from the disk as it is needed"
+        )
+
+
+def _array(path: Path, name: str, value: Any) -> NDArray[Any]:
+    """What an NPZ file holds under a name; a member that is no array comes as its bytes."""
+    if not isinstance(value, np.ndarray):
+        raise DataError(f"{path}: {name!r} in it is no array of NumPy")
+    return value

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tessera.metrics.screening import fast_dtype
+from tessera.precision import fast_dtype
 
 _ROWS = 256  # prepared at once, so that they stay in the processor's cache
 _HALF_PRECISION_DIM = 512  # shorter products are cheap, and average less rounding away

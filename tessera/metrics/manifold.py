@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tessera.errors import DataError
-from tessera.metrics.screening import Screen, fast_dtype
+from tessera.metrics.screening import Screen
+from tessera.precision import fast_dtype
 from tessera.progress import progress
 
 _BLOCK = {"cpu": 1024}  # rows and columns of distances at once

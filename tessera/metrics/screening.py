@@ -16,18 +16,6 @@ _COLUMNS = 4096  # of a product in float64
 _PAIRS_A_ROW = 64  # above that many exact distances to a row, a product of matrices is faster
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, elsewhere float32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
-
-
 @dataclass(frozen=True)
 class Screen:
     """Features, and what bounds of their distances are made from.

@@ -48,6 +48,8 @@ def brick_picture(
             "only a stack of bricks that was trained jointly (network.kind=lego, "
             "network.joint=true) can show each brick's output"
         )
+    if len({str(other.state_dict().keys()) for other in pipe.networks()}) > 1:
+        raise TesseraError("experts with different networks have no picture of bricks in common")
     plan = pipe.plan([seed], label, **options)
     if plan.shape != pipe.model.shape:
         raise TesseraError("bricks are shown on the canvas that the model was trained on")

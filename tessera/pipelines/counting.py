@@ -6,7 +6,6 @@ the real training step, in which every distinct call of a network is made once a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,10 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.model import Model
+from tessera.precision import autocast, resolve
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import AUTOCAST, Objective, build_view, recipe_objective
+from tessera.recipes.build import Objective, build_view, recipe_objective
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 
@@ -219,9 +220,10 @@ def _activations(recipe: Recipe, model: Model, batch: int, parts: Parts) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
-        dtype = AUTOCAST.get(recipe.training.precision)
-        autocast = torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        chosen = autocast(
+            torch.device("cpu"), resolve(recipe.training.precision, distributed.device())
+        )
+        with saved_tensors_hooks(keep, lambda tensor: tensor), chosen:
             loss = _objective(recipe, parts)(model, x, cond, draws)["loss"]
         for parameter in model.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
 from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
 from tessera.images import from_uint8
@@ -33,6 +34,7 @@ from tessera.pipelines.options import (
     foreign_sampler_options,
     listed,
 )
+from tessera.precision import resolve
 from tessera.recipes.build import build_model, build_sampler, wrap_network
 from tessera.recipes.schema import (
     BricksConfig,
@@ -64,7 +66,8 @@ class SampleOptions:
             s modulo N.
         latents: [N, C, H, W], unit normal numbers in place of the seeds' own; seed s takes number
             s modulo N.
-        precision: arithmetic of the network.
+        precision: arithmetic of the network: "bf16" computes it in bfloat16 where that is safe,
+            "auto" only where it is fast, too.
     """
 
     sampler: SamplerConfig
@@ -74,7 +77,7 @@ class SampleOptions:
     guide: Pipeline | Denoiser | None = None
     start_from: NDArray[np.uint8] | None = None
     latents: Tensor | None = None
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
 
     @classmethod
     def choose(
@@ -84,7 +87,7 @@ class SampleOptions:
         guide: Pipeline | Denoiser | None = None,
         start_from: NDArray[np.uint8] | None = None,
         latents: Tensor | None = None,
-        precision: Precision = "fp32",
+        precision: Precision = "auto",
         sampler: str | None = None,
         **given: Any,
     ) -> SampleOptions:
@@ -278,6 +281,9 @@ class DiffusionPipeline(Pipeline):
         labels: Label | Iterable[Label] | None,
         options: SampleOptions,
     ) -> DiffusionPlan:
+        self.check_complete()
+        if isinstance(options.guide, DiffusionPipeline):
+            options.guide.check_complete()
         classes = self.choose_labels(seeds, labels)
         if classes is not None and NO_CLASS in classes:
             self._warn_if_classes_are_needed()
@@ -285,12 +291,31 @@ class DiffusionPipeline(Pipeline):
         sampler = build_sampler(options.sampler, self.own_parts)
         _check_start(self.recipe, options.start_from)
         _check_latents(options.latents, canvas.shape)
+        sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
         self.codec.prepare()
         facts = self._facts(options, canvas)
         autocast = autocast_for(self.device, options.precision)
         return DiffusionPlan(seeds, classes, options, canvas, sampler, model, autocast, facts)
+
+    def check_complete(self) -> None:
+        """Check that the model knows all noise levels.
+
+        Raises:
+            TesseraError: it is an expert alone.
+        """
+        recipe = self.recipe
+        if recipe.expert is None:
+            return
+        low, high = sigma_range(recipe.snr_splits, recipe.expert)
+        names = [f"EXPERT-{k}" for k in range(len(recipe.snr_splits) + 1)]
+        raise TesseraError(
+            f"the model {recipe.name} is expert {recipe.expert} of 0 to {len(names) - 1}: it knows "
+            f"noise levels from {low:.4g} to {high:.4g} only, and images need all of them. Put the "
+            "experts together first, from the cleanest to the noisiest: tessera experts NAME "
+            + " ".join(names)
+        )
 
     def _guided(
         self, model: Denoiser, options: SampleOptions, classes: NDArray[np.int64] | None
@@ -316,16 +341,17 @@ class DiffusionPipeline(Pipeline):
         return Guided(model, scale, options.guidance.guidance_interval, weak)
 
     def _facts(self, options: SampleOptions, canvas: Canvas) -> dict[str, Any]:
-        guide, pictures = options.guide, options.start_from
+        guide, pictures, latents = options.guide, options.start_from, options.latents
         plain = canvas == choose_canvas(self.recipe, LargerConfig())
         own = {} if options.network is None else options.network.model_dump(exclude_defaults=True)
         return {
             **options.guidance.model_dump(mode="json"),
             "guide": guide.checksum if isinstance(guide, Pipeline) else None,
-            "precision": options.precision,
+            "precision": resolve(options.precision, self.device),
             "canvas": None if plain else _plain(asdict(canvas)),
             **own,
             "start_from": None if pictures is None else _digest(pictures),
+            **({} if latents is None else {"latents": _digest(latents.cpu().numpy())}),
             "sampler": {
                 k: "inf" if v == math.inf else v for k, v in options.sampler.model_dump().items()
             },
@@ -397,8 +423,8 @@ class DiffusionPipeline(Pipeline):
         return torch.cat(parts)
 
 
-def _digest(pictures: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(pictures.tobytes()).hexdigest()
+def _digest(array: NDArray[Any]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

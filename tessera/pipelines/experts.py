@@ -8,7 +8,7 @@ from typing import Self
 
 from torch import Tensor
 
-from tessera.diffusion.experts import Experts
+from tessera.diffusion.experts import Experts, sigma_range
 from tessera.errors import CheckpointError, TesseraError
 from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
@@ -74,25 +74,55 @@ def assemble(pipes: Sequence[Pipeline], thresholds: Sequence[float] = ()) -> Exp
 
     Args:
         thresholds: of the signal-to-noise ratio; by default those that the experts were trained
-            with.
+            with. Models that were trained for all noise levels become experts only if they are
+            given.
 
     Raises:
         TesseraError: the pipelines are not the experts of these thresholds, in this order.
     """
-    trained = {pipe.recipe.snr_splits for pipe in pipes if pipe.recipe.snr_splits}
     if not thresholds:
-        if len(trained) != 1:
-            raise TesseraError(
-                "the experts were trained with different SNR thresholds, or none; say which to use"
-            )
-        thresholds = trained.pop()
+        thresholds = _trained_thresholds(pipes)
     own = [pipe for pipe in pipes if isinstance(pipe, DiffusionPipeline)]
     if len(own) < len(pipes):
         raise TesseraError("only denoisers can be experts: name pipelines of kind diffusion")
     for place, pipe in enumerate(pipes):
-        if pipe.recipe.expert is not None and pipe.recipe.expert != place:
+        recipe = pipe.recipe
+        if recipe.expert is None:
+            continue
+        if recipe.expert != place:
             raise TesseraError(
-                f"pipeline number {place} ({pipe.recipe.name}) was trained as expert "
-                f"{pipe.recipe.expert}. Name the experts from the cleanest, 0, to the noisiest"
+                f"pipeline number {place} ({recipe.name}) was trained as expert {recipe.expert}. "
+                "Name the experts from the cleanest, 0, to the noisiest"
+            )
+        known = sigma_range(recipe.snr_splits, place)
+        if place > len(thresholds):
+            break  # `Experts` says that there are too many
+        low, high = sigma_range(thresholds, place)
+        if not known[0] <= low < high <= known[1]:
+            raise TesseraError(
+                f"pipeline number {place} ({recipe.name}) was trained for noise levels "
+                f"{_interval(known)}, and these thresholds would give it {_interval((low, high))}. "
+                "Leave them out to use those that the experts were trained with"
             )
     return ExpertsPipeline(own, thresholds)
+
+
+def _trained_thresholds(pipes: Sequence[Pipeline]) -> tuple[float, ...]:
+    """Those that all pipelines were trained with, which must all be experts."""
+    for place, pipe in enumerate(pipes):
+        if pipe.recipe.expert is None:
+            raise TesseraError(
+                f"pipeline number {place} ({pipe.recipe.name}) is no expert: it was trained for "
+                "all noise levels. To use it as one all the same, give the SNR thresholds "
+                "(--thresholds)"
+            )
+    trained = {pipe.recipe.snr_splits for pipe in pipes}
+    if len(trained) != 1:
+        raise TesseraError(
+            "the experts were trained with different SNR thresholds; say which to use"
+        )
+    return trained.pop()
+
+
+def _interval(levels: tuple[float, float]) -> str:
+    return f"{levels[0]:.4g} to {levels[1]:.4g}"

@@ -13,10 +13,9 @@ part `expert-<k>` for each expert.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +24,17 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from tessera._version import __version__
-from tessera.errors import CheckpointError, require_extra
-from tessera.files import atomic_file, atomic_folder, is_hub_id, sha256, user_path, write_json
+from tessera.errors import CheckpointError, TesseraError, require_extra
+from tessera.files import (
+    atomic_file,
+    atomic_folder,
+    is_hub_id,
+    read_json,
+    sha256,
+    user_path,
+    write_json,
+)
+from tessera.plain import parse_json
 from tessera.progress import note
 from tessera.recipes.parts import Parts
 from tessera.recipes.schema import Recipe
@@ -164,10 +172,10 @@ def _check_replaceable(folder: Path) -> None:
 def _is_pipeline(folder: Path) -> bool:
     """Whether a folder's `config.json` is ours, of whatever version: other tools have one, too."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except OSError:
         return False
-    except (ValueError, RecursionError):  # damaged: ours if there is nothing else than we write
+    except TesseraError:  # damaged: ours if there is nothing else than we write
         ours = re.compile(r"config\.json|model(-[^/]+)?\.safetensors|expert-\d+|codec")
         return all(ours.fullmatch(path.name) for path in folder.iterdir())
     return isinstance(config, dict) and config.get("format") == FORMAT
@@ -211,8 +219,8 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = parse_json(path.read_bytes(), str(path), error=CheckpointError)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Save or download the pipeline again"
         ) from error
@@ -228,30 +236,77 @@ def read_config(folder: Path) -> FolderConfig:
             f"{path} has format version {version!r}; this tessera ({__version__}) reads version "
             f"{VERSION}. " + ("Install a newer tessera" if newer else "Save the pipeline again")
         )
-    try:
-        names = config["class_names"]
-        return FolderConfig(
-            kind=str(config["kind"]),
-            recipe=dict(config["recipe"]),
-            images_seen=int(config["images_seen"]),
-            class_names=None if names is None else tuple(map(str, names)),
-            weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
-            parts=_parts(config),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+    wrong = [key for key, fits in _FIELDS.items() if not fits(config.get(key, _DEFAULTS.get(key)))]
+    if wrong:
         raise CheckpointError(
-            f"{path} is incomplete or damaged ({error!r}). Save or download the pipeline again"
-        ) from error
+            f"{path} is incomplete or damaged: {', '.join(wrong)}. Save or download the pipeline "
+            "again"
+        )
+    names = config.get("class_names")
+    return FolderConfig(
+        kind=config["kind"],
+        recipe=config["recipe"],
+        images_seen=config["images_seen"],
+        class_names=None if names is None else tuple(names),
+        weights=tuple(WeightsFile(**entry) for entry in config["weights"]),
+        parts=_parts(config),
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _weights(value: Any) -> bool:
+    """Whether a value is a list of what `WeightsFile` holds."""
+    keys = {field.name for field in fields(WeightsFile)}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and entry.keys() == keys and _texts([*entry.values()])
+        for entry in value
+    )
+
+
+def _folders(value: Any) -> bool:
+    """Whether a value names the kinds of parts by the names of folders."""
+    return isinstance(value, dict) and all(
+        Path(name).name == name and kind in ("pipeline", "codec") for name, kind in value.items()
+    )
+
+
+_DEFAULTS: dict[str, Any] = {"experts": [], "parts": {}}
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: isinstance(value, str),
+    "recipe": lambda value: isinstance(value, dict),
+    "images_seen": lambda value: type(value) is int and 0 <= value < 2**63,
+    "class_names": lambda value: value is None or _texts(value),
+    "weights": _weights,
+    "experts": lambda value: _texts(value) and _folders(dict.fromkeys(value, "pipeline")),
+    "parts": _folders,
+}
+"""What the fields of `config.json` hold."""
+
+
+def holds(folder: Path, recipe: dict[str, Any], images_seen: int) -> bool:
+    """Whether a whole pipeline is there, of this recipe and as many images or more.
+
+    Of more images it is where a run has gone back to the checkpoint before a damaged one.
+    """
+    try:
+        config = read_config(folder)
+        if not all(sha256(folder / entry.file) == entry.sha256 for entry in config.weights):
+            return False
+    except (CheckpointError, OSError, ValueError):
+        return False
+    same = config.images_seen == images_seen and config.recipe == recipe
+    return bool(config.weights) and (same or config.images_seen > images_seen)
 
 
 def _parts(config: Mapping[str, Any]) -> dict[str, str]:
     """The parts of a folder; version 1 knew experts only."""
-    parts = config.get("parts", dict.fromkeys(config.get("experts", ()), "pipeline"))
-    made = {str(name): str(kind) for name, kind in parts.items()}
-    for name, kind in made.items():
-        if Path(name).name != name or kind not in ("pipeline", "codec"):
-            raise ValueError(f"part {name!r} of kind {kind!r}")
-    return made
+    parts: dict[str, str] = config.get(
+        "parts", dict.fromkeys(config.get("experts", ()), "pipeline")
+    )
+    return parts
 
 
 def choose_weights(config: FolderConfig, name: str | None) -> WeightsFile:
@@ -311,11 +366,20 @@ def load_weights(folder: Path, entry: WeightsFile, network: nn.Module) -> None:
             + "; ".join(problems)
             + ". It fits the recipe that the pipeline was saved with"
         )
+    broken = not_finite(state)
+    if broken:
+        raise CheckpointError(
+            f"{path}: {broken}. A model with such weights makes no images; use another average or "
+            "an earlier checkpoint"
+        )
     network.load_state_dict(state)
 
 
 def mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What differs between two state dicts in names and shapes, a few examples each."""
+    """What differs between two state dicts in names, shapes and types, a few examples each.
+
+    All floating types are alike: they are converted when they are loaded.
+    """
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [
@@ -323,12 +387,44 @@ def mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> l
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    types = [
+        f"{name} {_type(state[name])} instead of {_type(tensor)}"
+        for name, tensor in expected.items()
+        if name in state and not _same_type(state[name], tensor)
+    ]
+    kinds = (
+        ("missing", missing),
+        ("unknown", unknown),
+        ("of another shape", shapes),
+        ("of another type", types),
+    )
     return [
         f"{len(found)} tensors {kind} ({', '.join(found[:3])}{', …' if len(found) > 3 else ''})"
         for kind, found in kinds
         if found
     ]
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The tensors that hold NaN or infinities, in words; None if there are none."""
+    found = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if not found:
+        return None
+    more = ", …" if len(found) > 3 else ""
+    return f"{len(found)} tensors hold NaN or infinities ({', '.join(found[:3])}{more})"
+
+
+def _same_type(tensor: Tensor, expected: Tensor) -> bool:
+    alike = tensor.is_floating_point() and expected.is_floating_point()
+    return alike or tensor.dtype == expected.dtype
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _saveable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

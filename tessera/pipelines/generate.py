@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
-from tessera.files import user_path
-from tessera.images import save_png
+from tessera.files import atomic_file, user_path
+from tessera.images import open_image, save_png
 from tessera.pipelines.base import Pipeline, Plan, SampledBatch
 from tessera.pipelines.usage import Usage
 from tessera.progress import progress
 from tessera.sampling.core import SamplerState
 from tessera.sampling.output import (
+    SETTINGS_FILE,
     Trajectory,
     claim_folder,
     image_path,
@@ -131,6 +132,30 @@ def generate_folder(
     """
     folder = user_path(folder)
     paths = {seed: image_path(folder, seed, subdirs) for seed in job.seeds}
+    with _claim_taken_back(folder, list(paths.values())):
+        return _generate(job, folder, paths, trajectory)
+
+
+@contextlib.contextmanager
+def _claim_taken_back(folder: Path, images: Sequence[Path]) -> Iterator[None]:
+    """When the block fails before any image is there, remove the settings that it wrote."""
+    settings = folder / SETTINGS_FILE
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    claimed = settings.exists()
+    try:
+        yield
+    except BaseException:
+        if distributed.is_main() and not claimed and not any(path.exists() for path in images):
+            settings.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                for path in [*{image.parent for image in images} - {folder}, *new]:
+                    path.rmdir()
+        raise
+
+
+def _generate(
+    job: Job, folder: Path, paths: dict[int, Path], trajectory: Trajectory | None
+) -> Summary:
     with distributed.main_first():
         if distributed.is_main():
             claim_folder(folder, job.settings())
@@ -189,18 +214,23 @@ def generate_arrays(
     key = hashlib.sha256(repr((list(job.seeds), str(scratch))).encode()).hexdigest()[:12]
     files = [scratch / f".samples-{key}-{index}.npy" for index in range(world)]
     seeds = distributed.gather([seed for batch in own for seed in batch.seeds])
-    if rank != 0:
-        scratch.mkdir(parents=True, exist_ok=True)
-        np.save(files[rank], np.concatenate([np.zeros((0, *shape[1:]), np.uint8),
-                                             *(batch.images for batch in own)]))  # fmt: skip
-    distributed.barrier()
     images = np.zeros(shape, np.uint8)
-    if rank == 0:
-        for batch in own:
-            images[[place[seed] for seed in batch.seeds]] = batch.images
-        for index in range(1, world):
-            images[[place[seed] for seed in seeds[index]]] = np.load(files[index], mmap_mode="r")
-            files[index].unlink()
+    try:
+        if rank != 0:
+            with atomic_file(files[rank]) as file:
+                np.save(file, np.concatenate([np.zeros((0, *shape[1:]), np.uint8),
+                                              *(batch.images for batch in own)]))  # fmt: skip
+        distributed.barrier()
+        if rank == 0:
+            for batch in own:
+                images[[place[seed] for seed in batch.seeds]] = batch.images
+            for index in range(1, world):
+                rows = [place[seed] for seed in seeds[index]]
+                images[rows] = np.load(files[index], mmap_mode="r")
+    finally:
+        if rank == 0:
+            for path in files:
+                path.unlink(missing_ok=True)
     labels = {
         seed: int(label)
         for batch in own
@@ -216,7 +246,7 @@ def generate_arrays(
 def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
     """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
     folder = user_path(folder)
-    images = [np.asarray(Image.open(image_path(folder, seed, subdirs))) for seed in seeds]
+    images = [np.asarray(open_image(image_path(folder, seed, subdirs))) for seed in seeds]
     return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
 
 

@@ -138,4 +138,10 @@ def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
     """
     with torch.device("meta"):
         model = build_model(recipe, parts)
-    return build_pipeline(recipe, model, parts=parts).cost(**options)
+    try:
+        return build_pipeline(recipe, model, parts=parts).cost(**options)
+    except RuntimeError as error:  # of tensors with more numbers than can be counted
+        raise TesseraError(
+            f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
+            "images or training.micro_batch smaller"
+        ) from error

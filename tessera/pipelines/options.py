@@ -11,9 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from tessera.errors import TesseraError
+from tessera.precision import autocast, resolve
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 AnySection = TypeVar("AnySection", bound=Section)
@@ -157,8 +158,9 @@ def autocast_for(device: torch.device, precision: Precision) -> torch.autocast:
     Raises:
         TesseraError: there is no such precision.
     """
-    if precision not in ("fp32", "bf16"):
-        raise TesseraError(f"`precision={precision}`: there is none. Choose fp32 or bf16")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise TesseraError(f"`precision={precision}`: there is none. Choose auto, fp32 or bf16")
     # Tensors without data, on which costs are counted, know no autocast.
-    kind = "cpu" if device.type == "meta" else device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    return autocast(
+        torch.device("cpu") if device.type == "meta" else device, resolve(precision, device)
+    )

@@ -10,6 +10,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.commands import tessera_command
 from tessera.images import png_bytes
 from tessera.quickstart import charts
 from tessera.quickstart.run import GUIDANCE, Frame, Result
@@ -206,29 +207,29 @@ def _facts(result: Result) -> str:
 
 
 def _commands(result: Result) -> str:
-    out = result.out
-    sample = f"tessera sample {out}/run --guidance {GUIDANCE:g}"
+    command, out = tessera_command(), result.out
+    twice = 2 * result.recipe.training.images
+    sample = f"{command} sample {out}/run --guidance {GUIDANCE:g}"
     lines = [
         ("Make sevens", f"{sample} --class 7 --seeds 0-63 --grid --out sevens"),
         (
             "Watch them appear",
             f"{sample} --seeds 0-15 --out digits.png --trajectory digits.gif",
         ),
-        ("Score it without guidance", f"tessera eval score {out}/run {out}/digits.ref.npz"),
+        ("Score it without guidance", f"{command} eval score {out}/run {out}/digits.ref.npz"),
         (
             "Train it for twice as long",
-            f"tessera train --resume {out}/run training.images={2 * result.recipe.training.images}",
+            f"{command} train --resume {out}/run training.images={twice}",
         ),
         (
             "Your own images",
-            "tessera data convert photos/ photos.safetensors --resolution 32x32 "
+            f"{command} data convert photos/ photos.safetensors --resolution 32x32 "
             "--transform center-crop --format packed\n"
-            "tessera train cifar10-small data.path=photos.safetensors data.num_classes=0",
+            f"{command} train cifar10-small data.path=photos.safetensors data.num_classes=0",
         ),
     ]
     return "".join(
-        f"<p>{escape(title)}</p><pre><code>{escape(command)}</code></pre>"
-        for title, command in lines
+        f"<p>{escape(title)}</p><pre><code>{escape(line)}</code></pre>" for title, line in lines
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tessera.commands import tessera_command
 from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.files import user_path
@@ -125,11 +126,14 @@ def run(
     seconds: dict[str, float] = {}
     data_path, run_dir = out / "digits.safetensors", out / "run"
     recipe = load_recipe(RECIPE, [f"data.path={data_path}", f"training.seed={seed}", *overrides])
-    with _timed(seconds, "data"):
-        write_digits(data_path, recipe.data.resolution, digits)
-        dataset = open_dataset(data_path)
+    _check(recipe)
+    with _data_taken_back(data_path):
+        with _timed(seconds, "data"):
+            write_digits(data_path, recipe.data.resolution, digits)
+            dataset = open_dataset(data_path)
+        trainer = Trainer(recipe, run_dir)
     with _timed(seconds, "training"):
-        trainer, losses = _train(recipe, run_dir)
+        losses = _train(trainer)
     pipeline = load(run_dir, device=trainer.device)
     with _timed(seconds, "classifier"):
         reference = build_reference(
@@ -143,7 +147,7 @@ def run(
         scored = _scores(recipe, reference, dataset, made, labels, seed)
     return Result(
         out=out,
-        recipe=recipe,
+        recipe=trainer.recipe,
         device=trainer.device_name,
         parameters=sum(p.numel() for p in pipeline.model.parameters()),
         images_seen=trainer.images_seen,
@@ -165,24 +169,50 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     seconds[part] = time.monotonic() - begin
 
 
-def _train(recipe: Recipe, run_dir: Path) -> tuple[Trainer, list[tuple[int, float]]]:
-    trainer = Trainer(recipe, run_dir)
+def _check(recipe: Recipe) -> None:
+    """Refuse, before anything is written, what the report could not show after the training."""
+    if recipe.data.num_classes == 0 or recipe.expert is not None:
+        raise TesseraError(
+            "the quickstart shows samples of each class from one model: leave data.num_classes "
+            "and expert as they are"
+        )
+
+
+@contextmanager
+def _data_taken_back(path: Path) -> Iterator[None]:
+    """When the block fails, remove the data set that it wrote, and its folder if that is empty."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()
+        raise
+
+
+def _train(trainer: Trainer) -> list[tuple[int, float]]:
     logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
     if trainer.stopped_by is not None:
-        raise TrainingError(f"stopped; to finish the training: tessera train --resume {run_dir}")
-    return trainer, [(images, float(loss)) for images, loss in logged if loss is not None]
+        raise TrainingError(
+            f"stopped; to finish the training: {tessera_command()} train --resume {trainer.run_dir}"
+        )
+    return [(images, float(loss)) for images, loss in logged if loss is not None]
 
 
 def _sample(
     pipeline: Pipeline, count: int, title: str, **options: Any
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
-    images = []
     with progress(title, count, unit="images") as bar:
-        for made in pipeline.sample_batches(range(count), "balanced", batch=128, **options):
-            images.append(made.images)
-            bar.advance(len(made.images))
-    return np.concatenate(images), np.arange(count) % pipeline.model.num_classes
+
+        def advance(seeds: Sequence[int], state: SamplerState) -> None:
+            bar.advance(len(seeds) / state.steps)
+
+        batches = pipeline.sample_batches(
+            range(count), "balanced", batch=128, on_step=advance, **options
+        )
+        images = np.concatenate([made.images for made in batches])
+    return images, np.arange(count) % pipeline.model.num_classes
 
 
 def _denoising(pipeline: Pipeline) -> list[Frame]:

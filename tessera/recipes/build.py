@@ -23,10 +23,9 @@ from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
 from tessera.diffusion.skipping import (
     BrickSchedule,
-    brick_sizes,
     cut_bricks,
-    last_brick_schedule,
     parse_schedule,
+    skipping_schedule,
 )
 from tessera.model import Model
 from tessera.networks.adm_unet import AdmUNet
@@ -36,30 +35,43 @@ from tessera.networks.song_unet import SongUNet
 from tessera.randomness import Draws
 from tessera.recipes import schema
 from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.size import check_fits
 from tessera.sampling.ablation import ablation_levels, ablation_sampler
 from tessera.sampling.core import Levels, Sampler
 from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.levels import edm_levels, listed_levels, process_levels
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What `training.precision` makes products and convolutions compute in; fp32 is not there."""
+
+def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1) -> nn.Module:
+    """The network with fresh weights, on the default device.
+
+    Args:
+        parts: functions that make external parts.
+        copies: how often numbers as many as its weights are kept in the end.
+
+    Raises:
+        RecipeError: they do not fit into memory. Never on the meta device, where nothing is kept.
+    """
+    if torch.empty(0).device.type != "meta":
+        check_fits(partial(_network, recipe, parts), recipe.name, copies)
+    return _network(recipe, parts)
 
 
-def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Model:
+def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1) -> Model:
     """What a recipe trains, with fresh weights, on the default device.
 
     Args:
         parts: functions that make external parts.
+        copies: see `build_network`.
 
     Raises:
-        RecipeError: an external part was not handed over.
+        RecipeError: an external part was not handed over, or it does not fit into memory.
     """
-    return build_denoiser(recipe, parts)
+    return build_denoiser(recipe, parts, copies)
 
 
-def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> nn.Module:
-    """The network with fresh weights, on the default device."""
+def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
     section = recipe.network
     channels, resolution, _ = recipe.shape
     network: type[SongUNet | AdmUNet]
@@ -117,9 +129,11 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
             return Discrete(**_options(section))
 
 
-def build_denoiser(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Preconditioned:
-    """The network and its preconditioning, with fresh weights, on the default device."""
-    return preconditioned(recipe, build_network(recipe, parts))
+def build_denoiser(
+    recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1
+) -> Preconditioned:
+    """The network and its preconditioning, with fresh weights; see `build_network`."""
+    return preconditioned(recipe, build_network(recipe, parts, copies))
 
 
 def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
@@ -262,9 +276,7 @@ def _brick_schedule(
         return parse_schedule(section.bricks)
     if section.skip == 0:
         return None
-    levels = sampler.levels(denoiser)
-    sizes = brick_sizes(denoiser)
-    return last_brick_schedule(sizes, section.skip, levels)
+    return skipping_schedule(denoiser, section.skip, sampler.levels(denoiser))
 
 
 def build_levels(section: schema.LevelsConfig) -> Levels:

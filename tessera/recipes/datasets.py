@@ -36,6 +36,11 @@ def _open(recipe: Recipe, parts: Parts) -> Dataset:
             "data.path is not set: give the images to train on, for example data.path=photos.zip"
         )
     path, max_images, xflip = recipe.data.path, recipe.data.max_images, recipe.data.xflip
+    if not Path(path).exists():
+        raise RecipeError(
+            f"data.path: there is nothing at {path} (seen from {Path.cwd()}). Say where the images "
+            "are with data.path=...; a run that is resumed takes it too"
+        )
     seed = derive_seed(recipe.training.seed, "subset")
     if not isinstance(recipe.codec, VaeCodec):
         if is_latents(path):
@@ -46,7 +51,7 @@ def _open(recipe: Recipe, parts: Parts) -> Dataset:
         return open_dataset(
             path, max_images=max_images, seed=seed, xflip=xflip, cache=recipe.data.cache
         )
-    if Path(path).exists() and not is_latents(path):
+    if not is_latents(path):
         raise RecipeError(
             f"{path} holds no latents, but the recipe trains on those (codec.kind=vae). Encode the "
             f"images once: tessera data latents {path} LATENTS.safetensors --vae "

@@ -81,7 +81,7 @@ def afhqv2_64(architecture: Architecture) -> Recipe:
 
 
 def imagenet64() -> Recipe:
-    """ImageNet at 64x64: ADM in float16, batch 4096, 2.5 G images, 256 stochastic steps."""
+    """ImageNet at 64x64: ADM, batch 4096, 2.5 G images, 256 stochastic steps."""
     return Recipe(
         name="edm-imagenet64-adm",
         description="EDM, ImageNet, ADM",
@@ -89,7 +89,7 @@ def imagenet64() -> Recipe:
         network=AdmUNetConfig(),
         optimizer=OptimizerConfig(lr=1e-4),
         ema=(EmaConfig(halflife_images=50_000_000),),
-        training=TrainingConfig(images=2_500_000_000, batch=4096, precision="fp16", loss_scale=100),
+        training=TrainingConfig(images=2_500_000_000, batch=4096, loss_scale=100),
         sampling=EdmSampler(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
         run=RunConfig(
             log_every_images=200_000,

@@ -67,7 +67,7 @@ def cifar10_small() -> Recipe:
         objective=EdmObjective(p_mean=-0.8, label_dropout=0.1),
         optimizer=OptimizerConfig(lr=1e-3, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=10_000),),
-        training=TrainingConfig(images=120_000, batch=32, precision="bf16"),
+        training=TrainingConfig(images=120_000, batch=32),
         sampling=EdmSampler(steps=18),
         run=RunConfig(
             log_every_images=2_000,

@@ -157,7 +157,7 @@ def cifar10_small_lego() -> Recipe:
         objective=EdmObjective(p_mean=-0.8, label_dropout=0.1),  # as `cifar10-small`
         optimizer=OptimizerConfig(lr=5e-4, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=8_000),),
-        training=TrainingConfig(images=96_000, batch=32, precision="bf16"),
+        training=TrainingConfig(images=96_000, batch=32),
         sampling=EdmSampler(steps=18),
         run=RunConfig(
             log_every_images=2_000,

@@ -60,7 +60,6 @@ def latents256(name: str, title: str, labels: bool) -> Recipe:
             images=2_500_000_000 if labels else 200_000_000,
             batch=4096 if labels else 1024,
             micro_batch=32,
-            precision="fp16",
             loss_scale=100,
         ),
         sampling=EdmSampler(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),

@@ -50,7 +50,7 @@ def pdm(
         expert=expert,
         optimizer=OptimizerConfig(lr=lr, betas=(0.9, beta2), rampup_images=warmup * batch),
         ema=(EmaConfig(halflife_images=_EMA_DECAY_HALFLIFE * batch, rampup_ratio=None),),
-        training=TrainingConfig(images=steps * batch, batch=batch, precision="bf16"),
+        training=TrainingConfig(images=steps * batch, batch=batch),
         sampling=DdpmSampler(steps="250"),
     )
 

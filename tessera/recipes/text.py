@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tessera.errors import RecipeError
+from tessera.plain import parse_yaml
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,16 +72,10 @@ def read_yaml(text: str, source: str) -> Any:
     """Parse YAML (or JSON) text; `source` names it in errors.
 
     Raises:
-        RecipeError: the text is no valid YAML, or holds a key twice.
+        RecipeError: the text is no valid YAML, holds a key twice, or is long or nested beyond all
+            need.
     """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{source}{where}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: {error}") from None
+    return parse_yaml(text, source, _Loader, error=RecipeError)
 
 
 def write_yaml(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.data.labels import LABELS_FILE
 from tessera.errors import TesseraError
-from tessera.files import atomic_file, user_path, write_json
+from tessera.files import atomic_file, check_writable, user_path, write_json
 from tessera.images import grid, to_pil
 from tessera.sampling.core import SamplerState
 
@@ -127,7 +127,7 @@ class Trajectory:
         to_pixels: model space [B, C, H, W] to uint8 [B, H, W, C].
 
     Raises:
-        TesseraError: another suffix.
+        TesseraError: another suffix, or a place that cannot be written to.
     """
 
     MAX_IMAGES = 16
@@ -143,6 +143,7 @@ class Trajectory:
                 f"{self.path}: an animation is written as .gif or .webp, not as "
                 f"{self.path.suffix or 'a file without suffix'}"
             )
+        check_writable(self.path)
         self.to_pixels = to_pixels
         self.frames: list[Image.Image] = []
 

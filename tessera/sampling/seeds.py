@@ -71,24 +71,24 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", part)
         if match is None:
             raise TesseraError(
-                f"`seeds={text}`: {part.strip()!r} is neither a number nor a range. "
+                f"seeds {text!r}: {part.strip()!r} is neither a number nor a range. "
                 "Write seeds like 0-63,100"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise TesseraError(
-                f"`seeds={text}`: the range {part.strip()!r} runs backwards. "
+                f"seeds {text!r}: the range {part.strip()!r} runs backwards. "
                 f"Write it as {last}-{first}"
             )
         if len(seeds) + last - first >= MAX_SEEDS:
             raise TesseraError(
-                f"`seeds={text}`: {part.strip()!r} makes it more than {MAX_SEEDS:,} images. "
+                f"seeds {text!r}: {part.strip()!r} makes it more than {MAX_SEEDS:,} images. "
                 "Split the work into several commands"
             )
         seeds.extend(range(first, last + 1))
     seen: set[int] = set()
     for seed in seeds:
         if seed in seen:
-            raise TesseraError(f"`seeds={text}`: seed {seed} occurs twice. Name each seed once")
+            raise TesseraError(f"seeds {text!r}: seed {seed} occurs twice. Name each seed once")
         seen.add(seed)
     return seeds

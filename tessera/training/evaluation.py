@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from tessera import distributed
 from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
-from tessera.errors import RecipeError
-from tessera.files import atomic_folder, write_json
+from tessera.errors import DataError, RecipeError
+from tessera.files import atomic_folder, read_json, write_json
 from tessera.metrics import evaluate as scoring
 from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.features import FeatureExtractor, find_extractor, open_extractor
@@ -63,8 +62,6 @@ class Evaluation:
         self._run_dir, self._trackers = run_dir, trackers
         self._start_from, self._parts = start_from, parts
         self._sides: tuple[FeatureExtractor, Measured] | None = None
-        if recipe.evaluate is not None:
-            _check_reference(recipe, recipe.evaluate)
 
     def make(self, learner: Learner, images_seen: int) -> Metrics:
         """Sample, score and log; all processes take part, with the same result."""
@@ -110,11 +107,16 @@ class Evaluation:
         path = self._run_dir / BEST / _SCORE
         if not path.is_file():
             return True
-        before = json.loads(path.read_text())
-        if before["by"] != name:
+        try:
+            before = read_json(path)
+            if before["by"] != name:
+                return True
+            best = float(before[name])
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            warnings.warn(f"{path} is damaged and counts for nothing ({error})", stacklevel=2)
             return True
         sign = -1 if name.removeprefix("evaluate/") in _HIGHER_IS_BETTER else 1
-        return sign * value < sign * float(before[name])
+        return sign * value < sign * best
 
     def _open(
         self, config: EvaluateConfig, device: torch.device
@@ -182,7 +184,7 @@ def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs) -> s
     return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 
-def _check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
+def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
     """Say before the training, not at the first score, that there is nothing to compare with.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.data.dataset import Dataset
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
@@ -29,14 +30,27 @@ Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
 class Feed:
     """The training images of a recipe, in the order of the run, as the learner wants them.
 
+    Args:
+        dataset: instead of the recipe's own, and not compared with it.
+
     Raises:
         RecipeError: the images do not fit the recipe, or the batch not the processes; the message
             names the key.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, parts: Parts = NO_PARTS) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        parts: Parts = NO_PARTS,
+        dataset: Dataset | None = None,
+    ) -> None:
+        """Args:
+        parts: functions that make external parts.
+        dataset: in place of the recipe's, unchecked.
+        """
         self._recipe, self._device = recipe, device
-        self.dataset = open_training_set(recipe, parts)
+        self.dataset = open_training_set(recipe, parts) if dataset is None else dataset
         _check_batch(recipe)
         self._codec = build_codec(recipe.codec)
         self.view = build_view(recipe, parts)
@@ -50,10 +64,14 @@ class Feed:
 
     def batches(self, images_seen: int) -> Loader:
         """This process's batches of the steps that follow after `images_seen` images."""
+        return self.load(self._plans(images_seen))
+
+    def load(self, plans: Iterable[StepPlan]) -> Loader:
+        """This process's batches of some steps."""
         return Loader(
             self.dataset,
             self._order,
-            self._plans(images_seen),
+            plans,
             rank=distributed.rank(),
             world=distributed.world(),
             device=self._device,

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
-from tessera.randomness import Draws
-from tessera.recipes.build import AUTOCAST, Objective
-from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
+from tessera.errors import CheckpointError
+from tessera.model import Model
+from tessera.precision import autocast, resolve
+from tessera.randomness import Draws, derive_seed
+from tessera.recipes.build import Objective, build_model, recipe_objective
+from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
 from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
 
@@ -90,6 +94,9 @@ class Learner:
         training: TrainingConfig,
         device: torch.device,
     ) -> None:
+        precision = resolve(training.precision, device)
+        training = training.model_copy(update={"precision": precision})
+        self._precision = precision
         self._config, self.training, self.device = optimizer, training, device
         set_precision(training)
         self.step = step.to(device).train()
@@ -186,9 +193,7 @@ class Learner:
             self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.training.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AUTOCAST[self.training.precision])
+        return autocast(self.device, self._precision)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every live tensor that a checkpoint holds, by `<group>/<name>`.
@@ -209,9 +214,18 @@ class Learner:
         return dict(zip(live, values, strict=True))
 
     def load_counters(self, counters: dict[str, float]) -> None:
-        """Put back what `counters` gave."""
+        """Put back what `counters` gave.
+
+        Raises:
+            CheckpointError: some are missing, or beyond their range.
+        """
         for name, tensor in self._live_counters().items():
-            tensor.fill_(counters[name])
+            try:
+                tensor.fill_(counters[name])
+            except (KeyError, RuntimeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"the checkpoint's state.json has no fitting value of the counter {name!r}"
+                ) from error
 
     def _live_counters(self) -> dict[str, Tensor]:
         return {**self.loss_scale.state(), **self.skips.state()}
@@ -231,6 +245,26 @@ class Learner:
         tensors = [*local(self.parameters), *(a for ema in self.emas for a in ema.local_weights)]
         finite = all(torch.stack([t.isfinite().all() for t in tensors]).tolist())
         return all(distributed.gather(finite))
+
+
+def fresh_model(recipe: Recipe, device: torch.device, parts: Parts = NO_PARTS) -> Model:
+    """The model with the weights that the recipe's run begins with.
+
+    Raises:
+        RecipeError: training it does not fit into memory.
+    """
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    # Weights, gradients, two moments of the optimiser, and averages; on a GPU in its memory.
+    copies = 4 + len(recipe.ema) if device.type == "cpu" else 1
+    return build_model(recipe, parts, copies)
+
+
+def learner_of(
+    recipe: Recipe, model: Model, device: torch.device, parts: Parts = NO_PARTS
+) -> Learner:
+    """What trains `model` as the recipe says."""
+    step = TrainStep(model, recipe_objective(recipe, parts))
+    return Learner(step, recipe.optimizer, recipe.ema, recipe.training, device)
 
 
 def _by_quartile(values: dict[str, Tensor], quartile: Tensor) -> dict[str, Tensor]:

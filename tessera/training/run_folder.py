@@ -10,11 +10,19 @@ import yaml
 
 from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
-from tessera.files import atomic_file, user_path
-from tessera.recipes.loading import dump_recipe, load_recipe
+from tessera.files import atomic_file, is_left_over, tidy, user_path
+from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
+from tessera.training import run_lock
 
 RECIPE = "recipe.yaml"
+
+# What is written in a run folder, by the place: of these, killed processes may leave halves.
+_WRITTEN = {
+    ".": r"recipe\.yaml|metrics\.jsonl|pipeline|best|run\.lock|wandb-id|evaluation.*\.ref\.npz",
+    "checkpoints": r"\d{12}",
+    "previews": r"\d{12}\.png",
+}
 
 # What may change when a run is resumed: nothing that would make another model of its past.
 _CHANGEABLE = (
@@ -25,6 +33,7 @@ _CHANGEABLE = (
     "sampling",
     "training.images",
     "training.micro_batch",
+    "training.precision",
     "training.compile",
     "training.channels_last",
     "training.parallel",
@@ -48,15 +57,45 @@ def create(recipe: Recipe, run_dir: str | Path | None) -> Path:
     result: Path | str | None = None
     if distributed.is_main():
         folder = user_path(chosen) if chosen is not None else _next_folder(recipe.name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            result = f"{folder} is not empty. {_advice(folder)}"
-        else:
-            write_recipe(folder, recipe)
+        try:
+            _begin(folder, recipe)
             result = folder
+        except TrainingError as error:
+            result = str(error)
     result = distributed.broadcast(result)
     if isinstance(result, str) or result is None:
         raise TrainingError(str(result))
     return result
+
+
+def _begin(folder: Path, recipe: Recipe) -> None:
+    _check_vacant(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.hold_alone(folder):
+        _check_vacant(folder)  # still, now that nobody else can come
+        clean(folder)
+        write_recipe(folder, recipe)
+
+
+def _check_vacant(folder: Path) -> None:
+    """Refuse a folder that holds more than what is left of a run killed before it began."""
+    if folder.is_dir():
+        left = [p for p in folder.iterdir() if p.name == run_lock.LOCK or _is_left_over(p)]
+        if len(left) == len(list(folder.iterdir())):
+            return
+    elif not folder.exists():
+        return
+    raise TrainingError(f"{folder} is not empty. {_advice(folder)}")
+
+
+def _is_left_over(path: Path) -> bool:
+    return is_left_over(path, _WRITTEN["."])
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed processes left half written; for who holds the lock of the run."""
+    for place, names in _WRITTEN.items():
+        tidy(folder / place, names)
 
 
 def _advice(folder: Path) -> str:
@@ -75,9 +114,30 @@ def _next_folder(name: str) -> Path:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write the complete recipe of a run."""
-    with atomic_file(folder / RECIPE, "w") as file:
-        yaml.safe_dump(dump_recipe(recipe), file, sort_keys=False, allow_unicode=True)
+    """Write the complete recipe of a run, unless it is there."""
+    path = folder / RECIPE
+    text = yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with atomic_file(path) as file:
+            file.write(text.encode())
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths of its images, so that the run goes on from any folder.
+
+    Spelt as in a file, where a default of 0 is 0.0: a resumed run, which has it from there, writes
+    the same bytes.
+    """
+    data = dump_recipe(recipe)
+    for section, keys in (("data", ("path",)), ("evaluate", ("reference", "weights"))):
+        for key in keys:
+            if data[section] is not None:
+                data[section][key] = _absolute(data[section][key])
+    return parse_recipe(data)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -99,6 +159,20 @@ def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recip
     changed = load_recipe(path, overrides)
     check_same(recipe, changed)
     return changed
+
+
+def check_length(before: Recipe, after: Recipe, images_seen: int) -> None:
+    """Refuse to end a run before where it is.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    images = after.training.images
+    if images != before.training.images and images < images_seen:
+        raise RecipeError(
+            f"training.images={images}: the run has seen {images_seen:,} images already. Give as "
+            "many or more; fewer are another run, to be started in another folder"
+        )
 
 
 def check_same(recipe: Recipe, changed: Recipe) -> None:

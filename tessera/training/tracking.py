@@ -8,6 +8,7 @@ import resource
 import secrets
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.errors import TrainingError, require_extra
-from tessera.files import atomic_file
+from tessera.commands import install_command
+from tessera.errors import TesseraError, TrainingError, require_extra
+from tessera.files import atomic_file, writing
+from tessera.plain import parse_json
 from tessera.progress import quantity
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import Update
 
 Metrics = dict[str, float | int | None]
+
+_LONGEST_LINE = 2**20  # of metrics.jsonl, bytes
 
 
 class Meter:
@@ -96,17 +101,21 @@ class JsonLines:
     """metrics.jsonl: a JSON object for each log interval, in the order of images seen."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._path = path
+        with writing(path, opening=True):
+            self._file = path.open("a")
 
     def log(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
         pass
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 class StatusLines:
@@ -125,7 +134,9 @@ class StatusLines:
             print(f"{metrics['images']:,} images  {scores}", file=sys.stderr, flush=True)
             return
         images, speed = metrics["images"] or 0, metrics["images_per_second"] or 0
-        left = datetime.timedelta(seconds=round((self._total - images) / speed)) if speed else "?"
+        # The last step may go beyond the end.
+        seconds = max(self._total - images, 0) / speed if speed else None
+        left = "?" if seconds is None else datetime.timedelta(seconds=round(seconds))
         text = (
             f"{images:,} of {self._total:,} images  {describe(metrics)}  "
             f"{quantity(speed)} images/s  {left} left"
@@ -148,18 +159,39 @@ def describe(metrics: Metrics) -> str:
 
 
 def cut_lines(path: Path, images: int) -> None:
-    """Keep only the lines up to `images`, so that a resumed run continues the file."""
+    """Keep only the lines up to `images`, so that a resumed run continues the file.
+
+    What cannot be a line of this log is left out, and that is said on stderr.
+    """
     if not path.exists():
         return
-    kept: list[str] = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["images"] <= images:
-                kept.append(line)
-        except (ValueError, KeyError):
-            break  # the half line of a killed process
-    with atomic_file(path, "w") as file:
-        file.writelines(line + "\n" for line in kept)
+    content = path.read_bytes()
+    lines = [line for line in content.split(b"\n") if line]
+    numbers = [_images_of(line) for line in lines]
+    kept = [line for line, n in zip(lines, numbers, strict=True) if n is not None and n <= images]
+    foreign = [str(index) for index, number in enumerate(numbers, 1) if number is None]
+    if foreign:
+        # The half line of a killed process, or what another program wrote.
+        which = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
+        print(
+            f"note: {path}: {len(foreign)} of {len(lines)} lines are none of this log and are left "
+            f"out (line {which})",
+            file=sys.stderr,
+        )
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        with atomic_file(path) as file:
+            file.write(text)
+
+
+def _images_of(line: bytes) -> int | None:
+    """The images seen of a line of metrics; None if it is no such line."""
+    try:
+        values = parse_json(line, "line", max_bytes=_LONGEST_LINE, max_depth=1)
+    except TesseraError:
+        return None
+    images = values.get("images") if isinstance(values, dict) else None
+    return images if type(images) is int and images >= 0 else None
 
 
 class TensorBoard:
@@ -168,19 +200,24 @@ class TensorBoard:
     def __init__(self, folder: Path, images: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process logged beyond its checkpoint is not shown.
-        self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None)
+        self._folder = folder
+        with writing(folder, opening=True):
+            # What a killed process logged beyond its checkpoint is not shown.
+            self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None)
 
     def log(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if name != "images" and value is not None:
-                self._writer.add_scalar(name, value, metrics["images"])
+        with writing(self._folder):
+            for name, value in metrics.items():
+                if name != "images" and value is not None:
+                    self._writer.add_scalar(name, value, metrics["images"])
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
-        self._writer.add_image(name, image, images, dataformats="HWC")
+        with writing(self._folder):
+            self._writer.add_image(name, image, images, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -191,10 +228,11 @@ class WeightsAndBiases:
     """
 
     def __init__(self, run_dir: Path, project: str, recipe: Recipe) -> None:
-        self._wandb: Any = require_extra("wandb", "log", "run.wandb")
+        self._wandb: Any = _wandb()
         marker = run_dir / "wandb-id"
         if not marker.exists():
-            marker.write_text(secrets.token_hex(4))
+            with atomic_file(marker, "w") as file:
+                file.write(secrets.token_hex(4))
         try:
             self._run = self._wandb.init(
                 project=project,
@@ -222,6 +260,20 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def _wandb() -> ModuleType:
+    return require_extra("wandb", "log", "run.wandb")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse trackers that cannot be opened.
+
+    Raises:
+        TesseraError: a package is missing; the message names the extra that brings it.
+    """
+    if recipe.run.wandb is not None:
+        _wandb()
+
+
 def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
     """The trackers that the recipe asks for, for a run that goes on after `images` images."""
     cut_lines(run_dir / "metrics.jsonl", images)
@@ -232,7 +284,7 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
         except ImportError:
             print(
                 "note: TensorBoard is not installed, so only metrics.jsonl is written "
-                "(pip install 'tessera-diffusion[log]', or run.tensorboard=false)",
+                f"({install_command('log')}, or run.tensorboard=false)",
                 file=sys.stderr,
             )
     if recipe.run.wandb is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -11,24 +12,25 @@ from pathlib import Path
 
 import torch
 
-from tessera import distributed
+from tessera import distributed, precision
 from tessera.data.dataset import Dataset
 from tessera.data.loader import Batch
 from tessera.errors import TrainingError
 from tessera.files import user_path
-from tessera.pipelines.folder import start_from
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.folder import holds, start_from
 from tessera.progress import progress
-from tessera.randomness import derive_seed
-from tessera.recipes.build import build_model, recipe_objective
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
-from tessera.training import run_folder, tracking
+from tessera.training import faults, run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
-from tessera.training.evaluation import Evaluation
+from tessera.training.evaluation import Evaluation, check_reference
 from tessera.training.feed import Feed
-from tessera.training.learner import Learner, TrainStep, Update
+from tessera.training.forecast import Forecast
+from tessera.training.learner import Update, fresh_model, learner_of
 from tessera.training.preview import Preview, ema_pipeline
+from tessera.training.probe import measure
 from tessera.training.signals import StopRequest
 
 
@@ -58,11 +60,14 @@ class Trainer:
         run_dir: folder of a new run; by default the recipe's, or runs/<recipe>-<number>.
         resume: folder of an existing run to go on with, from its newest undamaged checkpoint.
         parts: functions that make the recipe's external parts; needed to resume, too.
+        probe: spend up to five seconds on steps that leave no trace, to make the `forecast`.
 
     Attributes:
-        recipe, run_dir, device: of this run.
+        recipe, run_dir, device: of this run; the recipe says what precision `auto` has become.
+        precision_reason: why it computes in the precision that it does, in a few words.
         learner: weights, averages, optimiser.
         images_seen, step: progress so far.
+        forecast: what the run will take here; None without `probe`.
         stopped_by: number of the signal that ended the run early; None otherwise.
 
     Raises:
@@ -70,7 +75,11 @@ class Trainer:
 
     Example:
         >>> trainer = Trainer(load_recipe("quickstart-digits", ["data.path=digits.zip"]))
-        >>> for report in trainer.steps(): ...  # doctest: +SKIP
+        >>> for report in trainer.steps():  # doctest: +SKIP
+        ...     if report.images >= 100_000:
+        ...         break
+        >>> trainer.save()  # doctest: +SKIP
+        >>> trainer.pipeline().sample(range(16))  # doctest: +SKIP
     """
 
     def __init__(
@@ -78,38 +87,52 @@ class Trainer:
         recipe: Recipe | None = None,
         run_dir: str | Path | None = None,
         resume: str | Path | None = None,
+        *,
         parts: Parts = NO_PARTS,
+        probe: bool = False,
     ) -> None:
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TrainingError(
+                f"Trainer({recipe!r}): give a Recipe, such as load_recipe('cifar10-small', "
+                "['data.path=cifar10.zip']), or resume='runs/a', the folder of a run to go on with"
+            )
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
             recipe = recipe or recorded
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
-        self.recipe = recipe
         self.device = distributed.device()
+        self.precision_reason = precision.reason(recipe.training.precision, self.device)
+        chosen = precision.resolve(recipe.training.precision, self.device, together=True)
+        training = recipe.training.model_copy(update={"precision": chosen})
+        recipe = recipe.model_copy(update={"training": training})
+        self.recipe = recipe = run_folder.anchored(recipe)
+        # What can be refused is, before the folder of a new run is made.
         self._parts = parts
         self._feed = Feed(recipe, self.device, parts)
-        torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-        model = build_model(recipe, parts)
+        tracking.check(recipe)
+        if recipe.evaluate is not None and recipe.expert is None:
+            check_reference(recipe, recipe.evaluate)
+        measured = measure(recipe, self._feed, self.device, parts) if probe else None
+        model = fresh_model(recipe, self.device, parts)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, model.network)
-        self.learner = Learner(
-            TrainStep(model, recipe_objective(recipe, parts)),
-            recipe.optimizer,
-            recipe.ema,
-            recipe.training,
-            self.device,
-        )
+        self.learner = learner_of(recipe, model, self.device, parts)
         self.images_seen = self.step = 0
         self.stopped_by: int | None = None
         self._meter = tracking.Meter(self.device)
         self._seconds = 0.0
+        self._clock: Clock | None = None
         self.run_dir = run_folder.create(recipe, run_dir) if resume is None else user_path(resume)
         self._checkpoints = Checkpoints(self.run_dir / "checkpoints", recipe.run.keep)
         self._saved: Path | None = None
         if resume is not None:
-            self._restore()
+            with run_lock.hold(self.run_dir):
+                self._restore(recorded)
+        self.forecast: Forecast | None = None
+        if measured is not None:
+            self.forecast = measured.forecast(recipe, self._feed.view, self.images_seen)
 
     @property
     def dataset(self) -> Dataset:
@@ -136,23 +159,41 @@ class Trainer:
         """Train; an iterator over the steps, after each of which metrics, previews and checkpoints
         that are due have been made.
 
+        It may be left early: `save` and `pipeline` keep what was trained, and a second call goes
+        on. Steps after the newest checkpoint are lost otherwise.
+
         Raises:
-            TrainingError: too many steps in a row had gradients that are not finite.
+            TrainingError: too many steps in a row had gradients that are not finite, the disk is
+                full, the memory used up, or another process gone; it names the last checkpoint.
         """
         run, total = self.recipe.run, self.recipe.training.images
-        scores = self.recipe.evaluate
+        previews, scores = run.preview, self.recipe.evaluate
+        if self.recipe.expert is not None:
+            self._say_that_experts_make_no_images()
+            previews = scores = None
         with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved)
+            )
+            stack.enter_context(run_lock.hold(self.run_dir))
+            self._tidy()
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
             about = self.recipe, self.dataset.class_names, self.run_dir, trackers
-            wanted = 0 if run.preview is None else run.preview.rows * run.preview.columns
+            wanted = 0 if previews is None else previews.rows * previews.columns
             preview = Preview(*about, self._feed.start_pictures(wanted), self._parts)
             wanted = 0 if scores is None else scores.images
             evaluation = Evaluation(*about, self._feed.start_pictures(wanted), self._parts)
             bar = stack.enter_context(
-                progress("training", total, unit="images", completed=self.images_seen)
+                progress(
+                    "training",
+                    total,
+                    unit="images",
+                    completed=self.images_seen,
+                    lines=False,  # a tracker prints them, with the loss
+                )
             )
-            clock = Clock(self._seconds, self.images_seen)
+            clock = stack.enter_context(self._timed())
             save_pending = False
             for batch in stack.enter_context(self._feed.batches(self.images_seen)):
                 before, update = self.images_seen, self._train(batch)
@@ -165,7 +206,7 @@ class Trainer:
                     for tracker in trackers:
                         tracker.log(metrics)
                     bar.update(self.images_seen, note=tracking.describe(metrics))
-                if run.preview is not None and due(run.preview.every_images):
+                if previews is not None and due(previews.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)
                 if scores is not None and due(scores.every_images) and self._settled(True):
@@ -174,8 +215,7 @@ class Trainer:
                 stopping = stop.agreed()
                 save_pending = save_pending or stopping or due(run.checkpoint_every_images)
                 if save_pending and self._settled(due.finished):
-                    with clock.paused():
-                        self._save(clock.seconds)
+                    self._save()
                     save_pending = False
                 yield StepReport(self.step, self.images_seen, update, metrics)
                 if stopping and not save_pending and not due.finished:
@@ -234,28 +274,68 @@ class Trainer:
             )
 
     def _last_good(self) -> str:
-        advice = "try a lower optimizer.lr"
+        advice = "; try a lower optimizer.lr"
         advice += " or optimizer.clip_norm=1" if self.recipe.optimizer.clip_norm is None else ""
         advice += " or training.precision=bf16" if self.recipe.training.precision == "fp16" else ""
-        if self._saved is None:
-            return f"No checkpoint had been written yet; {advice}, in a new run"
-        return f"The last good checkpoint is {self._saved}; {advice}, in a new run"
+        return f"{faults.last_good(self._saved)}{advice}, in a new run"
 
     # ---------------------------------------------------------------------- saving and resuming
 
-    def _save(self, seconds: float) -> None:
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, and the pipeline folder; returns the checkpoint.
+
+        To be called between steps or after them, by all processes. A run that is resumed from it
+        repeats one that was never stopped.
+
+        Raises:
+            TrainingError: the weights are not finite, or the disk is full.
+        """
+        with faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved):
+            self._settled(finished=True)
+            return self._save()
+
+    def pipeline(self) -> Pipeline:
+        """The model with the averaged weights of this moment, on the device of the training.
+
+        To be called between steps or after them, by all processes; each gets its own.
+
+        Example:
+            >>> trainer.pipeline().sample(range(16), steps=18)  # doctest: +SKIP
+        """
+        pipe = ema_pipeline(
+            self.recipe,
+            self.learner,
+            self.images_seen,
+            self.dataset.class_names,
+            self._parts,
+            everywhere=True,
+        )
+        assert pipe is not None
+        pipe.model = copy.deepcopy(pipe.model)  # the averages themselves go on
+        return pipe
+
+    def _save(self) -> Path:
+        with contextlib.nullcontext() if self._clock is None else self._clock.paused():
+            return self._write()
+
+    def _write(self) -> Path:
         """Write a checkpoint, and the pipeline folder with the averaged weights."""
         state = {
             "images": self.images_seen,
             "step": self.step,
-            "seconds": seconds,
+            "seconds": self._seconds if self._clock is None else self._clock.seconds,
             "counters": self.learner.counters(),
             "meter": self._meter.state(),
             "recipe": dump_recipe(self.recipe),
         }
-        self._saved = self._checkpoints.save(
+        saved = self._checkpoints.save(
             self.images_seen, self.learner.tensors(), state, sharded=self.learner.sharded
         )
+        self._saved = saved
+        self._save_pipeline()
+        return saved
+
+    def _save_pipeline(self) -> None:
         pipeline = ema_pipeline(
             self.recipe, self.learner, self.images_seen, self.dataset.class_names, self._parts
         )
@@ -263,22 +343,74 @@ class Trainer:
             pipeline.save(self.run_dir / "pipeline")
         distributed.barrier()
 
-    def _restore(self) -> None:
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[Clock]:
+        """The clock of the block, whose time is added to that of the run."""
+        self._clock = Clock(self._seconds, self.images_seen)
+        try:
+            yield self._clock
+        finally:
+            self._seconds, self._clock = self._clock.seconds, None
+
+    def _say_that_experts_make_no_images(self) -> None:
+        asked = [
+            name
+            for name, section in (
+                ("previews", self.recipe.run.preview),
+                ("scores", self.recipe.evaluate),
+            )
+            if section is not None
+        ]
+        if asked and distributed.is_main():
+            print(
+                f"note: expert {self.recipe.expert} knows its own noise levels only and makes no "
+                f"images alone, so there will be no {' and no '.join(asked)}; put the experts "
+                "together with: tessera experts",
+                file=sys.stderr,
+            )
+
+    def _tidy(self) -> None:
+        """Finish what a killed process may have left undone, before anything else is written."""
+        with distributed.main_first():
+            if distributed.is_main():
+                run_folder.clean(self.run_dir)
+                run_folder.write_recipe(self.run_dir, self.recipe)
+                self._checkpoints.prune()
+        current = self._saved is None or (
+            distributed.is_main()
+            and holds(self.run_dir / "pipeline", dump_recipe(self.recipe), self.images_seen)
+        )
+        if not distributed.broadcast(current):
+            self._save_pipeline()
+
+    def _restore(self, recorded: Recipe) -> None:
         """Go back to the newest undamaged checkpoint; to the beginning if there is none yet."""
         self._saved = self._checkpoints.newest()
         if self._saved is not None:
             state = read_state(self._saved)
-            run_folder.check_same(parse_recipe(state["recipe"]), self.recipe)
+            saved = parse_recipe(state.recipe, str(self._saved))
+            run_folder.check_same(saved, self.recipe)
+            run_folder.check_length(recorded, self.recipe, state.images)
             load_tensors(self._saved, self.learner.tensors())
-            self.learner.load_counters(state["counters"])
-            self._meter.load(state["meter"])
-            self.images_seen, self.step = state["images"], state["step"]
-            self._seconds = state["seconds"]
+            self.learner.load_counters(state.counters | self._fresh_scale(saved))
+            self._meter.load(state.meter)
+            self.images_seen, self.step = state.images, state.step
+            self._seconds = state.seconds
         elif distributed.is_main():
             print("no checkpoint yet: training from the beginning", file=sys.stderr)
+
+    def _fresh_scale(self, saved: Recipe) -> dict[str, float]:
+        """The loss scale's counters in place of saved ones, where the precision is another now."""
+        before, now = saved.training.precision, self.recipe.training.precision
+        if before == now:
+            return {}
         if distributed.is_main():
-            run_folder.write_recipe(self.run_dir, self.recipe)
-        distributed.barrier()
+            print(
+                f"note: training.precision was {before} and is {now} from here on: the run is no "
+                "longer equal, bit for bit, to one that was never stopped",
+                file=sys.stderr,
+            )
+        return {n: v for n, v in self.learner.counters().items() if n.startswith("loss_scale")}
 
     def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
         if not distributed.is_main():

@@ -57,11 +57,26 @@ def test_all_options(photos, tmp_path):
         (["--resolution", "big"], "resolution"),
         (["--filter", "sharp"], "filter"),
         ([], "broken.png"),
+        (["--transform", "lsun-crop", "--resolution", "8", "--filter", "box"], "out --filter"),
     ],
 )
 def test_mistakes_are_user_errors(photos, tmp_path, options, message):
     with pytest.raises(DataError, match=message):
         run("convert", photos, tmp_path / "a.zip", *options)
+
+
+def test_files_are_replaced_when_told(photos, tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"exists already.*give --overwrite to replace"):
+        run("convert", photos, tmp_path / "a.zip", "--resolution", "8", "--skip-bad")
+    with pytest.raises(DataError, match=r"a.rar: .rar files cannot be written.*--format folder"):
+        run("convert", photos, tmp_path / "a.rar", "--resolution", "8", "--skip-bad")
+
+
+@pytest.mark.parametrize("transform", ["adm-center-crop", "lsun-crop"])
+def test_crops_of_adm_and_lsun(photos, tmp_path, transform):
+    options = ("--resolution", "8", "--skip-bad", "--transform", transform)
+    assert "9 of 8x8 RGB" in run("convert", photos, tmp_path / "a.zip", *options)
 
 
 def test_inspect_writes_png_only(photos):

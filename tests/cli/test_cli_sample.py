@@ -101,8 +101,93 @@ def test_images_of_other_settings_are_not_mixed(pipeline: str, tmp_path: Path) -
             run(pipeline, "--seeds", "1", "--out", folder, *options)
     assert list(pngs(folder)) == ["000000.png"]
     (folder / "sampling.json").unlink()
-    with pytest.raises(TesseraError, match=r"000000.png is there already, without"):
+    with pytest.raises(TesseraError, match=r"holds no sampling.json.*000000.png is there"):
         run(pipeline, "--seeds", "0", "--out", folder)
+
+
+@pytest.mark.parametrize("options", [[], ["--format", "npz"], ["--format", "grid"]])
+def test_folders_of_others_stay_as_they_are(
+    pipeline: str, tmp_path: Path, options: list[str]
+) -> None:
+    for name, file in (("photos", "dataset.json"), ("run", "recipe.yaml"), ("docs", "a.txt")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / file).write_text("x")
+        with pytest.raises(TesseraError, match=rf"is not empty.*\({file} is there\)"):
+            run(pipeline, "--seeds", "0", "--out", folder, *options)
+        assert [path.name for path in folder.iterdir()] == [file]
+        assert (folder / file).read_text() == "x"
+    for name in ("empty", "hidden"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hidden" / ".DS_Store").write_text("x")
+    for name in ("empty", "hidden", "new"):
+        run(pipeline, "--seeds", "0", "--out", tmp_path / name, *options)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TesseraError, match="is a file"):
+        run(pipeline, "--seeds", "0", "--out", tmp_path / "file", *options)
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "file"),
+    [
+        ("g.png", [], "g.png"),
+        ("s.npz", [], "s.npz"),
+        ("s", ["--format", "npz"], "s/samples.npz"),
+        ("s", ["--grid"], "s-grid.png"),
+        ("s", ["--trajectory", "t.gif"], "t.gif"),
+    ],
+)
+def test_files_are_replaced_when_told(
+    pipeline: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    out: str,
+    options: list[str],
+    file: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(file)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(TesseraError, match=rf"{file} exists already.*--overwrite to replace"):
+        run(pipeline, "--seeds", "0-1", "--out", out, *options)
+    assert path.read_text() == "mine"
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path.absolute()]
+    run(pipeline, "--seeds", "0-1", "--out", out, *options, "--overwrite")
+    assert path.read_bytes() != b"mine"
+
+
+def test_nothing_to_overwrite(pipeline: str, tmp_path: Path) -> None:
+    with pytest.raises(TesseraError, match="images in a folder are never replaced"):
+        run(pipeline, "--seeds", "0", "--out", tmp_path / "s", "--overwrite")
+
+
+def test_names_of_files_make_no_folders(pipeline: str, tmp_path: Path) -> None:
+    for name in ("x.jpg", "x.zip", "x.webp"):
+        with pytest.raises(TesseraError, match=r"cannot be written.*\.npz or \.png.*--format png"):
+            run(pipeline, "--seeds", "0", "--out", tmp_path / name)
+        with pytest.raises(TesseraError, match=r"cannot be written. End the name in \.npz"):
+            run(pipeline, "--seeds", "0", "--out", tmp_path / name, "--format", "npz")
+    assert not list(tmp_path.iterdir())
+    run(pipeline, "--seeds", "0", "--out", tmp_path / "x.jpg", "--format", "png")
+    run(pipeline, "--seeds", "0", "--out", tmp_path / "guided-1.5")
+    assert len(pngs(tmp_path)) == 2
+
+
+def test_home_folders(pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run(pipeline, "--seeds", "0", "--out=~/s", "--trajectory=~/t.gif")
+    assert (tmp_path / "home" / "s" / "000000.png").is_file()
+    assert (tmp_path / "home" / "t.gif").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_the_current_folder(pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(pipeline, "--seeds", "0", "--out", ".", "--grid")
+    assert (tmp_path / "here-grid.png").is_file()
 
 
 def test_subdirs_and_grid(pipeline: str, tmp_path: Path) -> None:
@@ -190,6 +275,18 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
         (["--ema", "5"], "What it has: 1000"),
         (["--guidance", "2", "--guide", "nowhere"], "there is no pipeline 'nowhere'"),
         (["--out", "x.npz", "--grid"], "belong to PNGs"),
+        (
+            ["--class", "none", "--guidance", "1.5"],
+            "^--guidance 1.5 does nothing.*by --class",
+        ),
+        (["--sigma-min", "90"], "^--sigma-min 90 must be less than --sigma-max 80"),
+        (["--steps", "0"], "^--steps 0: "),
+        (["--eta", "0.5"], "no option --eta. It is one of --sampler ddim"),
+        (["--show-bricks"], r"only a stack of bricks .*\(--show-bricks\)"),
+        (["--skip", "0.5"], "Leave out --skip and --bricks"),
+        (["--mask-coords"], "Leave out --image-size, --resolution and --mask-coords"),
+        (["--height", "9"], "Or choose --layout windows or pad"),
+        (["--guidance", "2", "--guidance-interval", "5,1"], "^--guidance-interval 5,1: give"),
     ],
 )
 def test_errors(pipeline: str, tmp_path: Path, options: list[str], message: str) -> None:
@@ -204,6 +301,7 @@ def launch(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "tessera", "sample", *map(str, arguments), "--device", "cpu"]
+    command += ["--precision", "fp32"]  # as `auto` is in tests
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -242,6 +340,22 @@ def test_exit_code_and_message(pipeline: str, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: there is no class 7. The classes are 0 to 2")
     assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_is_not_there_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(TesseraError, match="there is no pipeline 'runs/nope': no such folder"):
+        run("runs/nope")
+
+
+def test_errors_name_options(pipeline: str, tmp_path: Path) -> None:
+    with pytest.raises(TesseraError, match=r"give --noise-schedule linear or .* --sampler edm"):
+        run(pipeline, "--out", tmp_path / "s.npz", "--seeds", "0", "--sampler", "ddim")
+    result = CliRunner().invoke(app, ["sample", pipeline, "--device", "abacus"])
+    assert str(result.exception).startswith("--device abacus: ")
 
 
 def test_every_seed_has_one_process() -> None:

@@ -29,6 +29,7 @@ from tessera.convert.edm import edm_recipe
 from tessera.convert.run import convert
 from tessera.convert.unpickle import Record
 from tessera.errors import CheckpointError, RecipeError, TesseraError
+from tessera.networks.adm_unet import AdmUNet
 from tessera.recipes.loading import shipped
 from tessera.recipes.schema import (
     AdmUNetConfig,
@@ -70,7 +71,7 @@ def test_recorded_files(tmp_path: Path, file: str, name: str, images: int) -> No
         for key, value in recorded_weights(name).items()
         if not key.endswith("resample_filter")
     )
-    pipe = tessera.load(tmp_path / "made")
+    pipe = tessera.load(tmp_path / "made", device="cpu")
     assert (pipe.ema, pipe.images_seen) == (made.weights[0], images)
     assert pipe.recipe.shape == (3, 8, 8)
     assert pipe.recipe.data.num_classes == 4
@@ -91,7 +92,7 @@ def test_average_and_trained_weights_together(tmp_path: Path) -> None:
     assert same(tmp_path / "made", "model-raw.safetensors", recorded_weights("net"))
     averaged, raw = (tessera.load(tmp_path / "made", ema=name) for name in ("ema", "raw"))
     assert averaged.images_seen == raw.images_seen == 1000
-    assert (averaged.sample(0, labels=1, steps=2) != raw.sample(0, labels=1, steps=2)).any()
+    assert (averaged.sample([0], labels=1, steps=2) != raw.sample([0], labels=1, steps=2)).any()
 
 
 def arguments(name: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def test_the_same_denoiser(tmp_path: Path, name: str, kind: str) -> None:
     tensors = {f"model.{k}": v for k, v in weights(golden).items()}
     net = network(CLASSES[kind], tensors, **arguments(name))
     convert(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
-    denoiser = tessera.load(tmp_path / "made").denoiser
+    denoiser = tessera.load(tmp_path / "made", device="cpu").denoiser
     if kind == "vp":
         assert denoiser.sigma_min == 0.0009765625
     cond = recorded_conditioning(golden)
@@ -127,13 +128,32 @@ def test_improved_ddpm(tmp_path: Path) -> None:
     golden = load("edm", "iddpm")
     # At 8x8 its attention is 32 channels wide, which the released network leaves out.
     convert(write_snapshot(tmp_path / "a.pkl", iddpm()), tmp_path / "made")
-    pipe = tessera.load(tmp_path / "made")
+    pipe = tessera.load(tmp_path / "made", device="cpu")
     assert pipe.recipe.network.attn_resolutions == ()
     cond = recorded_conditioning(golden)
     with torch.no_grad():
         for index, sigma in enumerate(golden["in.sigmas"]):
             mean = pipe.denoiser(golden["in.x"] * sigma.clamp(min=0.5), sigma, cond).mean
             assert relative_error(mean, golden[f"out.iddpm.{index}"]) <= 2e-5
+
+
+@pytest.mark.parametrize("width", [96, 160])
+def test_attention_at_widths_between_multiples_of_64(tmp_path: Path, width: int) -> None:
+    """The released network takes width // 64 heads there."""
+    own = AdmUNet(
+        8, 3, 3, model_channels=width, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(8,)
+    )
+    tensors = {f"model.{name}": value for name, value in own.state_dict().items()}
+    net = network(
+        "EDMPrecond", tensors, img_resolution=8, img_channels=3, label_dim=0,
+        model_type="DhariwalUNet", model_channels=width, channel_mult=[1, 1], num_blocks=1,
+        attn_resolutions=[8],
+    )  # fmt: skip
+    convert(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+    pipe = tessera.load(tmp_path / "made", device="cpu")
+    assert pipe.recipe.network.attn_resolutions == (8,)
+    assert pipe.networks()[0].enc["8x8_block0"].heads == width // 64
+    assert pipe.sample([0], steps=1).shape == (1, 8, 8, 3)
 
 
 # ------------------------------------------------------------------------------------- the recipe

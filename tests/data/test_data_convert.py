@@ -218,18 +218,70 @@ def test_side_that_is_no_power_of_two_is_noted(tmp_path):
 def test_existing_files_stay_unless_told(tmp_path):
     source = write_archive(tmp_path / "s.zip", random_images(3))
     target = write_archive(tmp_path / "t.zip", random_images(1))
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite=True`"):
         convert(source, target)
     assert len(open_dataset(target)) == 1
     convert(source, target, overwrite=True)
     assert len(open_dataset(target)) == 3
     folder = write_folder(tmp_path / "f", {"a/0.png": b"x"})
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite=True`"):
         convert(source, folder)
+    # What is not a set of ours is not replaced by any means.
+    with pytest.raises(DataError, match="holds something else than a data set"):
+        convert(source, folder, overwrite=True)
+    assert (folder / "a" / "0.png").exists()
+    for _ in range(2):
+        convert(source, tmp_path / "set", overwrite=True)
     for own in (source, tmp_path):
         with pytest.raises(DataError, match="own source"):
             convert(source, own, overwrite=True)
     assert source.exists()
+
+
+@pytest.mark.parametrize("name", ["x.rar", "x.jpg", "x.tar.gz", "x.7z", "x.H5"])
+def test_names_of_files_make_no_folders(tmp_path, name):
+    source = write_archive(tmp_path / "s.zip", random_images(2))
+    with pytest.raises(DataError, match=r"cannot be written.*\.zip .*\.safetensors"):
+        convert(source, tmp_path / name)
+    assert not (tmp_path / name).exists()
+    convert(source, tmp_path / name, form="folder")
+    for folder in ("photos-v1.5", "photos.", "photos"):
+        assert convert(source, tmp_path / folder).format == "folder"
+
+
+def test_home_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_archive(tmp_path / "s.zip", random_images(2))
+    convert("~/s.zip", "~/t.zip")
+    assert len(open_dataset("~/t.zip")) == 2
+    assert (tmp_path / "t.zip").is_file()
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_an_image_beside_the_class_folders(tmp_path, write):
+    image = last(random_images(1)[0])
+    names = ["cat/0.png", "cover.png", "dog/1.png"]
+    source = write(tmp_path / ("s.zip" if write is write_zip else "s"), dict.fromkeys(names, image))
+    with pytest.raises(DataError, match=r"cover.png lies beside .*\n\(--skip-bad leaves"):
+        convert(source, tmp_path / "t.zip")
+    with pytest.raises(DataError, match=r"cover.png lies beside the folders of the classes"):
+        open_dataset(source)
+    report = convert(source, tmp_path / "t.zip", skip_bad=True)
+    assert (report.count, report.class_names, report.num_classes) == (2, ("cat", "dog"), 2)
+    assert len(report.bad) == 1
+    assert "cover.png" in report.bad[0]
+    for path in (source, tmp_path / "t.zip"):
+        dataset = open_dataset(path, skip_bad=True)
+        assert dataset.class_names == ("cat", "dog")
+        assert dataset.labels.tolist() == [0, 1]
+    assert len(open_dataset(source, skip_bad=True).skipped) == 1
+
+
+def test_one_folder_beside_images_is_no_class(tmp_path):
+    image = last(random_images(1)[0])
+    source = write_folder(tmp_path / "s", dict.fromkeys(["0.png", "1.png", "more/2.png"], image))
+    assert open_dataset(source).labels is None
+    assert convert(source, tmp_path / "t.zip").count == 3
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ def test_folder_is_ordered_by_path_components(tmp_path):
         order = [record.name.removeprefix(f"{tmp_path}/f/") for record in source.records]
         labels = [record.label for record in source.records]
     assert order == ["a/2.png", "a/b/3.png", "a-b/1.png", "a.png"]
-    assert source.class_names == ("", "a", "a-b")
-    assert labels == [1, 1, 2, 0]
+    assert source.class_names == ("a", "a-b")
+    assert labels == [0, 0, 1, None]  # beside the folders of the classes
 
 
 def test_zip_looks_through_the_folder_around_everything(tmp_path):

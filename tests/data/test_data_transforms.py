@@ -5,6 +5,7 @@ from __future__ import annotations
 import golden_cases
 import numpy as np
 import pytest
+from PIL import Image
 
 from tessera.data.transforms import apply_transform, check_transform, parse_size, to_channels
 from tessera.errors import DataError
@@ -27,6 +28,41 @@ def test_transforms_repeat_the_released_tool(transform, image, size):
     expected = TENSORS[f"out.{transform}.{image}.{size}"].numpy()
     assert result.shape == expected.shape
     assert np.abs(result.astype(int) - expected).max() <= 1
+
+
+PDM = golden_cases.load("pdm", "images")
+
+
+@pytest.mark.parametrize("name", [key for key in PDM if key.startswith("out.")])
+def test_crops_of_adm_and_lsun_repeat_the_released_code(name):
+    _, transform, image, size = name.split(".")
+    transform = {"center_crop": "adm-center-crop", "lsun_box_crop": "lsun-crop"}[transform]
+    side = int(size.removeprefix("s"))
+    result = apply_transform(PDM[f"in.{image}"].numpy(), transform, (side, side))
+    assert result.shape == (side, side, 3)
+    assert np.abs(result.astype(int) - PDM[name].numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(300, 133, 3), (64, 500), (31, 40, 3), (16, 16, 3), (129, 257)])
+def test_crops_of_adm_and_lsun_by_hand(shape):
+    """The same with Pillow's own calls, written once more."""
+    side = 16
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole = Image.fromarray(pixels).convert("RGB")
+
+    adm = whole
+    while min(adm.size) >= 2 * side:
+        adm = adm.resize((adm.width // 2, adm.height // 2), Image.Resampling.BOX)
+    for name, picture, method in (
+        ("adm-center-crop", adm, Image.Resampling.BICUBIC),
+        ("lsun-crop", whole, Image.Resampling.BOX),
+    ):
+        scale = side / min(picture.size)
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture = picture.resize(size, method)
+        left, top = (size[0] - side) // 2, (size[1] - side) // 2
+        expected = np.asarray(picture.crop((left, top, left + side, top + side)))
+        np.testing.assert_array_equal(apply_transform(pixels, name, (side, side)), expected)
 
 
 def test_the_released_wide_crop_leaves_out_small_pictures():
@@ -92,6 +128,10 @@ def test_no_sizes(text):
         ("center-crop", (8, 4), "lanczos", "not square"),
         ("center-crop", None, "lanczos", "add a resolution"),
         ("center-crop-wide", (4, 8), "lanczos", "high"),
+        ("adm-center-crop", (8, 4), None, "not square"),
+        ("adm-center-crop", None, None, "add a resolution"),
+        ("adm-center-crop", (8, 8), "lanczos", "filters of its own"),
+        ("lsun-crop", (8, 8), "box", "filters of its own"),
     ],
 )
 def test_impossible_choices(transform, size, resample, message):

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from hypothesis import strategies as st
 from tiny_pipeline import CLASS_NAMES, tiny_pipeline
 
 import tessera
+from tessera import distributed
 from tessera.errors import CheckpointError, TesseraError
+from tessera.pipelines import folder
 from tessera.pipelines.base import Pipeline
+from tessera.progress import quantity
 
 PIPE = tiny_pipeline()
 
@@ -42,7 +46,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     PIPE.save(tmp_path / "p")
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    pipe = tessera.load(tmp_path / "p")
+    pipe = tessera.load(tmp_path / "p", device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
     assert pipe.recipe == PIPE.recipe
     assert (pipe.images_seen, pipe.class_names, pipe.ema) == (5000, CLASS_NAMES, "1000")
@@ -69,6 +73,18 @@ def test_only_pipelines_are_replaced(tmp_path: Path) -> None:
             PIPE.save(tmp_path / name)
     assert (tmp_path / "photos" / "cat.png").exists()
     (tmp_path / "empty").mkdir()
+    PIPE.save(tmp_path / "empty")
+    # Other tools' models have a config.json, too.
+    for content in ('{"_class_name": "AutoencoderKL"}', "[]", "damaged"):
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        (other / "config.json").write_text(content)
+        (other / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+        with pytest.raises(CheckpointError, match="is no pipeline; saving would remove it"):
+            PIPE.save(other)
+        assert (other / "diffusion_pytorch_model.safetensors").exists()
+    # Damaged, but without doubt ours.
+    (tmp_path / "empty" / "config.json").write_text("{")
     PIPE.save(tmp_path / "empty")
 
 
@@ -159,6 +175,13 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
 def test_no_such_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="there is no pipeline"):
         tessera.load(tmp_path / "nowhere")
+    # A path in a folder that is here is none of the hub's.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "nape").mkdir(parents=True)
+    monkeypatch.setattr(folder, "_download", Mock(side_effect=AssertionError("asked the hub")))
+    with pytest.raises(CheckpointError, match=r"no such folder. Did you mean runs.nape\?"):
+        tessera.load("runs/nope")
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(TesseraError, match=r"tessera-diffusion\[hub\]"):
         tessera.load("someone/some-model")
@@ -180,6 +203,50 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tessera.load("someone/other")
 
 
+def test_the_fastest_device_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PIPE.save(tmp_path / "p")
+    fastest = torch.device("meta")
+    original = distributed.device
+    monkeypatch.setattr(distributed, "device", lambda name: original(name) if name else fastest)
+    assert tessera.load(tmp_path / "p").device == fastest
+    assert tessera.load(tmp_path / "p").device == fastest
+    assert tessera.load(tmp_path / "p", device="cpu").device.type == "cpu"
+    with pytest.raises(TesseraError, match="`device=abacus`"):
+        tessera.load(tmp_path / "p", device="abacus")
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PIPE.save("~/p")
+    assert (tmp_path / "p" / "config.json").is_file()
+    assert tessera.load("~/p", device="cpu").images_seen == 5000
+
+
+def test_printed() -> None:
+    text = str(PIPE)
+    for line in (
+        "pipeline of kind diffusion", "recipe       tiny", "shape        (3, 8, 8)",
+        "classes      3: ant, bee, cat", "images seen  5,000", "ema          1000",
+        "device       cpu",
+    ):  # fmt: skip
+        assert line in text.splitlines()[0] or f"  {line}" in text.splitlines()
+    parameters = sum(p.numel() for p in PIPE.denoiser.parameters())
+    assert f"parameters   {quantity(parameters)}" in text
+    assert "classes      none" in str(tiny_pipeline(num_classes=0))
+
+
+def test_the_package_lists_its_names() -> None:
+    assert {"Pipeline", "load", "__version__"} <= set(dir(tessera))
+
+
+def test_encoding_nothing_at_once() -> None:
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    with pytest.raises(TesseraError, match="`batch=0`"):
+        PIPE.encode(images, noise_schedule="linear", batch=0)
+    with pytest.raises(TesseraError, match="does nothing for images without a class"):
+        PIPE.encode(images, noise_schedule="linear", guidance=2.0)
+
+
 def test_import_is_light() -> None:
     code = "import sys, tessera; assert 'torch' not in sys.modules; tessera.Pipeline, tessera.load"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -197,7 +264,7 @@ def test_outputs() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(images, pictures, strict=True))
     tensor = PIPE.sample("0-2", output="tensor")
     assert torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(images))
-    assert np.array_equal(PIPE.sample(2), images[2:])
+    assert np.array_equal(PIPE.sample([2]), images[2:])
 
 
 @settings(max_examples=8, deadline=None)
@@ -284,12 +351,24 @@ def test_guidance_without_label_dropout_warns_once() -> None:
         ({"labels": -2}, "no class -2"),
         ({"labels": "bea"}, "no class 'bea'. Did you mean bee"),
         ({"labels": [1]}, "1 classes were given for 2 seeds"),
-        ({"stps": 3}, "no option 'stps'. Did you mean steps"),
-        ({"guidence": 2.0}, "no option 'guidence'. Did you mean guidance"),
-        ({"steps": 0}, "steps = 0"),
-        ({"solver": "dpm"}, "solver = 'dpm'"),
+        ({"stps": 3}, "no option `stps`. Did you mean `steps`"),
+        ({"guidence": 2.0}, "no option `guidence`. Did you mean `guidance`"),
+        ({"steps": 0}, "`steps=0`"),
+        ({"solver": "dpm"}, "`solver=dpm`"),
         ({"guidance": 2.0, "guidance_interval": (5, 1)}, "lower noise level first"),
         ({"seeds": "3-1"}, "runs backwards"),
+        ({"eta": 0.5}, "no option `eta`. It is one of `sampler=ddim`"),
+        ({"whatever": 1}, "There are `steps`, `solver`"),
+        ({"seeds": []}, "`seeds` is empty"),
+        ({"seeds": 4}, r"seed or as a count. Give \[4\] .* or range\(4\)"),
+        ({"seeds": np.int64(4)}, r"range\(4\)"),
+        ({"seeds": 4.0}, "expected whole numbers"),
+        ({"seeds": [0.5]}, "expected whole numbers"),
+        ({"batch": 0}, "`batch=0`"),
+        ({"output": "foo"}, "`output=foo`.*numpy, pil, tensor"),
+        ({"sigma_min": 90}, "`sigma_min=90` must be less than `sigma_max=80`"),
+        ({"sigma_min": 3, "sigma_max": 2, "schedule": "ve"}, "must be less than"),
+        ({"guidance": 1.5, "labels": -1}, "does nothing for images without a class"),
     ],
 )
 def test_errors_name_the_mistake(options: dict[str, Any], message: str) -> None:

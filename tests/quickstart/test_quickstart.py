@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
+from tessera.commands import tessera_command
 from tessera.data.dataset import open_dataset
 from tessera.errors import TesseraError
 from tessera.metrics.reference import load_reference
@@ -105,7 +107,21 @@ def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
     for value in (result.score.fd_classifier, result.floor, result.ceiling):
         assert f"{value:.3g}" in page
     assert "not FID" in page
-    assert f"tessera sample {result.out}/run" in page
+
+
+def test_the_commands_can_be_typed_as_they_stand(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = tmp_path / ".venv/bin"
+    scripts.mkdir(parents=True)
+    (scripts / "tessera").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    commands = "\n".join(re.findall(r"<pre><code>(.*?)</code></pre>", render(result), re.S))
+    assert f".venv/bin/tessera sample {result.out}/run" in commands
+    assert len(commands.splitlines()) == 6
+    assert all(line.startswith(".venv/bin/tessera ") for line in commands.splitlines())
 
 
 @pytest.mark.gpu
@@ -145,6 +161,7 @@ def test_the_command_writes_the_report(
     assert (tmp_path / "quickstart-2" / "report.html").read_text("utf-8") == render(result)
     assert f"{result.recognised:.1%} of 30 samples" in outcome.output
     assert f"{result.seconds['training']:.0f} of them to train on 192 images" in outcome.output
+    assert f"{tessera_command()} sample quickstart-2/run" in outcome.output
 
 
 def test_digits_are_the_originals_enlarged(tmp_path: Path) -> None:

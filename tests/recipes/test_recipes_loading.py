@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tessera.conditioning import Conditioning
 from tessera.errors import RecipeError
+from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe, shipped
 from tessera.recipes.schema import AdmUNetConfig, EdmObjective, EdmSampler, SongUNetConfig
 from tessera.recipes.text import read_yaml, write_yaml
@@ -163,6 +167,7 @@ def test_one_mistake_is_one_line() -> None:
         ("network.kind=null", "network.kind: "),
         ("data=null", "data: expected a section"),
         ("training.batch=", "training.batch: expected a whole number, got null"),
+        ("sampling.sigma_min=90", "sampling: `sigma_min=90` must be less than `sigma_max=80`"),
     ],
 )
 def test_messages(override: str, words: str) -> None:
@@ -183,6 +188,65 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert recipe.name == "mine"
     assert recipe.data.resolution == 8
     assert recipe.training.seed == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["data.path", "run.dir", "training.initial_weights", "evaluate.reference", "evaluate.weights"],
+)
+def test_home_folders(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [f"{key}=~/x", "evaluate.features=inception"]
+    value: Any = load_recipe("edm-cifar10-cond-ve", overrides)
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert value == str(tmp_path / "x")
+    (tmp_path / "base.yaml").write_text("base: cifar10-small\n")
+    (tmp_path / "mine.yaml").write_text(f"base: ~/base.yaml\n{overrides[1].split('.')[0]}: null\n")
+    assert load_recipe("~/mine.yaml").name == "mine"
+
+
+def test_vae_in_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe("patch-imagenet256-latent", ["codec.model=~/vae"])
+    assert recipe.codec.model == str(tmp_path / "vae")
+    assert load_recipe("patch-imagenet256-latent").codec.model == "stabilityai/sd-vae-ft-ema"
+
+
+@pytest.mark.parametrize(
+    ("width", "mults", "wrong"),
+    [
+        (96, "1,2", ""),  # 1 and 3 heads
+        (160, "1,1", ""),  # 2 heads of 80
+        (32, "1,3", "there is attention at 16, where the ADM network is 32 channels wide, and"),
+        (224, "1,1", "which 3 heads do not divide"),
+    ],
+)
+def test_heads_of_adm(width: int, mults: str, wrong: str) -> None:
+    overrides = [
+        "network.kind=adm_unet", f"network.model_channels={width}", "network.num_blocks=1",
+        f"network.channel_mult={mults}", "data.resolution=16",
+    ]  # fmt: skip
+    everywhere = [*overrides, "network.attn_resolutions=16,8"]
+    if wrong:
+        assert wrong in message("edm-cifar10-cond-ve", *everywhere)
+        return
+    for chosen in (everywhere, [*overrides, "network.attn_resolutions=[]"]):
+        denoiser = build_denoiser(load_recipe("edm-cifar10-cond-ve", chosen)).eval()
+        x = torch.zeros(1, 3, 16, 16)
+        with torch.no_grad():
+            assert denoiser(x, torch.ones(1), Conditioning()).mean.shape == x.shape
+
+
+def test_attention_between_the_halves_of_adm() -> None:
+    """There it cannot be left out, but is absent where the network is narrow."""
+    overrides = ["network.kind=adm_unet", "network.attn_resolutions=[]", "data.resolution=16"]
+    narrow = [*overrides, "network.model_channels=32", "network.channel_mult=1,1"]
+    assert load_recipe("edm-cifar10-cond-ve", narrow)
+    wide = [*overrides, "network.model_channels=32", "network.channel_mult=1,7"]
+    text = message("edm-cifar10-cond-ve", *wide)
+    assert "224 channels wide, which 3 heads do not divide" in text
+    assert "leave" not in text
 
 
 def test_json_files(tmp_path: Path) -> None:
@@ -233,7 +297,7 @@ def test_inheritance_in_a_circle(tmp_path: Path) -> None:
         ("", "a recipe is a mapping"),
         ("data: {}\ndata: {}\n", "line 2, column 1: the key 'data' stands there twice"),
         ("base: [a]\n", "base: expected the name of a recipe or a file"),
-        ("!!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("!!python/object/apply:os.system ['true']\n", "which recipes do not have"),
         ("1: 2\n", "1: unknown key"),
         ("[a]: 2\n", "mine.yaml"),
     ],

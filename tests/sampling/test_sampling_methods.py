@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.errors import TesseraError
 from tessera.sampling.ablation import ablation_sampler
 from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.edm import edm_sampler
@@ -87,6 +88,18 @@ def test_churn_keeps_the_distribution() -> None:
     *_, last = edm_sampler(steps=80, s_churn=20.0)(Gaussian(), unit, Conditioning(), noise)
     assert abs(last.x.mean() - MEAN) < 0.02
     assert abs(last.x.std() - STD) < 0.02
+
+
+@pytest.mark.parametrize("sample", [edm_sampler, ablation_sampler])
+def test_ends_the_wrong_way_round(sample: Sample) -> None:
+    for ends in ({"sigma_min": 90.0}, {"sigma_min": 3.0, "sigma_max": 2.0}):
+        with pytest.raises(TesseraError, match="no noise levels lie between"):
+            sample(**ends).levels(Gaussian())
+    # Cut by what the model knows, too.
+    denoiser = Gaussian()
+    denoiser.sigma_max = 1.0
+    with pytest.raises(TesseraError, match=r"and the model knows .* to 1$"):
+        sample(sigma_min=1.5, sigma_max=2.0).levels(denoiser)
 
 
 @pytest.mark.parametrize("sample", [edm_sampler, ablation_sampler])

@@ -99,7 +99,7 @@ def test_wandb_that_is_not_installed_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     recipe = tiny_recipe(tmp_path, run={"wandb": "mine"})
-    with pytest.raises(TesseraError, match=r"tessera-diffusion\[log\]"):
+    with pytest.raises(TesseraError, match=r"install .*\[log\]"):
         Trainer(recipe, tmp_path / "run").run()
 
 
@@ -107,3 +107,41 @@ def test_values_that_do_not_exist_are_left_out(wandb: Wandb, tmp_path: Path) -> 
     tracker = tracking.WeightsAndBiases(tmp_path, "mine", tiny_recipe(tmp_path))
     tracker.log({"images": 8, "loss": None, "lr": 0.5})
     assert wandb.asked("log") == [{"images": 8, "lr": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"images": 16, "lo',
+        b"\xff\xfe\x00",
+        b"[1, 2]",
+        b"17",
+        b"null",
+        b'{"images": "16"}',
+        b'{"images": null}',
+        b'{"images": true}',
+        b'{"images": NaN}',
+        b'{"step": 3}',
+        b'{"images": 8, "a": {"b": 1}}',
+        b"[" * 100_000,
+        b'{"images":' * 50_000,
+        b"1" * 5000,
+        b'"' + b"x" * 2**21 + b'"',
+        b"\x00" * 100,
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"images": 24, "loss": 2}\n'])
+def test_lines_that_are_none_of_ours_are_cut(
+    foreign: bytes, end: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"images": 8, "loss": 1.5}\n{"images": 16, "loss": null}\n'
+    path.write_bytes(good + foreign + end)
+    tracking.cut_lines(path, 24)
+    assert path.read_bytes() == good + end.removeprefix(b"\n")
+    message = capsys.readouterr().err
+    assert "metrics.jsonl: 1 of " in message
+    assert "(line 3)" in message
+    tracking.cut_lines(path, 8)
+    assert path.read_bytes() == good.splitlines(keepends=True)[0]
+    assert capsys.readouterr().err == ""

@@ -15,7 +15,7 @@ from training_case import read_metrics, start, tiny_recipe, write_recipe
 
 import tessera
 from tessera.errors import CheckpointError, RecipeError, TesseraError, TrainingError
-from tessera.recipes.loading import load_recipe
+from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.training import run_folder
 from tessera.training.trainer import Trainer
 
@@ -180,6 +180,64 @@ def test_resume_refuses_what_would_change_the_past(whole: Path, tmp_path: Path) 
         run_folder.read_recipe(whole, ["optimizer.lr=0.1", "training.images=500"])
     with pytest.raises(CheckpointError, match=r"not the folder of a run"):
         Trainer(resume=tmp_path)
+
+
+def test_resume_refuses_to_end_before_where_the_run_is(whole: Path, folder: Path) -> None:
+    run_dir = folder / "shorter"
+    shutil.copytree(whole, run_dir)
+    recorded = (run_dir / "recipe.yaml").read_bytes()
+    for images in (100, 159):
+        with pytest.raises(RecipeError, match=rf"training\.images={images}.*seen 160 images"):
+            Trainer(run_folder.read_recipe(run_dir, [f"training.images={images}"]), resume=run_dir)
+    assert (run_dir / "recipe.yaml").read_bytes() == recorded
+    # The last step of a run may pass its end.
+    (run_dir / "recipe.yaml").write_bytes(recorded.replace(b"images: 160", b"images: 155"))
+    assert list(Trainer(resume=run_dir).steps()) == []
+
+
+def test_run_goes_on_from_another_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    recipe = tiny_recipe(folder, data={"path": "tiny.safetensors"}, training={"images": 8})
+    Trainer(recipe, tmp_path / "run").run()
+    monkeypatch.chdir(tmp_path)
+    assert Trainer(resume="run").images_seen == 8
+    path = tmp_path / "run" / "recipe.yaml"
+    assert load_recipe(path).data.path == str(folder / "tiny.safetensors")
+    assert tessera.load("run").recipe == load_recipe(path)
+
+    # Of a run that recorded it as it was given, or whose images have moved.
+    path.write_text(path.read_text().replace(str(folder), "moved"))
+    with pytest.raises(RecipeError, match=r"nothing at .*moved/tiny.* data\.path="):
+        Trainer(resume="run")
+    moved = run_folder.read_recipe("run", [f"data.path={folder / 'tiny.safetensors'}"])
+    Trainer(moved, resume="run").run()
+    assert load_recipe(path).data.path == str(folder / "tiny.safetensors")
+
+
+def test_paths_of_scores_are_recorded_absolute(recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = {"metrics": ["fid"], "features": "inception", "weights": "w.pt", "reference": "r.npz"}
+    scored = parse_recipe({**dump_recipe(recipe), "evaluate": section})
+    found = run_folder.anchored(scored).evaluate
+    assert found is not None
+    assert (found.weights, found.reference) == (str(tmp_path / "w.pt"), str(tmp_path / "r.npz"))
+    assert run_folder.anchored(recipe) == recipe
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{a: " * 100_000, "a: &a [*a]", "\x00", "- 1"])
+def test_a_damaged_recipe_is_an_error_in_words(content: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        Trainer(resume=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[[]]", "\x00", ""])
+def test_a_damaged_pipeline_is_an_error_in_words(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        tessera.load(tmp_path)
 
 
 def test_existing_folder_is_not_overwritten(whole: Path, recipe) -> None:

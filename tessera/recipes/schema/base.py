@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 
 def _listed(value: Any) -> Any:
@@ -21,8 +30,32 @@ NonNegative = Annotated[float, Field(ge=0)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path (or an id of the Hugging Face hub); `~` is the home folder."""
 
+# Far beyond all use, and small enough that what they describe can be counted before it is made.
+Side = Annotated[int, Field(gt=0, le=2**14)]
+"""Of images and patches, pixels."""
+Width = Annotated[int, Field(gt=0, le=2**16)]
+"""Of layers, channels."""
+Factor = Annotated[int, Field(gt=0, le=1024)]
+Steps = Annotated[int, Field(gt=0, le=100_000)]
+"""Of a process or a sampler."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values cannot be changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        for name in type(self).model_fields:
+            for value in _numbers(getattr(self, name)):
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    raise ValueError(f"{name}: numbers of over 18 digits are too large")
+                if math.isnan(value):
+                    raise ValueError(f"{name}: expected a number, got nan")
+        return self
+
+
+def _numbers(value: Any) -> Sequence[int | float]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [item for item in values if isinstance(item, int | float)]

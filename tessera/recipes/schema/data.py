@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import (
+    Factor,
+    Listed,
+    NonNegative,
+    Probability,
+    Section,
+    Side,
+    UserPath,
+)
 
 
 class DataConfig(Section):
@@ -15,9 +23,9 @@ class DataConfig(Section):
     path: UserPath | None = Field(
         None, description="archive (.zip), packed set or image folder; with a VAE: latents"
     )
-    resolution: PositiveInt = Field(description="height and width of the images, pixels")
+    resolution: Side = Field(description="height and width of the images, pixels")
     channels: Literal[1, 3] = 3
-    num_classes: int = Field(0, ge=0, description="0 trains without labels")
+    num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
     xflip: bool = Field(False, description="double the set by mirrored copies")
     max_images: PositiveInt | None = Field(None, description="train on a random subset")
     order: Literal["epochs", "windowed"] = Field(
@@ -25,7 +33,7 @@ class DataConfig(Section):
     )
     cache: bool = Field(False, description="keep decoded images in memory")
     workers: int = Field(
-        2, ge=0, description="threads that read ahead; 0 reads in the training step"
+        2, ge=0, le=1024, description="threads that read ahead; 0 reads in the training step"
     )
 
 
@@ -66,10 +74,10 @@ class VaeCodec(CodecSection):
         "stabilityai/sd-vae-ft-ema",
         description="folder or Hugging Face id of an AutoencoderKL of diffusers",
     )
-    channels: PositiveInt = Field(4, description="of the latents")
-    downsample: PositiveInt = Field(8, description="side of the images / side of the latents")
+    channels: Factor = Field(4, description="of the latents")
+    downsample: Factor = Field(8, description="side of the images / side of the latents")
     scale: PositiveFloat = 0.18215
-    shift: float = 0
+    shift: FiniteFloat = 0
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         side = data.resolution // self.downsample
@@ -108,13 +116,13 @@ class PatchView(ViewSection):
 
     kind: Literal["patches"] = "patches"
     real_p: Probability = Field(0.5, description="probability of the largest size")
-    sizes: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+    sizes: Annotated[tuple[Side, ...], Listed, Field(max_length=64)] | None = Field(
         None, description="sides from small to large; null: R/4, R/2, R (latents: R/2, R)"
     )
     probabilities: Annotated[tuple[Probability, ...], Listed] | None = Field(
         None, description="of the sizes; null: from real_p"
     )
-    multipliers: Annotated[tuple[PositiveInt, ...], Listed] | None = Field(
+    multipliers: Annotated[tuple[Factor, ...], Listed] | None = Field(
         None, description="batches of a step, for each size s; null: R / s"
     )
     schedule: Literal["stochastic", "progressive"] = Field(
@@ -132,7 +140,7 @@ class CoordsConfig(Section):
     """The position of each pixel in the full image, as further channels of the network's input."""
 
     frequencies: int = Field(
-        0, ge=0, description="0: x and y; F: sines and cosines at 2^0, ..., 2^(F-1)"
+        0, ge=0, le=32, description="0: x and y; F: sines and cosines at 2^0, ..., 2^(F-1)"
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveFloat
 
-from tessera.recipes.schema.base import Probability, Section
+from tessera.recipes.schema.base import Probability, Section, Steps
 
 
 class PreconditioningSection(Section):
@@ -35,7 +35,7 @@ class VpPreconditioning(PreconditioningSection):
     kind: Literal["vp"] = "vp"
     beta_d: PositiveFloat = 19.9
     beta_min: PositiveFloat = 0.1
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
     epsilon_t: PositiveFloat = 1e-5
     released_sigma_min: bool = Field(
         False, description="σ(ε_t) as float32 cancellation leaves it in the released baselines"
@@ -59,7 +59,7 @@ class IddpmPreconditioning(PreconditioningSection):
     kind: Literal["iddpm"] = "iddpm"
     c_1: PositiveFloat = 0.001
     c_2: PositiveFloat = 0.008
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
 
 
 class DiscretePreconditioning(PreconditioningSection):
@@ -70,7 +70,7 @@ class DiscretePreconditioning(PreconditioningSection):
 
     kind: Literal["discrete"] = "discrete"
     schedule: str = Field("linear", description="linear, linear0.025 (its end), ..., or cosine")
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
     spacing: str = Field("", description="train on these steps only, like 250 or ddim50")
     prediction: Literal["x0", "eps", "v"] = Field("x0", description="what the network predicts")
     rescale_timesteps: bool = Field(False, description="tell the network 1000 t / timesteps")
@@ -108,7 +108,7 @@ class EdmObjective(ObjectiveSection):
     """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
 
     kind: Literal["edm"] = "edm"
-    p_mean: float = -1.2
+    p_mean: FiniteFloat = -1.2
     p_std: PositiveFloat = 1.2
     sigma_data: PositiveFloat = 0.5
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from tessera.networks.sides import halved, tiled
-from tessera.recipes.schema.base import Listed, Probability, Section
+from tessera.recipes.schema.base import Factor, Listed, Probability, Section, Side, Width
 from tessera.recipes.schema.options import BricksConfig
+
+Levels = Annotated[tuple[Factor, ...], Listed, Field(min_length=1, max_length=16)]
+Blocks = Annotated[int, Field(gt=0, le=64)]
+Resolutions = Annotated[tuple[Side, ...], Listed, Field(max_length=64)]
 
 
 class NetworkSection(Section):
@@ -58,7 +62,7 @@ class UNetSection(NetworkSection):
 
     takes_image = True
 
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = ()
+    channel_mult: tuple[float, ...] = ()
 
     def fits(self, side: int) -> bool:
         return halved(side, len(self.channel_mult))
@@ -75,17 +79,17 @@ class SongUNetConfig(UNetSection):
     """DDPM++ and NCSN++ (Song et al. 2021), as in EDM."""
 
     kind: Literal["song_unet"] = "song_unet"
-    model_channels: PositiveInt = 128
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 2, 2)
-    channel_mult_emb: PositiveInt = 4
-    num_blocks: PositiveInt = 4
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (16,)
+    model_channels: Width = 128
+    channel_mult: Levels = (1, 2, 2, 2)
+    channel_mult_emb: Factor = 4
+    num_blocks: Blocks = 4
+    attn_resolutions: Resolutions = (16,)
     dropout: Probability = 0.10
     embedding: Literal["positional", "fourier"] = "positional"
-    channel_mult_noise: PositiveInt = 1
+    channel_mult_noise: Factor = 1
     encoder: Literal["standard", "skip", "residual"] = "standard"
     decoder: Literal["standard", "skip"] = "standard"
-    resample_filter: Annotated[tuple[int, ...], Listed] = (1, 1)
+    resample_filter: Annotated[tuple[int, ...], Listed, Field(max_length=64)] = (1, 1)
     implicit_mlp: bool = Field(
         False, description="a pixel-wise perceptron before the first 3x3 convolution"
     )
@@ -95,33 +99,36 @@ class AdmUNetConfig(UNetSection):
     """The ADM U-Net (Dhariwal & Nichol 2021), as in EDM."""
 
     kind: Literal["adm_unet"] = "adm_unet"
-    model_channels: PositiveInt = 192
-    channel_mult: Annotated[tuple[PositiveInt, ...], Listed] = (1, 2, 3, 4)
-    channel_mult_emb: PositiveInt = 4
-    num_blocks: PositiveInt = 3
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = (32, 16, 8)
+    model_channels: Width = 192
+    channel_mult: Levels = (1, 2, 3, 4)
+    channel_mult_emb: Factor = 4
+    num_blocks: Blocks = 3
+    attn_resolutions: Resolutions = (32, 16, 8)
     dropout: Probability = 0.10
 
     def check(self, side: int) -> None:
         for level, mult in enumerate(self.channel_mult):
             resolution, width = side >> level, self.model_channels * mult
             heads = width // 64
-            if resolution not in self.attn_resolutions or (heads and width % heads == 0):
+            asked = resolution in self.attn_resolutions
+            # Between the two halves of the network there is attention wherever it is wide enough.
+            always = level == len(self.channel_mult) - 1 and heads > 0
+            if not (asked or always) or (heads and width % heads == 0):
                 continue
             why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
             raise ValueError(
-                f"network.attn_resolutions asks for attention at {resolution}, where the ADM "
-                f"network is {width} channels wide, {why}. Change network.model_channels or "
-                f"leave {resolution} out"
+                f"network.attn_resolutions: there is attention at {resolution}, where the ADM "
+                f"network is {width} channels wide, {why}. Change network.model_channels"
+                + ("" if always else f" or leave {resolution} out")
             )
 
 
 class BrickConfig(Section):
     """One brick: side of its patches and of its tokens in pixels, number of blocks."""
 
-    size: PositiveInt
-    patch: PositiveInt = 2
-    depth: PositiveInt
+    size: Side
+    patch: Side = 2
+    depth: Annotated[int, Field(gt=0, le=256)]
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
@@ -136,10 +143,12 @@ class LegoConfig(NetworkSection):
     own_coordinates = True
 
     kind: Literal["lego"] = "lego"
-    bricks: tuple[BrickConfig, ...] = Field(min_length=1, description="first to last")
-    width: PositiveInt = Field(384, description="of the tokens; a multiple of heads and of 4")
-    heads: PositiveInt = 6
-    mlp_ratio: PositiveFloat = 4
+    bricks: tuple[BrickConfig, ...] = Field(
+        min_length=1, max_length=32, description="first to last"
+    )
+    width: Width = Field(384, description="of the tokens; a multiple of heads and of 4")
+    heads: Width = 6
+    mlp_ratio: PositiveFloat = Field(4, le=1024)
     joint: bool = Field(True, description="train every brick's output, so that bricks can skip")
     positions: Literal["fixed", "learned"] = Field(
         "fixed", description="table of token positions; learned in the released models"
@@ -161,13 +170,29 @@ class LegoConfig(NetworkSection):
     def sampling_options(self) -> Section:
         return BricksConfig()
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if math.lcm(*(brick.size for brick in self.bricks)) > 2**20:
+            raise ValueError("bricks: no canvas that is not huge is tiled by all of these sizes")
+        for brick in self.bricks:
+            tokens = (brick.size // brick.patch) ** 2
+            if tokens * self.width > 2**28:
+                raise ValueError(
+                    f"bricks: a patch of {brick.size} pixels has {tokens:,} tokens of width "
+                    f"{self.width}, which is more than can be attended to"
+                )
+        return self
+
     def fits(self, side: int) -> bool:
         return tiled(side, ((brick.size, brick.patch) for brick in self.bricks))
 
     @property
     def sides(self) -> str:
         step = math.lcm(*(brick.size for brick in self.bricks))
-        small = [str(side) for side in range(1, step) if self.fits(side)]
+        # From the largest brick on, only multiples of all fit.
+        largest = max(brick.size for brick in self.bricks)
+        small = [str(side) for side in range(1, largest) if self.fits(side)]
+        small = small if len(small) <= 16 else [*small[:16], "…"]
         sizes = " or ".join([f"a multiple of {step}", *([", ".join(small)] if small else [])])
         return f"{sizes}, to be tiled by network.bricks"
 
@@ -178,18 +203,20 @@ class PatchedUNetConfig(NetworkSection):
     takes_image = True
 
     kind: Literal["patched_unet"] = "patched_unet"
-    patch_size: PositiveInt = Field(4, description="side P of a patch, pixels; 1 for none")
-    model_channels: PositiveInt = 128
-    channel_mult: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
-        (), description="widths as multiples, fractions allowed; empty: by the patched grid"
+    patch_size: Factor = Field(4, description="side P of a patch, pixels; 1 for none")
+    model_channels: Width = 128
+    channel_mult: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Listed] = Field(
+        (),
+        max_length=16,
+        description="widths as multiples, fractions allowed; empty: by the patched grid",
     )
-    num_blocks: PositiveInt = 2
-    attn_resolutions: Annotated[tuple[PositiveInt, ...], Listed] = Field(
+    num_blocks: Blocks = 2
+    attn_resolutions: Resolutions = Field(
         (16, 8), description="sides of the patched grid with self-attention"
     )
-    heads: PositiveInt = 4
-    decoder_heads: PositiveInt | None = Field(None, description="null: as many as heads")
-    head_channels: PositiveInt | None = Field(None, description="width of a head, not a number")
+    heads: Width = 4
+    decoder_heads: Width | None = Field(None, description="null: as many as heads")
+    head_channels: Width | None = Field(None, description="width of a head, not a number")
     attention_order: Literal["split", "legacy"] = Field(
         "split", description="rows of the qkv weight; legacy: head by head"
     )
@@ -224,7 +251,7 @@ class ExternalNetworkConfig(NetworkSection):
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
     options: dict[str, Any] = Field({}, description="keyword arguments of the function")
-    multiple: PositiveInt = Field(1, description="height and width must be a multiple of it")
+    multiple: Side = Field(1, description="height and width must be a multiple of it")
 
     def fits(self, side: int) -> bool:
         return side > 0 and side % self.multiple == 0

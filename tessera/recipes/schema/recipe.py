@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Listed, Section
+from tessera.recipes.schema.base import Listed, Section, Side
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -46,20 +46,22 @@ class Recipe(Section):
         None, description="coordinates as input; null: x and y if the view is of patches"
     )
     augment: AugmentConfig | None = None
-    low_resolution: PositiveInt | None = Field(
+    low_resolution: Side | None = Field(
         None, description="side of the small image that the network enlarges (super-resolution)"
     )
     network: NetworkConfig
     preconditioning: PreconditioningConfig = EdmPreconditioning()
     objective: ObjectiveConfig = EdmObjective()
     snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
-        (), description="thresholds of the signal-to-noise ratio between experts, falling"
+        (),
+        max_length=64,
+        description="thresholds of the signal-to-noise ratio between experts, falling",
     )
     expert: int | None = Field(
         None, ge=0, description="train this expert's noise levels only; 0 is the cleanest"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1)
+    ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1, max_length=16)
     training: TrainingConfig = TrainingConfig()
     sampling: SamplerConfig = EdmSampler()
     evaluate: EvaluateConfig | None = None

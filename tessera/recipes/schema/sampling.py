@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, Steps
 
 SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
 OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
@@ -22,7 +22,7 @@ class EdmLevelsConfig(Section):
     """EDM's noise levels, evenly spaced in σ^(1/ρ)."""
 
     kind: Literal["edm"] = "edm"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
     rho: PositiveFloat = Field(7, description="larger: shorter steps at low noise")
@@ -37,7 +37,7 @@ class MethodLevelsConfig(Section):
     """The noise levels of VP, VE or improved DDPM."""
 
     kind: Literal["vp", "ve", "iddpm"]
-    steps: PositiveInt = 18
+    steps: Steps = 18
     sigma_min: PositiveFloat | None = Field(None, description="null: the method's own")
     sigma_max: PositiveFloat | None = Field(None, description="null: the method's own")
     epsilon_s: PositiveFloat = Field(1e-3, description="last time of VP")
@@ -61,7 +61,9 @@ class ListedLevelsConfig(Section):
 
     kind: Literal["list"] = "list"
     sigmas: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
-        min_length=1, description="where the steps begin, falling; the last one ends at 0"
+        min_length=1,
+        max_length=100_000,
+        description="where the steps begin, falling; the last one ends at 0",
     )
 
 
@@ -113,11 +115,11 @@ class EdmSampler(SamplerSection):
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
 
     kind: Literal["edm"] = "edm"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     s_churn: NonNegative = 0
     s_min: NonNegative = 0
     s_max: NonNegative = math.inf
@@ -135,18 +137,18 @@ class AblationSampler(SamplerSection):
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
 
     kind: Literal["ablation"] = "ablation"
-    steps: PositiveInt = 18
+    steps: Steps = 18
     solver: Literal["heun", "euler"] = "heun"
     discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
     schedule: Literal["linear", "vp", "ve"] = "linear"
     scaling: Literal["none", "vp"] = "none"
     sigma_min: PositiveFloat | None = None
     sigma_max: PositiveFloat | None = None
-    rho: PositiveFloat = 7
+    rho: float = Field(7, ge=0.01, le=1000)
     epsilon_s: PositiveFloat = 1e-3
     c_1: PositiveFloat = 0.001
     c_2: PositiveFloat = 0.008
-    timesteps: PositiveInt = 1000
+    timesteps: Steps = 1000
     alpha: PositiveFloat = 1
     s_churn: NonNegative = 0
     s_min: NonNegative = 0

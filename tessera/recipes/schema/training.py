@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.precision import Precision
+from tessera.recipes.schema.base import Factor, Listed, NonNegative, Probability, Section, UserPath
 
 
 class OptimizerConfig(Section):
@@ -33,7 +34,7 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     """One exponential moving average of the weights."""
 
-    halflife_images: PositiveFloat = 500_000
+    halflife_images: PositiveFloat = Field(500_000, le=1e15)
     rampup_ratio: PositiveFloat | None = Field(
         0.05, description="half-life at most this share of the images seen; null for no ramp-up"
     )
@@ -43,11 +44,15 @@ class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
     images: PositiveInt = Field(200_000_000, description="images to train on, in all")
-    batch: PositiveInt = Field(512, description="images of one optimiser step, over all devices")
+    batch: PositiveInt = Field(
+        512, le=2**20, description="images of one optimiser step, over all devices"
+    )
     micro_batch: PositiveInt | None = Field(
         None, description="images of one forward pass on one device; less memory, same result"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = Field(
+        "auto", description="auto: bf16 where the device multiplies it natively, else fp32"
+    )
     compile: bool = False
     channels_last: bool = True
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -83,8 +88,8 @@ class PreviewConfig(Section):
     """Sample grids made while training, always from the same seeds."""
 
     every_images: PositiveInt = 2_500_000
-    rows: PositiveInt = 8
-    columns: PositiveInt = 8
+    rows: Factor = 8
+    columns: Factor = 8
 
 
 Metric = Literal["fd", "fid", "sfid", "is", "kid", "pr"]
@@ -133,3 +138,6 @@ class RunConfig(Section):
     preview: PreviewConfig | None = PreviewConfig()
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project")
+    timeout_minutes: PositiveFloat = Field(
+        30, description="longest that one of several processes waits for the others"
+    )

@@ -1,0 +1,107 @@
+"""What a run will take on this machine, from the times of its parts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tessera.data.loader import StepPlan
+from tessera.data.views import View
+from tessera.recipes.schema import Recipe
+
+Kind = tuple[int, int | None]
+"""Images of a step, and the side of its patches."""
+
+_STEPS = 10_000  # of a longer run only some are looked at, in windows all along it
+_WINDOWS, _WINDOW = 50, 200
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        seconds: from now to its end, previews, scores and checkpoints included.
+        extra_seconds: what these take of it.
+        images_per_second: of training, over all devices.
+        memory_bytes: peak of a process: of the GPU's memory, or of the processor's, libraries
+            included.
+    """
+
+    seconds: float
+    extra_seconds: float
+    images_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How long the parts of a run take here, in seconds.
+
+    Attributes:
+        steps: a step of each kind.
+        preview, scores, checkpoint: one each; 0 where there are none.
+        memory_bytes: as of a `Forecast`.
+    """
+
+    steps: Mapping[Kind, float]
+    preview: float
+    scores: float
+    checkpoint: float
+    memory_bytes: int
+
+    def forecast(self, recipe: Recipe, view: View, images_seen: int) -> Forecast:
+        """What is left of the run of `recipe` after `images_seen` images."""
+        total = recipe.training.images
+        per_image = seconds_per_image(course(view, 0, total)[0], self.steps)
+        left = max(total - images_seen, 0)
+        if left:
+            per_image = seconds_per_image(course(view, images_seen, total)[0], self.steps)
+        run, scores = recipe.run, recipe.evaluate
+        events = [(self.checkpoint, run.checkpoint_every_images)]
+        if run.preview is not None:
+            events.append((self.preview, run.preview.every_images))
+        if scores is not None:
+            events.append((self.scores, scores.every_images))
+        # Each is made at every multiple of its interval, and once at the end.
+        extra = sum(
+            seconds * (math.ceil(total / every) - images_seen // every)
+            for seconds, every in events
+            if left
+        )
+        return Forecast(left * per_image + extra, extra, 1 / per_image, self.memory_bytes)
+
+
+def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dict[Kind, StepPlan]]:
+    """The kinds of steps of a run from `first` to `total` images, and a step of each.
+
+    Counted in windows that stand for equal shares of the images; the first one is all of a run that
+    is not long.
+    """
+    plans: dict[Kind, StepPlan] = {}
+    long = total - first > _STEPS * view.plan(first).images
+    starts = [first + (total - first) * k // _WINDOWS for k in range(_WINDOWS)] if long else [first]
+    windows = []
+    for start in starts:
+        window = Counter[Kind]()
+        position = start
+        while position < total and not (long and window.total() >= _WINDOW):
+            plan = view.plan(position)
+            kind = (plan.images, plan.patch)
+            window[kind] += 1
+            plans.setdefault(kind, plan)
+            position += plan.images
+        windows.append(window)
+    return windows, plans
+
+
+def seconds_per_image(windows: Sequence[Counter[Kind]], steps: Mapping[Kind, float]) -> float:
+    """Mean over a run, given how long a step of each kind takes."""
+    rates = [
+        sum(count * steps[kind] for kind, count in window.items())
+        / sum(count * kind[0] for kind, count in window.items())
+        for window in windows
+    ]
+    return sum(rates) / len(rates)
