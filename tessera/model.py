@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -26,6 +27,32 @@ class Model(nn.Module):
         """The networks of the model and of all models in it, each once."""
         found = (m._modules.get("network") for m in self.modules() if isinstance(m, Model))
         return [*dict.fromkeys(network for network in found if network is not None)]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a parameter is trained otherwise than all others.
+
+    Attributes:
+        lr: multiplier of the learning rate.
+        decay: whether weight decay applies, where it applies to tensors of this shape.
+    """
+
+    lr: float = 1.0
+    decay: bool = True
+
+
+def tunings(module: nn.Module) -> dict[nn.Parameter, Tuning]:
+    """What the modules in `module` say of their parameters, by a method `tuning()`.
+
+    It gives a `Tuning` for each name of a parameter (as in `named_parameters`) that needs one.
+    """
+    found: dict[nn.Parameter, Tuning] = {}
+    for part in module.modules():
+        own = getattr(part, "tuning", None)
+        if callable(own):
+            found |= {part.get_parameter(name): tuning for name, tuning in own().items()}
+    return found
 
 
 def with_tensors(module: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:

@@ -19,6 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PURPOSES = {
+    "sigma": "noise level of an image",
+    "timestep": "step of a discrete process, of an image",
+    "noise": "white noise of an image",
+    "label_dropout": "whether an image is trained without its class",
+    "patch.row": "first row of an image's patch",
+    "patch.column": "first column of an image's patch",
+    "latent": "sample of an image's posterior in latent space",
+    "nll": "noise of a step of a likelihood, nll.<step>",
+    "augment": "parameters of an image's augmentation, augment.<transform>",
+}
+"""What is drawn for images while training and measuring; every purpose in one place."""
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
@@ -50,6 +63,10 @@ class Draws(Protocol):
         """Uniform int64 numbers in 0..high-1, [B, *shape]."""
         ...
 
+    def step(self, purpose: str) -> float:
+        """A uniform number in [0, 1) that all images of a step share, on all processes."""
+        ...
+
 
 class AddressedDraws:
     """`Draws` for the images with the given numbers in a run.
@@ -58,11 +75,17 @@ class AddressedDraws:
         seed: the run's seed.
         images: int64 [B], image numbers in the run (images seen before the step + position in the
             global batch), on the device where the draws are wanted.
+        images_seen: images before the step.
     """
 
-    def __init__(self, seed: int, images: Tensor) -> None:
+    def __init__(self, seed: int, images: Tensor, images_seen: int = 0) -> None:
         self.seed = seed
         self.images = images
+        self._images_seen = images_seen
+
+    def step(self, purpose: str) -> float:
+        """A uniform number in [0, 1) that all images of a step share, on all processes."""
+        return derive_seed(self.seed, "step", purpose, self._images_seen) / 2**63
 
     def _bits(self, purpose: str, count: int) -> Tensor:
         """64 random bits as int64 [B, count]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from tessera.randomness import AddressedDraws, derive_seed, mix64, numpy_generator
+from tessera import randomness
+from tessera.randomness import (
+    PURPOSES,
+    AddressedDraws,
+    derive_seed,
+    mix64,
+    numpy_generator,
+)
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
@@ -148,3 +157,23 @@ def test_draws_do_not_depend_on_the_batch(
 def test_first_elements_do_not_depend_on_the_count() -> None:
     source = draws()
     assert torch.equal(source.uniform("u", 4), source.uniform("u", 9)[:, :4])
+
+
+def test_a_step_has_one_number_on_all_processes() -> None:
+    whole = AddressedDraws(3, torch.arange(8), images_seen=16)
+    part = AddressedDraws(3, torch.arange(4, 8), images_seen=16)
+    assert whole.step("mask") == part.step("mask") != whole.step("order")
+    assert whole.step("mask") != AddressedDraws(3, torch.arange(8), images_seen=24).step("mask")
+    numbers = [AddressedDraws(0, torch.arange(1), n).step("mask") for n in range(4000)]
+    assert 0 <= min(numbers) < max(numbers) < 1
+    assert sum(numbers) / 4000 == pytest.approx(0.5, abs=0.02)
+
+
+def test_every_purpose_is_listed() -> None:
+    """The draws of the library, found in its source, are those of the list."""
+    found = set()
+    for path in Path(randomness.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        found |= set(re.findall(r"draws\.(?:normal|uniform|integers|step)\(\s*f?\"([^\"]+)\"", text))
+    heads = {name.split(".")[0] if name not in PURPOSES else name for name in found}
+    assert heads == PURPOSES.keys()

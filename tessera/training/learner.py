@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +24,9 @@ from tessera.training import guard, optimizers, parallel
 from tessera.training.ema import Ema, local
 
 T = TypeVar("T")
+
+# The trained model in the name of a tensor, behind its group and, of the optimiser, the moment.
+_MODEL = re.compile(r"^((?:model|ema-\d+|optimizer/\w+)/)model\.")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Learner:
         self._module = parallel.wrap(self.step, training.parallel, device)
         self.sharded = sharded
         self.parameters = [p for p in self.step.parameters() if p.requires_grad]
-        self.optimizer = optimizers.build_optimizer(self.parameters, optimizer)
+        self.optimizer = optimizers.build_optimizer(self.step, optimizer)
         self.emas = [Ema(self.step, config) for config in emas]
         self.loss_scale = guard.LossScale(training, device)
         self.skips = guard.SkipCounter(device)
@@ -205,7 +209,8 @@ class Learner:
             found |= {f"ema-{index}/{name}": t for name, t in ema.weights.items()}
         for name, tensor in optimizers.named_state(self.optimizer, self.step).items():
             found[f"optimizer/{name}"] = tensor
-        return found
+        # The first checkpoints called every model a denoiser; their names stay readable.
+        return {_MODEL.sub(r"\1denoiser.", name, count=1): t for name, t in found.items()}
 
     def counters(self) -> dict[str, float]:
         """Loss scale and skipped steps; waits for the device."""

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from tessera.model import Tuning, tunings
 from tessera.recipes.schema import OptimizerConfig
 
 # The buffers that Adam keeps for each parameter, beside its step counter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALE = "lr_scale"
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
-) -> torch.optim.Adam:
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
     """Fused Adam or AdamW, with its state already made (zeros, as if before the first step).
 
-    Weight decay applies to tensors with two axes or more: biases and gains have one.
+    Weight decay applies to tensors with two axes or more, because biases and gains have one, but
+    for what the modules that own parameters say of them (`tessera.model.Tuning`).
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    tuned = tunings(module)
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            own = tuned.get(parameter, Tuning())
+            decays = parameter.ndim >= 2 and own.decay
+            members.setdefault((decays, own.lr), []).append(parameter)
     kind = torch.optim.Adam if config.kind == "adam" else torch.optim.AdamW
     optimizer = kind(
-        [group for group in groups if group["params"]],
+        [
+            {"params": group, "weight_decay": config.weight_decay if decays else 0.0, _SCALE: scale}
+            for (decays, scale), group in members.items()
+            if group
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -47,9 +50,9 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate `lr`."""
+    """Give every parameter group the learning rate `lr`, times its own multiplier."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[_SCALE]
 
 
 def learning_rate(config: OptimizerConfig, images_seen: int, images: int) -> float:

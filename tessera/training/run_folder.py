@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 
 from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
 from tessera.files import atomic_file, is_left_over, tidy, user_path
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
+from tessera.recipes.text import write_yaml
 from tessera.training import run_lock
 
 RECIPE = "recipe.yaml"
@@ -116,7 +116,7 @@ def _next_folder(name: str) -> Path:
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write the complete recipe of a run, unless it is there."""
     path = folder / RECIPE
-    text = yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
+    text = write_yaml(dump_recipe(recipe))
     if not path.is_file() or path.read_bytes() != text.encode():
         with atomic_file(path) as file:
             file.write(text.encode())
