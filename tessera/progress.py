@@ -1,8 +1,10 @@
-"""Progress bars for anything that takes over two seconds; silent where nobody watches."""
+"""Progress of anything that takes over two seconds: a bar, or lines where there is no terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -20,8 +22,8 @@ class Bar(Protocol):
         """Count `count` more; `note` replaces the text at the end of the line."""
         ...
 
-    def update(self, completed: float, note: str | None = None) -> None:
-        """Set the count; `note` replaces the text at the end of the line."""
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
+        """Set the count; `note` replaces the text at the end of the line, `total` the total."""
         ...
 
 
@@ -48,15 +50,56 @@ class _RichBar:
     def advance(self, count: float = 1, note: str | None = None) -> None:
         self._progress.update(self._task, advance=count, **_fields(note))
 
-    def update(self, completed: float, note: str | None = None) -> None:
-        self._progress.update(self._task, completed=completed, **_fields(note))
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
+        fields = _fields(note) if total is None else {"total": total, **_fields(note)}
+        self._progress.update(self._task, completed=completed, **fields)
+
+
+class _LineBar:
+    """Prints where the work is now and then: first after some seconds, then ever more seldom."""
+
+    FIRST, BETWEEN = 5.0, 10.0  # seconds
+
+    def __init__(self, description: str, total: float | None, unit: str, completed: float) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._begin, self._done, self._note = completed, completed, ""
+        self._started = time.monotonic()
+        self._due, self._printed = self._started + self.FIRST, False
+
+    def advance(self, count: float = 1, note: str | None = None) -> None:
+        self.update(self._done + count, note)
+
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
+        self._done, self._note = completed, self._note if note is None else note
+        self._total = self._total if total is None else total
+        now = time.monotonic()
+        if now >= self._due:
+            seconds = now - self._started
+            # A night's work should not fill the log.
+            self._due = now + max(self.BETWEEN, seconds / 10)
+            speed = (self._done - self._begin) / max(seconds, 1e-9)
+            left = []
+            if self._total is not None and speed > 0:
+                left = [f"{time_text((self._total - self._done) / speed)} left"]
+            self._print(left)
+
+    def finish(self) -> None:
+        """The last line, if there were others."""
+        if self._printed:
+            self._print([f"took {time_text(time.monotonic() - self._started)}"])
+
+    def _print(self, more: list[str]) -> None:
+        total = "" if self._total is None else f" of {quantity(self._total)}"
+        count = f"{self._description}: {quantity(self._done)}{total} {self._unit}".rstrip()
+        print(*filter(None, [count, self._note, *more]), sep=", ", file=sys.stderr, flush=True)
+        self._printed = True
 
 
 class _NoBar:
     def advance(self, count: float = 1, note: str | None = None) -> None:
         pass
 
-    def update(self, completed: float, note: str | None = None) -> None:
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
         pass
 
 
@@ -66,19 +109,32 @@ def _fields(note: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress(
-    description: str, total: float | None, *, unit: str = "", completed: float = 0
+    description: str,
+    total: float | None,
+    *,
+    unit: str = "",
+    completed: float = 0,
+    lines: bool = True,
 ) -> Iterator[Bar]:
-    """A progress bar on stderr for the block; hidden if stderr is no terminal or on other ranks.
+    """A progress bar on stderr for the block, or a line now and then if stderr is no terminal.
+
+    The main process alone shows it.
 
     Args:
         description: what is going on, in a word or two.
         total: the count at the end; None when it is not known.
         unit: what is counted, shown after the counts.
         completed: the count at the start.
+        lines: whether to print lines without a terminal.
     """
     console = Console(stderr=True)
-    if not console.is_terminal or not distributed.is_main():
+    if not distributed.is_main() or not (console.is_terminal or lines):
         yield _NoBar()
+        return
+    if not console.is_terminal:
+        line_bar = _LineBar(description, total, unit, completed)
+        yield line_bar
+        line_bar.finish()
         return
     columns: list[str | ProgressColumn] = [
         TextColumn("{task.description}"),
@@ -93,6 +149,15 @@ def progress(
         yield _RichBar(
             bars, bars.add_task(description, total=total, completed=int(completed), note="")
         )
+
+
+def time_text(seconds: float) -> str:
+    """A time in words: 9 s, 3 min 20 s, 5 h 7 min."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def quantity(value: float) -> str:

@@ -147,7 +147,13 @@ class Trainer:
             preview = Preview(self.recipe, self.dataset.class_names, self.run_dir, trackers, small)
             evaluation = Evaluation(self.recipe, self.dataset.class_names, self.run_dir, trackers)
             bar = stack.enter_context(
-                progress("training", total, unit="images", completed=self.images_seen)
+                progress(
+                    "training",
+                    total,
+                    unit="images",
+                    completed=self.images_seen,
+                    lines=False,  # a tracker prints them, with the loss
+                )
             )
             clock = Clock(self._seconds, self.images_seen)
             save_pending = False
