@@ -114,7 +114,7 @@ def run(
         overrides: changes of the recipe, as `key.path=value`.
         digits: use the first so many; by default all 1,797.
         samples: images to score; by default half as many as digits.
-        classifier_images: images to train the judging classifier on.
+        classifier_images: images to train the judging classifier on at most.
 
     Raises:
         TesseraError: an extra is missing, the folder is not empty, or training was stopped.
@@ -178,12 +178,16 @@ def _sample(
     pipeline: Pipeline, count: int, title: str, **options: Any
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
-    images = []
     with progress(title, count, unit="images") as bar:
-        for made in pipeline.sample_batches(range(count), "balanced", batch=128, **options):
-            images.append(made.images)
-            bar.advance(len(made.images))
-    return np.concatenate(images), np.arange(count) % pipeline.denoiser.num_classes
+
+        def advance(seeds: Sequence[int], state: SamplerState) -> None:
+            bar.advance(len(seeds) / state.steps)
+
+        batches = pipeline.sample_batches(
+            range(count), "balanced", batch=128, on_step=advance, **options
+        )
+        images = np.concatenate([made.images for made in batches])
+    return images, np.arange(count) % pipeline.denoiser.num_classes
 
 
 def _denoising(pipeline: Pipeline) -> list[Frame]:
