@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from tessera.cli.eval_checks import (
+    check_destination,
+    check_metrics,
+    check_weights,
+    known_convention,
+    known_features,
+    known_metrics,
+)
 from tessera.cli.nll import nll
 from tessera.cli.score_tables import (
     measured_rows,
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tessera.metrics.classifier import LabelledImages
     from tessera.metrics.evaluate import Metric, Needs, Source
     from tessera.metrics.features import FeatureExtractor, Features
     from tessera.metrics.formats import Measured
@@ -39,6 +46,7 @@ FEATURES = typer.Option(None, help="Feature extractor: classifier, inception or 
 WEIGHTS = typer.Option(
     None, help="File with the extractor's weights; or it is found or downloaded."
 )
+OVERWRITE = typer.Option(False, "--overwrite", help="Replace OUT if it exists.")
 DEVICE = typer.Option(None, help="cpu, cuda, ... (default: the fastest)")
 # torchrun takes --num for an abbreviation of options of its own, wherever it stands.
 NUM = ("--images", "--num")
@@ -57,16 +65,17 @@ def features(
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; of a drawn subset."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
     device: str | None = DEVICE,
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Write the features of every image to OUT, from which any score can be computed later."""
     from tessera.metrics.evaluate import Needs, measure_images
     from tessera.metrics.features import open_extractor
     from tessera.metrics.formats import save_features
 
-    _check_npz(out, "feature")
+    check_destination(out, "feature", overwrite=overwrite, source=images)
     with _session(device) as where:
         source = _source(images, num, seed, batch, where)
-        extractor = open_extractor(_features(features), weights, where)
+        extractor = open_extractor(known_features(features), weights, where)
         wanted = Needs(features=True, spatial=features == "inception")
         measured, _ = measure_images(source, extractor, wanted)
         if _is_main():
@@ -84,24 +93,29 @@ def reference(
         None, *NUM, min=2, help="Images, not for the classifier; of a pipeline 1,000 by default."
     ),
     seed: int = typer.Option(0, min=0, help="Of the classifier's training; as in `features`."),
-    training_images: int = typer.Option(
-        60_000, min=1, help="Images to train the classifier on, counting repetitions."
+    training_images: int | None = typer.Option(
+        None,
+        min=1,
+        help="Images to train the classifier on at most, counting repetitions; by default as many "
+        "as the set needs.",
     ),
     batch: int = typer.Option(64, min=1, help="Images at once."),
     device: str | None = DEVICE,
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Write statistics of the features of DATA to OUT.
 
-    By default they are the features of a classifier that is trained on DATA first.
+    By default they are the features of a classifier that is trained on DATA first and kept beside
+    it, in a hidden file.
     """
     from tessera.metrics.evaluate import Needs, measure_images
     from tessera.metrics.features import open_extractor
     from tessera.metrics.formats import save_statistics
-    from tessera.metrics.reference import build_reference, save_reference
+    from tessera.metrics.reference import reference_of, save_reference
 
-    _check_npz(out, "reference")
-    name = _features(features)
-    _check_weights(weights, name)
+    check_destination(out, "reference", overwrite=overwrite, source=data)
+    name = known_features(features)
+    check_weights(weights, name)
     if name == "classifier" and num is not None:
         raise TesseraError("--num: the classifier is trained on all images; leave it out")
     with _session(device) as where:
@@ -114,8 +128,9 @@ def reference(
                 save_statistics(out, measured)
                 print_table("Reference", [*measured_rows(measured), ("written to", str(out))])
         elif _is_main():
-            result = build_reference(
-                _real_images(data),
+            _refuse_pipeline(data)
+            result = reference_of(
+                data,
                 seed=seed,
                 training_images=training_images,
                 device=where,
@@ -149,8 +164,8 @@ def score(
     ),
     seed: int = typer.Option(0, min=0, help="A pipeline's first seed; the classifier's seed."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
-    training_images: int = typer.Option(
-        60_000, min=1, help="As in `reference`, if REFERENCE is a set of images."
+    training_images: int | None = typer.Option(
+        None, min=1, help="As in `reference`, if REFERENCE is a set of images."
     ),
     device: str | None = DEVICE,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
@@ -159,8 +174,8 @@ def score(
     from tessera.metrics.evaluate import chosen, compare
     from tessera.metrics.reference import open_reference
 
-    wanted = _metrics(metrics)
-    named_convention = None if convention is None else _convention(convention)
+    wanted = known_metrics(metrics)
+    named_convention = None if convention is None else known_convention(convention)
     if reference is not None:
         _refuse_pipeline(reference)
     elif wanted != ["is"]:
@@ -178,13 +193,13 @@ def score(
             )
 
         known, name = _known(reference, features, wanted, convention)
-        _check_weights(weights, name)
+        check_weights(weights, name)
         if name == "classifier" and wanted is None and convention is None:
             _score_classic(samples, open_classifier, num, seed, batch, as_json, where)
             return
         if wanted is None:
             wanted = ["fid"] if name == "inception" else ["fd"]
-        _check_metrics(wanted, name)
+        check_metrics(wanted, name)
         pairs = chosen(wanted, cast(Any, named_convention))
         sides = _Sides(samples, reference, known, name, weights, where, open_classifier)
         ours, theirs, scores = sides.measure(pairs, num, seed, batch)
@@ -324,69 +339,18 @@ def _known(
     from tessera.metrics.reference import has_classifier
 
     if reference is None:
-        return None, _features(features or "inception")
+        return None, known_features(features or "inception")
     known: Measured | None = None
     classifier = has_classifier(reference)
     if is_measured(reference) and not classifier:
         known = read_measured(reference, None if features == "classifier" else features)
     if features is not None:
-        return known, _features(features)
+        return known, known_features(features)
     if known is not None:
-        return known, _features(known.extractor or "inception")
+        return known, known_features(known.extractor or "inception")
     if classifier or metrics == ["fd"] or (metrics is None and convention is None):
         return None, "classifier"
     return None, "inception"
-
-
-def _features(name: str) -> Features:
-    from tessera.metrics.features import FEATURES as KNOWN
-
-    if name not in KNOWN:
-        raise TesseraError(f"--features {name!r}: there are {', '.join(KNOWN)}")
-    return name
-
-
-def _metrics(text: str | None) -> list[Metric] | None:
-    from tessera.metrics.evaluate import METRICS
-
-    if text is None:
-        return None
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise TesseraError(f"--metrics {text!r}: there are {', '.join(METRICS)}")
-    return cast("list[Metric]", names)
-
-
-def _check_metrics(metrics: list[Metric], features: Features) -> None:
-    only = [metric for metric in metrics if metric in ("fid", "sfid", "is")]
-    if features != "inception" and only:
-        raise TesseraError(
-            f"{', '.join(only)} are made of Inception features, not of {features} features; the "
-            "distance on other features is called fd"
-        )
-
-
-def _check_weights(weights: Path | None, features: Features) -> None:
-    if weights is not None and features == "classifier":
-        raise TesseraError(
-            "--weights are those of inception or dinov2, but the features here are those of the "
-            "in-domain classifier, which is trained on the real images. Leave them out, or name "
-            "--features"
-        )
-
-
-def _convention(name: str) -> str:
-    from tessera.metrics.evaluate import CONVENTIONS
-
-    if name not in (*CONVENTIONS, "all"):
-        raise TesseraError(f"--convention {name!r}: there are {', '.join(CONVENTIONS)} and all")
-    return name
-
-
-def _check_npz(out: Path, what: str) -> None:
-    if out.suffix != ".npz":
-        raise TesseraError(f"{out}: a {what} file is an NPZ file; give it a name with .npz")
 
 
 def _is_main() -> bool:
@@ -422,13 +386,6 @@ def _refuse_pipeline(path: Path) -> None:
         raise DataError(
             f"{path} is a pipeline; give real images here, or a reference file made of them"
         )
-
-
-def _real_images(path: Path) -> LabelledImages:
-    from tessera.metrics.images import open_images
-
-    _refuse_pipeline(path)
-    return open_images(path)
 
 
 def _source(path: Path, num: int | None, seed: int, batch: int, device: torch.device) -> Source:

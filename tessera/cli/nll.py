@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessera.errors import TesseraError
+from tessera.cli.eval_checks import check_destination
 
 
 def nll(
@@ -26,6 +26,7 @@ def nll(
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the NPZ if it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Bits per dimension: an upper bound of what a model needs to code real images."""
@@ -38,8 +39,8 @@ def nll(
     from tessera.pipelines.loading import load
     from tessera.progress import progress
 
-    if out is not None and out.suffix != ".npz":
-        raise TesseraError(f"{out}: the terms are written as NPZ; give a name with .npz")
+    if out is not None:
+        check_destination(out, "terms", overwrite=overwrite, source=data)
     with distributed.session(device) as where:
         pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
         count = min(num, len(images))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +16,19 @@ import torch
 
 from tessera import distributed
 from tessera._version import __version__
+from tessera.data.decode import is_image
+from tessera.data.labels import LABELS_FILE
+from tessera.data.members import FolderMembers
 from tessera.errors import DataError
 from tessera.files import atomic_file
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
 from tessera.metrics.features import measure
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
+from tessera.progress import progress
 
 _FORMAT = 1
+_METHOD = 2  # of the classifier's training; what was kept of another is made again
 _WEIGHT = "classifier."
 
 
@@ -42,7 +51,7 @@ def build_reference(
     data: LabelledImages,
     *,
     seed: int = 0,
-    training_images: int = 60_000,
+    training_images: int | None = None,
     device: torch.device | str = "cpu",
     batch: int = 256,
 ) -> Reference:
@@ -126,15 +135,87 @@ def has_classifier(path: str | os.PathLike[str]) -> bool:
     return '"classifier": {' in description
 
 
+def reference_of(
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    training_images: int | None = None,
+    device: torch.device | str = "cpu",
+    batch: int = 256,
+) -> Reference:
+    """The reference of the images at `path`, which is built once and kept beside them.
+
+    What is kept is found by the bytes of all of its images and labels, so that it is never that of
+    a set that has changed since. Where nothing can be written, there is a warning.
+
+    Args as for `build_reference`.
+
+    Raises:
+        DataError: the images cannot be read, or no classifier can be trained on them.
+    """
+    path = Path(os.path.abspath(path))
+    data = open_images(path)
+    content = _content(path)
+    method = repr((_METHOD, _FORMAT, __version__, seed, training_images))
+    end = f"-{hashlib.sha256(method.encode()).hexdigest()[:8]}.ref.npz"
+    kept = path.with_name(f".{path.name}.{content}{end}")
+    if kept.is_file():
+        with contextlib.suppress(DataError):  # damaged, so it is made again
+            return load_reference(kept, device)
+    made = build_reference(
+        data, seed=seed, training_images=training_images, device=device, batch=batch
+    )
+    try:
+        # A set that was changed while it was read is neither the old one nor the new one.
+        if _content(path) == content:
+            save_reference(kept, made)
+            _remove_outdated(path, content)
+    except OSError as error:
+        warnings.warn(
+            f"the classifier of {path} cannot be kept beside it ({error.strerror}), so it will be "
+            "trained again. To keep it elsewhere: tessera eval reference",
+            UserWarning,
+            stacklevel=2,
+        )
+    return made
+
+
+def _content(path: Path) -> str:
+    """Digits of a checksum over the images and labels of a set."""
+    files = [path]
+    if path.is_dir():
+        names = FolderMembers(path).names
+        files = [path / name for name in names if is_image(name) or name == LABELS_FILE]
+    sizes = [file.stat().st_size for file in files]
+    digest = hashlib.sha256()
+    with progress(f"comparing {path.name}", sum(sizes), unit="bytes") as bar:
+        for file, size in zip(files, sizes, strict=True):
+            digest.update(os.fsencode(file.relative_to(path)) + f"\0{size}\0".encode())
+            with open(file, "rb") as opened:
+                while part := opened.read(1 << 20):
+                    digest.update(part)
+                    bar.advance(len(part))
+    return digest.hexdigest()[:16]
+
+
+def _remove_outdated(path: Path, content: str) -> None:
+    """Remove what is kept of a set as it was before."""
+    kept = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{16}})-[0-9a-f]{{8}}\.ref\.npz")
+    for file in path.parent.iterdir():
+        found = kept.fullmatch(file.name)
+        if found is not None and found[1] != content:
+            file.unlink(missing_ok=True)
+
+
 def open_reference(
     path: str | os.PathLike[str],
     *,
     seed: int = 0,
-    training_images: int = 60_000,
+    training_images: int | None = None,
     device: torch.device | str = "cpu",
     batch: int = 256,
 ) -> Reference:
-    """A reference file, or a data set from which the reference is built now.
+    """A reference file, or a data set whose reference is taken from `reference_of`.
 
     It is the same on every process, of which all must take part. Args as for `build_reference`.
 
@@ -148,12 +229,8 @@ def open_reference(
     with distributed.main_first():
         # Trained once: not every device trains to the same bit twice.
         if distributed.is_main():
-            built = build_reference(
-                open_images(path),
-                seed=seed,
-                training_images=training_images,
-                device=device,
-                batch=batch,
+            built = reference_of(
+                path, seed=seed, training_images=training_images, device=device, batch=batch
             )
             built.extractor.network.cpu()
     shared = distributed.broadcast(built)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from tessera.errors import DataError
-from tessera.metrics.classifier import Classifier, train_classifier
+from tessera.metrics import classifier as module
+from tessera.metrics.classifier import Classifier, ClassifierNetwork, train_classifier
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import build_reference, load_reference, save_reference
 from tessera.metrics.score import score_images
@@ -129,6 +132,62 @@ def test_a_subset_is_drawn_over_the_whole_set() -> None:
     assert drawn.fd_classifier < first.fd_classifier
     with pytest.raises(DataError, match="101 images asked for, there are 100"):
         score_images(by_class, reference, num=101)
+
+
+def seen(data: ArrayImages, monkeypatch: pytest.MonkeyPatch, **options: int) -> int:
+    """How many images a classifier is trained on."""
+    count, original = [0], ClassifierNetwork.forward
+
+    def counted(self: ClassifierNetwork, images: torch.Tensor) -> torch.Tensor:
+        count[0] += len(images) if self.training else 0
+        return original(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierNetwork, "forward", counted)
+        train_classifier(data, **options)
+    return count[0]
+
+
+def test_training_ends_when_the_accuracy_has_stopped_to_rise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert seen(stripes(100), monkeypatch, training_images=1500) == 11 * 128  # too few to tell
+    # Right on all held-out images at one of the first looks, then three looks without a better one.
+    steps = seen(stripes(100), monkeypatch, training_images=100_000) // 128
+    assert 4 * module._LOOK_STEPS < steps < 14 * module._LOOK_STEPS
+
+
+@pytest.mark.parametrize(("images", "most"), [(100, 8_000), (2000, 24_000), (50_000, 60_000)])
+def test_training_is_scaled_to_the_set(
+    images: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def record(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+
+    monkeypatch.setattr(module, "_train", record)
+    monkeypatch.setattr(module, "_accuracy", lambda *_: 0.5)
+    train_classifier(stripes(images, size=4))
+    assert asked == [most]
+
+
+def test_the_whole_cycle_is_passed_in_larger_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Recorded(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setattr(module, "_LOOK_STEPS", 2)
+    monkeypatch.setattr(module, "_accuracy", Mock(side_effect=[0.5, 0.6, 0.6, 0.5, 0.6, 0.6]))
+    train_classifier(stripes(20, size=4), training_images=50 * module._BATCH)
+    # Three looks without a better one after the second; the rest of 40 steps in strides of 6.
+    assert len(rates) == 10 + 6
+    assert max(rates) > 0.9 * module._RATE
+    assert rates[-1] < 0.1 * module._RATE
 
 
 def test_label_vectors_are_no_classes() -> None:
