@@ -115,7 +115,7 @@ def run(
         overrides: changes of the recipe, as `key.path=value`.
         digits: use the first so many; by default all 1,797.
         samples: images to score; by default half as many as digits.
-        classifier_images: images to train the judging classifier on.
+        classifier_images: images to train the judging classifier on at most.
 
     Raises:
         TesseraError: an extra is missing, the folder is not empty, or training was stopped.
