@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from types import ModuleType
 
 from tessera.commands import install_command
@@ -29,7 +31,16 @@ class CheckpointError(TesseraError):
 
 
 class OutputError(TesseraError):
-    """A file or folder that cannot be written; the message names it and the reason."""
+    """A file or folder that cannot be written.
+
+    Attributes:
+        path: what should have been written.
+        reason: why not, and what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path} cannot be written: {reason}")
+        self.path, self.reason = Path(path), reason
 
 
 class TrainingError(TesseraError):

@@ -127,7 +127,7 @@ def writing(path: str | os.PathLike[str], *, opening: bool = False) -> Iterator[
         reason = (_OPENING_REASONS if opening else _REASONS).get(number or 0)
         if reason is None:
             raise
-        raise OutputError(f"{path} cannot be written: {reason}") from error
+        raise OutputError(path, reason) from error
 
 
 def _error_number(error: BaseException | None) -> int | None:
@@ -154,7 +154,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise OutputError(f"{path} cannot be written: {_OPENING_REASONS[errno.EISDIR]}")
+        raise OutputError(path, _OPENING_REASONS[errno.EISDIR])
     folder = next(folder for folder in path.parents if folder.exists())
     with writing(path, opening=True), tempfile.TemporaryFile(dir=folder):
         pass
@@ -185,7 +185,14 @@ def _in_words(open_path: Opened[P, T]) -> Opened[P, T]:
         with _folders_taken_back(Path(path)), writing(path), contextlib.ExitStack() as stack:
             with writing(path, opening=True):
                 value = stack.enter_context(open_path(path, *args, **options))
-            yield value
+            try:
+                yield value
+            except OutputError as error:
+                if not (isinstance(value, Path) and error.path.is_relative_to(value)):
+                    raise
+                # A file of a temporary folder, which nobody knows.
+                name = Path(path) / error.path.relative_to(value)
+                raise OutputError(name, error.reason) from error
 
     return opened
 

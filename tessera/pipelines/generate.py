@@ -147,8 +147,8 @@ def _claim_taken_back(folder: Path, images: Sequence[Path]) -> Iterator[None]:
     except BaseException:
         if distributed.is_main() and not claimed and not any(path.exists() for path in images):
             settings.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else is in it
-                for path in [*{image.parent for image in images} - {folder}, *new]:
+            for path in [*{image.parent for image in images} - {folder}, *new]:
+                with contextlib.suppress(OSError):  # something else is in it
                     path.rmdir()
         raise
 

@@ -346,11 +346,12 @@ class Trainer:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[Clock]:
         """The clock of the block, whose time is added to that of the run."""
-        self._clock = Clock(self._seconds, self.images_seen)
+        self._clock = clock = Clock(self._seconds, self.images_seen)
         try:
-            yield self._clock
+            yield clock
         finally:
-            self._seconds, self._clock = self._clock.seconds, None
+            if self._clock is clock:  # and not that of a later call
+                self._seconds, self._clock = clock.seconds, None
 
     def _say_that_experts_make_no_images(self) -> None:
         asked = [

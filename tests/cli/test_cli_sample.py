@@ -10,16 +10,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.errors import TesseraError
-from tessera.pipelines.generate import share
+from tessera.pipelines.generate import Job, generate_folder, read_images, share
+from tessera.pipelines.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(*arguments: object) -> str:
     """The output of `tessera sample`; errors of the user's are raised."""
     result = CliRunner().invoke(app, ["sample", *map(str, arguments), "--device", "cpu"])
-    if isinstance(result.exception, TesseraError):
+    if isinstance(result.exception, TesseraError | MemoryError):
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
@@ -293,6 +296,74 @@ def test_errors(pipeline: str, tmp_path: Path, options: list[str], message: str)
     with pytest.raises(TesseraError, match=message):
         run(pipeline, "--out", tmp_path / "s", *options)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--sampler", "ddim"), ("--sampler", "ddpm", "--noise-schedule", "linear", "--steps", "5000")],
+)
+def test_what_a_sampler_refuses_does_not_stand_in_the_way_of_its_mend(
+    pipeline: str, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    for out in (tmp_path / "new" / "s", tmp_path / "s.npz"):
+        with pytest.raises(TesseraError):
+            run(pipeline, "--seeds", "0-1", "--out", out, *options)
+    assert not list(tmp_path.iterdir())
+    run(pipeline, "--seeds", "0-1", "--out", tmp_path / "new" / "s", "--sampler", "ddim",
+        "--noise-schedule", "linear", "--steps", "3")  # fmt: skip
+    assert len(pngs(tmp_path / "new" / "s")) == 2
+
+
+def test_a_sampling_that_fails_before_its_first_image_leaves_nothing(
+    pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    arguments = (pipeline, "--seeds", "0-3", "--batch", 2, "--subdirs", "--out", tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "to_pixels", fail)
+        with pytest.raises(MemoryError):
+            run(*arguments)
+    assert not list(tmp_path.iterdir())
+    # After the first images the settings stay, so that the same command goes on.
+    once = Pipeline.to_pixels
+    calls: list[int] = []
+
+    def later(self: Pipeline, x: Any) -> Any:
+        calls.append(1)
+        return once(self, x) if len(calls) == 1 else fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "to_pixels", later)
+        with pytest.raises(MemoryError):
+            run(*arguments)
+    assert len(list((tmp_path / "s").rglob("*.png"))) == 2
+    assert "2 images were there already" in run(*arguments)
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(
+    pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Pipeline, "to_pixels", None)
+    film = ("--out", tmp_path / "s", "--trajectory", tmp_path / "file" / "t.gif")
+    for options in (*(("--out", tmp_path / "file" / f"s.{kind}") for kind in ("npz", "png")), film):
+        with pytest.raises(TesseraError, match="cannot be written: a part of its path is a file"):
+            run(pipeline, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_jobs_take_latents(pipeline: str, tmp_path: Path) -> None:
+    pipe = Pipeline.load(pipeline)
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    job = Job(pipe, [0, 1, 2], 0, 2, {"latents": latents})
+    generate_folder(job, tmp_path / "s")
+    expected = pipe.sample([0, 1, 2], 0, latents=latents)
+    assert np.array_equal(read_images(tmp_path / "s", [0, 1, 2]), expected)
+    other = Job(pipe, [0, 1, 2], 0, 2, {"latents": -latents})
+    with pytest.raises(TesseraError, match="latents"):
+        generate_folder(other, tmp_path / "s")
 
 
 def launch(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.bricks import brick_picture
 from tessera.pipelines.experts import ExpertsPipeline
+from tessera.pipelines.generate import Job, generate_folder
 from tessera.recipes.build import build_denoiser, build_sampler
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import AblationSampler, EdmSampler
@@ -128,6 +130,34 @@ def test_experts_of_bricks_skip_and_show() -> None:
     pipe = ExpertsPipeline([tiny_pipeline(), tiny_pipeline()], [1.0])
     assert prefixes_of(pipe, skip=0.4) == [(2, None)] * 6 + [(2, 1)] * 3
     assert brick_picture(pipe, 0, 3, levels=2).shape[2] == 3
+
+
+def test_experts_of_different_stacks_skip_by_their_own_sizes(tmp_path: Path) -> None:
+    """The clean one leaves out its largest brick at the end, the noisy one its smallest first."""
+    clean, noisy = (
+        tiny_pipeline(
+            "network.bricks="
+            + json.dumps([{"size": size, "patch": size // 4, "depth": 1} for size in sizes])
+        )
+        for sizes in ((4, 8, 16), (16, 4))
+    )
+    pipe = ExpertsPipeline([clean, noisy], [1.0])
+    sigmas = step_sigmas(build_sampler(pipe.recipe.sampling), pipe.denoiser)
+    assert [sigma >= 1 for sigma in sigmas] == [True] * 3 + [False] * 2
+    kept = prefixes_of(pipe, skip=0.4)
+    assert kept == [(2, 1)] * 4 + [(2, None)] * 2 + [(2, 2)] * 3
+    # Savings are counted on the networks that ran.
+    job = Job(pipe, [0, 1], 3, 2, {"skip": 0.4})
+    savings = generate_folder(job, tmp_path / "s").savings
+    assert savings is not None
+    cost = [pipe.cost(skip=skip).sample_flops for skip in (0.0, 0.4)]
+    assert savings.flops == pytest.approx(1 - cost[1] / cost[0])
+    # Numbers of bricks are those of the expert whose noise levels they are for.
+    assert prefixes_of(pipe, bricks="0-0.1:2")[-1] == (2, 2)
+    with pytest.raises(TesseraError, match="cannot run 3 bricks"):
+        pipe.sample([0], 3, bricks="20-inf:3")
+    with pytest.raises(TesseraError, match="no picture of bricks in common"):
+        brick_picture(pipe, 0, 3)
 
 
 def test_labels_of_the_picture_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,59 @@ def test_experts_are_saved_loaded_and_sampled_by_every_sampler(tmp_path: Path) -
         tessera.load(tmp_path / "e")
 
 
+def test_an_expert_alone_makes_no_images(tmp_path: Path) -> None:
+    alone = pipeline(0, snr_splits=[4, 0.25], expert=1)
+    words = (
+        r"expert 1 of 0 to 2.*from 0\.5 to 2 only.*tessera experts NAME EXPERT-0 EXPERT-1 EXPERT-2"
+    )
+    with pytest.raises(TesseraError, match=words):
+        alone.sample("0")
+    with pytest.raises(TesseraError, match=words):
+        alone.encode(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(TesseraError, match=words):
+        pipeline(0).sample("0", guidance=2.0, guide=alone)
+    alone.save(tmp_path / "1")
+    with pytest.raises(TesseraError, match=words):
+        run("sample", tmp_path / "1", "--out", tmp_path / "s", "--device", "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_what_is_no_expert_becomes_one_by_thresholds_only(tmp_path: Path) -> None:
+    clean, full = pipeline(0, snr_splits=[0.25], expert=0), pipeline(1)
+    with pytest.raises(TesseraError, match=r"number 1 \(tiny\) is no expert.*--thresholds"):
+        assemble([clean, full])
+    assert assemble([clean, full], [0.25]).recipe.snr_splits == (0.25,)
+    with pytest.raises(TesseraError, match=r"trained for noise levels 0 to 2, and .* 0 to 10\."):
+        assemble([clean, full], [0.01])
+    assert assemble([clean, full], [4]).recipe.snr_splits == (4,)  # a part of what it knows
+    clean.save(tmp_path / "0")
+    full.save(tmp_path / "1")
+    text = run("experts", tmp_path / "e", tmp_path / "0", tmp_path / "1", "--thresholds", "0.25")
+    assert f"{tmp_path / '1'} was trained for all noise levels" in text.replace("\n", "")
+    assert f"{tmp_path / '0'} was trained" not in text.replace("\n", "")
+
+
+def test_experts_cost_what_all_of_them_cost() -> None:
+    small, large = pipeline(0), pipeline(1, network={"model_channels": 64})
+    costs = [pipe.cost() for pipe in (small, large)]
+    both = ExpertsPipeline([small, large], [0.25]).cost()
+    assert both.parameters == sum(c.parameters for c in costs)
+    assert both.parameters == sum(
+        p.numel() for m in (small, large) for p in m.denoiser.parameters()
+    )
+    assert both.run_flops == sum(c.run_flops for c in costs)
+    assert both.evaluations == costs[0].evaluations
+    assert costs[0].sample_flops < both.sample_flops < costs[1].sample_flops
+    assert both.train_bytes == max(c.train_bytes for c in costs)
+    same = ExpertsPipeline([small, small], [0.25]).cost()
+    assert (same.sample_flops, same.forward_flops) == (
+        costs[0].sample_flops,
+        costs[0].forward_flops,
+    )
+    nested = ExpertsPipeline([ExpertsPipeline([small, small], [4]), large], [0.25]).cost()
+    assert nested.parameters == 2 * costs[0].parameters + costs[1].parameters
+
+
 def test_experts_of_another_network_by_the_command(tmp_path: Path) -> None:
     for index in range(2):
         pipeline(index, pdm=False).save(tmp_path / str(index))

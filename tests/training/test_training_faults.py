@@ -300,8 +300,7 @@ def test_saving_between_steps_and_a_second_call_change_nothing(whole: Path, fold
 def test_the_pipeline_of_the_moment_stays_as_it_is(folder: Path) -> None:
     recipe = tiny_recipe(folder, ema=[{"halflife_images": 50}, {"halflife_images": 20}])
     trainer = Trainer(recipe, folder / "moment")
-    steps = trainer.steps()
-    for report in steps:
+    for report in trainer.steps():
         if report.images == 40:
             break
     pipe = trainer.pipeline()
