@@ -174,6 +174,8 @@ def test_every_purpose_is_listed() -> None:
     found = set()
     for path in Path(randomness.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        found |= set(re.findall(r"draws\.(?:normal|uniform|integers|step)\(\s*f?\"([^\"]+)\"", text))
+        found |= set(
+            re.findall(r"draws\.(?:normal|uniform|integers|step)\(\s*f?\"([^\"]+)\"", text)
+        )
     heads = {name.split(".")[0] if name not in PURPOSES else name for name in found}
     assert heads == PURPOSES.keys()

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-
 from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
 from tessera.files import atomic_file, is_left_over, tidy, user_path

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tessera.pipelines.pipeline import Pipeline
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.errors import TesseraError
 from tessera.pipelines.generate import Job, generate_folder, read_images, share
-from tessera.pipelines.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
