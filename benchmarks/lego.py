@@ -41,7 +41,7 @@ from tessera.recipes.lego import STACKS
 from tessera.recipes.schema import (
     BrickConfig,
     DataConfig,
-    EdmSampler,
+    EdmSamplerConfig,
     LegoConfig,
     Recipe,
 )
@@ -171,7 +171,7 @@ def _skipping(model: Preconditioned, batch: int, rounds: int) -> str:
     `tessera sample`, from the median time of whole and of cut evaluations, here of all runs.
     """
     sizes = [brick.size for brick in NETWORKS[LEGO].bricks]
-    levels = build_sampler(EdmSampler(steps=STEPS)).levels(model)
+    levels = build_sampler(EdmSamplerConfig(steps=STEPS)).levels(model)
     schedules = {ratio: last_brick_schedule(sizes, ratio, levels) for ratio in RATIOS}
     denoisers = {ratio: cut_bricks(model, schedule) for ratio, schedule in schedules.items()}
     times = evaluation_seconds(denoisers, batch, rounds)

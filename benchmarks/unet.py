@@ -21,7 +21,7 @@ from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.errors import require_extra
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes.build import build_objective
-from tessera.recipes.schema import EdmObjective
+from tessera.recipes.schema import EdmObjectiveConfig
 
 SHAPE = (3, 32, 32)
 CLASSES = 10
@@ -107,7 +107,7 @@ def run(rounds: int, record_figures: bool) -> None:
             Variant(name, precision, compiled) for name in NETWORKS for compiled in (False, True)
         ]
         denoisers = {key: denoiser(key.network) for key in variants}
-        objective = build_objective(EdmObjective())
+        objective = build_objective(EdmObjectiveConfig())
         steps = {
             key: training_step(
                 learner(denoisers[key], objective, precision, key.compiled), SHAPE, batch, cond

@@ -39,10 +39,10 @@ from tessera.recipes.build import build_model, build_sampler, wrap_network
 from tessera.recipes.schema import (
     BricksConfig,
     CanvasConfig,
-    DdimSampler,
+    DdimSamplerConfig,
     GuidanceConfig,
     LargerConfig,
-    ProcessSampler,
+    ProcessSamplerConfig,
     Recipe,
     SamplerConfig,
     Section,
@@ -124,7 +124,7 @@ class SampleOptions:
 
 def _clipping(sampler: SamplerConfig, *, bounded: bool) -> SamplerConfig:
     """The sampler; estimates that may leave [-1, 1] are clipped only if `clip` says how."""
-    if isinstance(sampler, ProcessSampler) and sampler.clip == "auto" and not bounded:
+    if isinstance(sampler, ProcessSamplerConfig) and sampler.clip == "auto" and not bounded:
         return sampler.model_copy(update={"clip": "none"})
     return sampler
 
@@ -398,7 +398,7 @@ class DiffusionPipeline(Pipeline):
         _check_images(images, self.codec.image_shape(self.recipe.shape))
         chosen = SampleOptions.choose(self.recipe, **{**options, "sampler": "ddim"})
         section = chosen.sampler
-        assert isinstance(section, DdimSampler)
+        assert isinstance(section, DdimSamplerConfig)
         if section.eta > 0:
             raise TesseraError(
                 f"`eta={section.eta:g}`: only DDIM without noise can be gone backwards; set it to 0"

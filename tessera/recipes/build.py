@@ -117,15 +117,15 @@ def _input_channels(recipe: schema.Recipe) -> int:
 def build_preconditioning(section: schema.PreconditioningConfig) -> Preconditioning:
     """The four functions of σ around the network."""
     match section:
-        case schema.EdmPreconditioning():
+        case schema.EdmPreconditioningConfig():
             return preconditioning.Edm(**_options(section))
-        case schema.VpPreconditioning():
+        case schema.VpPreconditioningConfig():
             return preconditioning.Vp(**_options(section))
-        case schema.VePreconditioning():
+        case schema.VePreconditioningConfig():
             return preconditioning.Ve(**_options(section))
-        case schema.IddpmPreconditioning():
+        case schema.IddpmPreconditioningConfig():
             return preconditioning.Iddpm(**_options(section))
-        case schema.DiscretePreconditioning():
+        case schema.DiscretePreconditioningConfig():
             return Discrete(**_options(section))
 
 
@@ -164,13 +164,13 @@ def build_objective(
         steps: number of the denoiser's noise levels, for the objective of discrete processes.
     """
     match section:
-        case schema.EdmObjective():
+        case schema.EdmObjectiveConfig():
             return objectives.EdmObjective(sigma_range=noise_levels, **_options(section))
-        case schema.VpObjective():
+        case schema.VpObjectiveConfig():
             return objectives.VpObjective(sigma_range=noise_levels, **_options(section))
-        case schema.VeObjective():
+        case schema.VeObjectiveConfig():
             return objectives.VeObjective(sigma_range=noise_levels, **_options(section))
-        case schema.DiscreteObjective():
+        case schema.DiscreteObjectiveConfig():
             return DiscreteObjective(steps, sigma_range=noise_levels, **_options(section))
         case schema.ExternalObjectiveConfig():
             raise ValueError("an external objective is made by `recipe_objective`")
@@ -194,9 +194,9 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
     """What of the clean images a step trains on."""
     view, training, side = recipe.view, recipe.training, recipe.shape[1]
     match view:
-        case schema.FullView():
+        case schema.FullViewConfig():
             return FullView(training.batch)
-        case schema.PatchView():
+        case schema.PatchViewConfig():
             return PatchView(
                 side,
                 training.batch,
@@ -221,9 +221,9 @@ def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:
 def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
     """What turns samples into images; a VAE is loaded when it is needed, `vae` in its place."""
     match section:
-        case schema.PixelCodec():
+        case schema.PixelCodecConfig():
             return PixelCodec()
-        case schema.VaeCodec():
+        case schema.VaeCodecConfig():
             return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
 
 
@@ -237,15 +237,15 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
     if section.refine is not None:
         options["refine"] = parts.need("refine", "sampling.refine")(**section.refine.options)
     match section:
-        case schema.ExternalSampler():
+        case schema.ExternalSamplerConfig():
             sampler: Sampler = parts.need("sampler", "sampling.kind")(**section.options)
-        case schema.EdmSampler():
+        case schema.EdmSamplerConfig():
             sampler = edm_sampler(**options)
-        case schema.AblationSampler():
+        case schema.AblationSamplerConfig():
             sampler = ablation_sampler(**options)
-        case schema.DdpmSampler():
+        case schema.DdpmSamplerConfig():
             sampler = ddpm_sampler(**options)
-        case schema.DdimSampler():
+        case schema.DdimSamplerConfig():
             sampler = ddim_sampler(**options)
     if section.levels is None:
         return sampler

@@ -10,7 +10,7 @@ from tessera.data.latents import LatentDataset, is_latents, open_latents
 from tessera.errors import RecipeError
 from tessera.randomness import derive_seed
 from tessera.recipes.parts import NO_PARTS, Parts
-from tessera.recipes.schema import Recipe, VaeCodec
+from tessera.recipes.schema import Recipe, VaeCodecConfig
 
 
 def open_training_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset:
@@ -42,7 +42,7 @@ def _open(recipe: Recipe, parts: Parts) -> Dataset:
             "are with data.path=...; a run that is resumed takes it too"
         )
     seed = derive_seed(recipe.training.seed, "subset")
-    if not isinstance(recipe.codec, VaeCodec):
+    if not isinstance(recipe.codec, VaeCodecConfig):
         if is_latents(path):
             raise RecipeError(
                 f"{path} holds latents, but the recipe trains on pixels. Use a recipe with "
@@ -100,7 +100,7 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
 
 def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
     """What a set of latents was made with, other than the recipe says."""
-    assert isinstance(recipe.codec, VaeCodec)
+    assert isinstance(recipe.codec, VaeCodecConfig)
     info, codec = dataset.info, recipe.codec
     pairs = (
         ("data.resolution", info.resolution, recipe.data.resolution),

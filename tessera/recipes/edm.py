@@ -14,7 +14,7 @@ from tessera.recipes.schema import (
     AdmUNetConfig,
     AugmentConfig,
     DataConfig,
-    EdmSampler,
+    EdmSamplerConfig,
     EmaConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -53,7 +53,7 @@ def cifar10(labels: bool, architecture: Architecture) -> Recipe:
         data=DataConfig(resolution=32, num_classes=10 if labels else 0),
         network=song_unet(architecture, (2, 2, 2), dropout=0.13),
         augment=AugmentConfig(p=0.12),
-        sampling=EdmSampler(steps=18),
+        sampling=EdmSamplerConfig(steps=18),
     )
 
 
@@ -66,7 +66,7 @@ def _faces64(name: str, title: str, dropout: float, architecture: Architecture) 
         augment=AugmentConfig(p=0.15),
         optimizer=OptimizerConfig(lr=2e-4),
         training=TrainingConfig(batch=256),
-        sampling=EdmSampler(steps=40),
+        sampling=EdmSamplerConfig(steps=40),
     )
 
 
@@ -90,7 +90,7 @@ def imagenet64() -> Recipe:
         optimizer=OptimizerConfig(lr=1e-4),
         ema=(EmaConfig(halflife_images=50_000_000),),
         training=TrainingConfig(images=2_500_000_000, batch=4096, loss_scale=100),
-        sampling=EdmSampler(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
+        sampling=EdmSamplerConfig(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
         run=RunConfig(
             log_every_images=200_000,
             checkpoint_every_images=10_000_000,

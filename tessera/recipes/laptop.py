@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from tessera.recipes.schema import (
     DataConfig,
-    DiscreteObjective,
-    DiscretePreconditioning,
-    EdmObjective,
-    EdmSampler,
+    DiscreteObjectiveConfig,
+    DiscretePreconditioningConfig,
+    EdmObjectiveConfig,
+    EdmSamplerConfig,
     EmaConfig,
     OptimizerConfig,
     PatchedUNetConfig,
-    PatchView,
+    PatchViewConfig,
     PreviewConfig,
     Recipe,
     RunConfig,
@@ -37,11 +37,11 @@ def quickstart_digits() -> Recipe:
             dropout=0,
         ),
         # Which digit it becomes is decided at higher noise than the detail of photographs.
-        objective=EdmObjective(p_mean=-0.5, label_dropout=0.1),
+        objective=EdmObjectiveConfig(p_mean=-0.5, label_dropout=0.1),
         optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=2_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=1_000),),
         training=TrainingConfig(images=30_000, batch=16),
-        sampling=EdmSampler(steps=10, sigma_max=40),
+        sampling=EdmSamplerConfig(steps=10, sigma_max=40),
         run=RunConfig(
             log_every_images=500,
             checkpoint_every_images=20_000,
@@ -64,11 +64,11 @@ def cifar10_small() -> Recipe:
             dropout=0,
         ),
         # So few images teach layout and shapes, which are decided at higher noise than detail.
-        objective=EdmObjective(p_mean=-0.8, label_dropout=0.1),
+        objective=EdmObjectiveConfig(p_mean=-0.8, label_dropout=0.1),
         optimizer=OptimizerConfig(lr=1e-3, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=10_000),),
         training=TrainingConfig(images=120_000, batch=32),
-        sampling=EdmSampler(steps=18),
+        sampling=EdmSamplerConfig(steps=18),
         run=RunConfig(
             log_every_images=2_000,
             checkpoint_every_images=20_000,
@@ -84,7 +84,7 @@ def cifar10_small_patch() -> Recipe:
         update={
             "name": "cifar10-small-patch",
             "description": "CIFAR-10, small, on patches",
-            "view": PatchView(real_p=0.5),
+            "view": PatchViewConfig(real_p=0.5),
         }
     )
 
@@ -105,8 +105,8 @@ def cifar10_small_pdm() -> Recipe:
                 head_channels=32,
                 learn_variance=True,
             ),
-            "preconditioning": DiscretePreconditioning(schedule="cosine"),
-            "objective": DiscreteObjective(),
+            "preconditioning": DiscretePreconditioningConfig(schedule="cosine"),
+            "objective": DiscreteObjectiveConfig(),
         }
     )
 

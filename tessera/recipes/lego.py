@@ -14,8 +14,8 @@ from functools import partial
 from tessera.recipes.schema import (
     BrickConfig,
     DataConfig,
-    EdmObjective,
-    EdmSampler,
+    EdmObjectiveConfig,
+    EdmSamplerConfig,
     EmaConfig,
     LegoConfig,
     OptimizerConfig,
@@ -23,7 +23,7 @@ from tessera.recipes.schema import (
     Recipe,
     RunConfig,
     TrainingConfig,
-    VaeCodec,
+    VaeCodecConfig,
 )
 
 # Width and heads of the tokens; of a token's side, bricks of 16 pixels have 8, all others 2.
@@ -73,18 +73,18 @@ STACKS: dict[str, LegoConfig] = _stacks()
 
 
 # The settings of the published scores on ImageNet, with guidance 1.5.
-_IMAGENET = EdmSampler(steps=256, s_churn=10, s_min=0.05, s_max=10, s_noise=1.003)
+_IMAGENET = EdmSamplerConfig(steps=256, s_churn=10, s_min=0.05, s_max=10, s_noise=1.003)
 
 
 def _recipe(
-    name: str, description: str, network: str, data: DataConfig, sampling: EdmSampler
+    name: str, description: str, network: str, data: DataConfig, sampling: EdmSamplerConfig
 ) -> Recipe:
     return Recipe(
         name=name,
         description=description,
         data=data,
         network=STACKS[network],
-        objective=EdmObjective(label_dropout=0.1 if data.num_classes else 0.0),
+        objective=EdmObjectiveConfig(label_dropout=0.1 if data.num_classes else 0.0),
         optimizer=OptimizerConfig(lr=1e-4),
         sampling=sampling,
     )
@@ -97,7 +97,7 @@ def celeba64(order: str) -> Recipe:
         f"LEGO-S, {order}, CelebA",
         f"lego_S_{order}_64",
         DataConfig(resolution=64),
-        EdmSampler(steps=40),
+        EdmSamplerConfig(steps=40),
     )
 
 
@@ -108,7 +108,7 @@ def ffhq64(order: str) -> Recipe:
         f"LEGO-S, {order}, FFHQ",
         f"lego_S_{order}_64",
         DataConfig(resolution=64, xflip=True),
-        EdmSampler(steps=40),
+        EdmSamplerConfig(steps=40),
     )
 
 
@@ -136,7 +136,7 @@ def imagenet_latent(resolution: int, model: str, order: str) -> Recipe:
         DataConfig(resolution=resolution, num_classes=1000),
         _IMAGENET,
     )
-    return recipe.model_copy(update={"codec": VaeCodec()})
+    return recipe.model_copy(update={"codec": VaeCodecConfig()})
 
 
 def cifar10_small_lego() -> Recipe:
@@ -154,11 +154,11 @@ def cifar10_small_lego() -> Recipe:
             width=192,
             heads=3,
         ),
-        objective=EdmObjective(p_mean=-0.8, label_dropout=0.1),  # as `cifar10-small`
+        objective=EdmObjectiveConfig(p_mean=-0.8, label_dropout=0.1),  # as `cifar10-small`
         optimizer=OptimizerConfig(lr=5e-4, rampup_images=5_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=8_000),),
         training=TrainingConfig(images=96_000, batch=32),
-        sampling=EdmSampler(steps=18),
+        sampling=EdmSamplerConfig(steps=18),
         run=RunConfig(
             log_every_images=2_000,
             checkpoint_every_images=16_000,
@@ -179,11 +179,11 @@ def quickstart_digits_lego() -> Recipe:
             width=96,
             heads=3,
         ),
-        objective=EdmObjective(label_dropout=0.1),
+        objective=EdmObjectiveConfig(label_dropout=0.1),
         optimizer=OptimizerConfig(lr=2e-3, rampup_images=10_000, decay="cosine"),
         ema=(EmaConfig(halflife_images=15_000),),
         training=TrainingConfig(images=200_000, batch=128),
-        sampling=EdmSampler(steps=12),
+        sampling=EdmSamplerConfig(steps=12),
         run=RunConfig(
             log_every_images=5_000,
             checkpoint_every_images=100_000,

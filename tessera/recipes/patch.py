@@ -14,16 +14,16 @@ from tessera.recipes.edm import song_unet
 from tessera.recipes.schema import (
     AdmUNetConfig,
     DataConfig,
-    EdmObjective,
-    EdmSampler,
+    EdmObjectiveConfig,
+    EdmSamplerConfig,
     EmaConfig,
     OptimizerConfig,
-    PatchView,
+    PatchViewConfig,
     PreviewConfig,
     Recipe,
     RunConfig,
     TrainingConfig,
-    VaeCodec,
+    VaeCodecConfig,
 )
 
 
@@ -33,11 +33,11 @@ def images64(name: str, title: str, dropout: float) -> Recipe:
         name=name,
         description=f"Patch Diffusion, {title}",
         data=DataConfig(resolution=64),
-        view=PatchView(real_p=0.5),
+        view=PatchViewConfig(real_p=0.5),
         network=song_unet("vp", (1, 2, 2, 2), dropout),
         optimizer=OptimizerConfig(lr=2e-4),
         training=TrainingConfig(batch=256),
-        sampling=EdmSampler(steps=50),
+        sampling=EdmSamplerConfig(steps=50),
     )
 
 
@@ -48,12 +48,12 @@ def latents256(name: str, title: str, labels: bool) -> Recipe:
         name=name,
         description=f"Patch Diffusion, {title}",
         data=DataConfig(resolution=256, num_classes=1000 if labels else 0),
-        codec=VaeCodec(),
-        view=PatchView(real_p=0.5),
+        codec=VaeCodecConfig(),
+        view=PatchViewConfig(real_p=0.5),
         network=AdmUNetConfig(),
         # The published command cannot drop labels, though its guidance needs a model that learned
         # to do without them.
-        objective=EdmObjective(label_dropout=0.1 if labels else 0),
+        objective=EdmObjectiveConfig(label_dropout=0.1 if labels else 0),
         optimizer=OptimizerConfig(lr=1e-4),
         ema=(EmaConfig(halflife_images=50_000_000),),
         training=TrainingConfig(
@@ -62,7 +62,7 @@ def latents256(name: str, title: str, labels: bool) -> Recipe:
             micro_batch=32,
             loss_scale=100,
         ),
-        sampling=EdmSampler(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
+        sampling=EdmSamplerConfig(steps=256, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003),
         run=RunConfig(
             log_every_images=200_000 if labels else 50_000,
             checkpoint_every_images=every,

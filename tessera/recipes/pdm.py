@@ -10,9 +10,9 @@ from functools import partial
 
 from tessera.recipes.schema import (
     DataConfig,
-    DdpmSampler,
-    DiscreteObjective,
-    DiscretePreconditioning,
+    DdpmSamplerConfig,
+    DiscreteObjectiveConfig,
+    DiscretePreconditioningConfig,
     EmaConfig,
     OptimizerConfig,
     PatchedUNetConfig,
@@ -44,14 +44,14 @@ def pdm(
         description=description,
         data=data,
         network=network,
-        preconditioning=DiscretePreconditioning(schedule=schedule),
-        objective=DiscreteObjective(label_dropout=0.1 if data.num_classes else 0),
+        preconditioning=DiscretePreconditioningConfig(schedule=schedule),
+        objective=DiscreteObjectiveConfig(label_dropout=0.1 if data.num_classes else 0),
         snr_splits=snr_splits,
         expert=expert,
         optimizer=OptimizerConfig(lr=lr, betas=(0.9, beta2), rampup_images=warmup * batch),
         ema=(EmaConfig(halflife_images=_EMA_DECAY_HALFLIFE * batch, rampup_ratio=None),),
         training=TrainingConfig(images=steps * batch, batch=batch),
-        sampling=DdpmSampler(steps="250"),
+        sampling=DdpmSamplerConfig(steps="250"),
     )
 
 

@@ -29,7 +29,7 @@ from tessera.data.parallel import cores
 from tessera.pipelines.loading import build_pipeline
 from tessera.progress import progress
 from tessera.recipes.parts import NO_PARTS, Parts
-from tessera.recipes.schema import Recipe, VaeCodec
+from tessera.recipes.schema import Recipe, VaeCodecConfig
 from tessera.training import tracking
 from tessera.training.feed import Feed
 from tessera.training.forecast import Kind, Measured, course
@@ -47,7 +47,7 @@ class _Blank:
 
     def __init__(self, recipe: Recipe) -> None:
         channels, height, width = recipe.shape
-        latents = isinstance(recipe.codec, VaeCodec)
+        latents = isinstance(recipe.codec, VaeCodecConfig)
         self.shape = (2 * channels if latents else channels, height, width)
         self._dtype: Any = np.float16 if latents else np.uint8
 

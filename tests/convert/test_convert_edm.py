@@ -33,13 +33,13 @@ from tessera.networks.adm_unet import AdmUNet
 from tessera.recipes.loading import shipped
 from tessera.recipes.schema import (
     AdmUNetConfig,
-    EdmObjective,
-    EdmPreconditioning,
-    IddpmPreconditioning,
+    EdmObjectiveConfig,
+    EdmPreconditioningConfig,
+    IddpmPreconditioningConfig,
     SongUNetConfig,
-    VeObjective,
-    VePreconditioning,
-    VpPreconditioning,
+    VeObjectiveConfig,
+    VePreconditioningConfig,
+    VpPreconditioningConfig,
 )
 
 NETWORKS = ["net_ddpmpp", "net_ncsnpp", "net_adm", "net_songskip"]
@@ -186,11 +186,11 @@ def test_arguments_that_were_left_out() -> None:
         attn_resolutions=(32, 16, 8), dropout=0.10,
     )  # fmt: skip
     for class_name, unet, scaling in (
-        ("EDMPrecond", adm, EdmPreconditioning(sigma_data=0.5)),
-        ("VPPrecond", song, VpPreconditioning(beta_d=19.9, beta_min=0.1, timesteps=1000,
+        ("EDMPrecond", adm, EdmPreconditioningConfig(sigma_data=0.5)),
+        ("VPPrecond", song, VpPreconditioningConfig(beta_d=19.9, beta_min=0.1, timesteps=1000,
                                               epsilon_t=1e-5, released_sigma_min=True)),
-        ("VEPrecond", song, VePreconditioning(sigma_min=0.02, sigma_max=100)),
-        ("iDDPMPrecond", adm, IddpmPreconditioning(c_1=0.001, c_2=0.008, timesteps=1000)),
+        ("VEPrecond", song, VePreconditioningConfig(sigma_min=0.02, sigma_max=100)),
+        ("iDDPMPrecond", adm, IddpmPreconditioningConfig(c_1=0.001, c_2=0.008, timesteps=1000)),
     ):  # fmt: skip
         recipe, images = edm_recipe(checkpoint(record(class_name, **SIZE)))
         assert recipe.network == unet
@@ -212,8 +212,8 @@ def test_what_it_was_trained_by() -> None:
             dataset={"xflip": True, "path": "/somewhere/else.zip"},
         )
     )
-    assert recipe.preconditioning == EdmPreconditioning(sigma_data=0.25)
-    assert recipe.objective == EdmObjective(p_mean=-1.0, label_dropout=0.1)
+    assert recipe.preconditioning == EdmPreconditioningConfig(sigma_data=0.25)
+    assert recipe.objective == EdmObjectiveConfig(p_mean=-1.0, label_dropout=0.1)
     assert recipe.augment is not None
     assert (recipe.augment.p, recipe.augment.yflip, recipe.augment.scale_std) == (0.2, 0, 0.2)
     assert recipe.augment_dim == 4
@@ -221,13 +221,13 @@ def test_what_it_was_trained_by() -> None:
     assert recipe.data.xflip
     assert "somewhere" not in recipe.model_dump_json()
     recipe, _ = edm_recipe(checkpoint(record("VEPrecond", **SIZE), loss=record("VELoss")))
-    assert recipe.objective == VeObjective()
+    assert recipe.objective == VeObjectiveConfig()
 
 
 def test_exact_smallest_noise_level_is_kept() -> None:
     net = record("VPPrecond", {"sigma_min": 0.00100050}, **SIZE)
     recipe, _ = edm_recipe(checkpoint(net))
-    assert recipe.preconditioning == VpPreconditioning(released_sigma_min=False)
+    assert recipe.preconditioning == VpPreconditioningConfig(released_sigma_min=False)
 
 
 def released_arguments(name: str) -> tuple[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ from tessera.metrics.formats import is_measured, read_measured
 from tessera.metrics.images import open_images
 from tessera.metrics.reference import Reference, has_classifier, load_reference, save_reference
 from tessera.metrics.statistics import FeatureStatistics
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser, build_sampler, build_view, recipe_objective
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 

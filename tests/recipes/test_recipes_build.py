@@ -192,12 +192,12 @@ def test_the_schema_and_the_objects_have_the_same_defaults() -> None:
         (schema.SongUNetConfig, SongUNet),
         (schema.AdmUNetConfig, AdmUNet),
         (schema.PatchedUNetConfig, PatchedUNet),
-        (schema.DdpmSampler, ddpm.sample_ddpm, levels.process_levels),
-        (schema.DdimSampler, ddpm.sample_ddim, levels.process_levels),
-        (schema.DiscreteObjective, DiscreteObjective),
-        (schema.DiscretePreconditioning, Discrete),
-        (schema.EdmSampler, edm.sample_edm, levels.edm_levels, edm.edm_sampler),
-        (schema.AblationSampler, ablation.sample_ablation, ablation.ablation_levels),
+        (schema.DdpmSamplerConfig, ddpm.sample_ddpm, levels.process_levels),
+        (schema.DdimSamplerConfig, ddpm.sample_ddim, levels.process_levels),
+        (schema.DiscreteObjectiveConfig, DiscreteObjective),
+        (schema.DiscretePreconditioningConfig, Discrete),
+        (schema.EdmSamplerConfig, edm.sample_edm, levels.edm_levels, edm.edm_sampler),
+        (schema.AblationSamplerConfig, ablation.sample_ablation, ablation.ablation_levels),
         (schema.EdmLevelsConfig, levels.edm_levels),
         (schema.ProcessLevelsConfig, levels.process_levels),
     ]
@@ -212,8 +212,8 @@ def test_the_schema_and_the_objects_have_the_same_defaults() -> None:
                 assert defaults[name] == field.default, (section, name)
     for section, kind in (
         (schema.AugmentConfig, build.Augmentation),
-        (schema.EdmObjective, build.objectives.EdmObjective),
-        (schema.VpPreconditioning, build.preconditioning.Vp),
+        (schema.EdmObjectiveConfig, build.objectives.EdmObjective),
+        (schema.VpPreconditioningConfig, build.preconditioning.Vp),
     ):
         fields = {field.name: field.default for field in dataclasses.fields(kind)}
         for name, field in section.model_fields.items():

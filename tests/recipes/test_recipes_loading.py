@@ -14,7 +14,12 @@ from tessera.conditioning import Conditioning
 from tessera.errors import RecipeError
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe, shipped
-from tessera.recipes.schema import AdmUNetConfig, EdmObjective, EdmSampler, SongUNetConfig
+from tessera.recipes.schema import (
+    AdmUNetConfig,
+    EdmObjectiveConfig,
+    EdmSamplerConfig,
+    SongUNetConfig,
+)
 from tessera.recipes.text import read_yaml, write_yaml
 
 
@@ -47,7 +52,7 @@ def test_numbers_as_people_write_them() -> None:
     assert recipe.optimizer.lr == 1e-4
     assert recipe.training.batch == 1024
     assert recipe.run.keep == 10
-    assert isinstance(recipe.sampling, EdmSampler)
+    assert isinstance(recipe.sampling, EdmSamplerConfig)
     assert recipe.sampling.s_max == math.inf
 
 
@@ -260,7 +265,7 @@ def test_sections_with_a_default_kind_need_none(tmp_path: Path) -> None:
     path.write_text(
         "data: {resolution: 8}\nnetwork: {kind: song_unet}\nobjective: {label_dropout: 0.1}\n"
     )
-    assert load_recipe(path).objective == EdmObjective(label_dropout=0.1)
+    assert load_recipe(path).objective == EdmObjectiveConfig(label_dropout=0.1)
     path.write_text("data: {resolution: 8}\nnetwork: {model_channels: 64}\n")
     assert "network.kind: is missing; choose one of song_unet, adm_unet" in message(path)
 

@@ -55,13 +55,13 @@ class CodecSection(Section):
         """
 
 
-class PixelCodec(CodecSection):
+class PixelCodecConfig(CodecSection):
     """uint8 pixels to [-1, 1]."""
 
     kind: Literal["pixels"] = "pixels"
 
 
-class VaeCodec(CodecSection):
+class VaeCodecConfig(CodecSection):
     """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
 
     The defaults are those of Stable Diffusion's.
@@ -93,7 +93,7 @@ class VaeCodec(CodecSection):
             )
 
 
-CodecConfig = Annotated[PixelCodec | VaeCodec, Field(discriminator="kind")]
+CodecConfig = Annotated[PixelCodecConfig | VaeCodecConfig, Field(discriminator="kind")]
 
 
 class ViewSection(Section):
@@ -103,13 +103,13 @@ class ViewSection(Section):
     """Trains on parts of images, so that the network is told where they lie."""
 
 
-class FullView(ViewSection):
+class FullViewConfig(ViewSection):
     """Every step trains on whole images."""
 
     kind: Literal["full"] = "full"
 
 
-class PatchView(ViewSection):
+class PatchViewConfig(ViewSection):
     """Every step trains on random patches of one size, and where they lie (Patch Diffusion)."""
 
     crops = True
@@ -133,7 +133,7 @@ class PatchView(ViewSection):
     )
 
 
-ViewConfig = Annotated[FullView | PatchView, Field(discriminator="kind")]
+ViewConfig = Annotated[FullViewConfig | PatchViewConfig, Field(discriminator="kind")]
 
 
 class CoordsConfig(Section):

@@ -22,14 +22,14 @@ class PreconditioningSection(Section):
     """Its networks put out a variance, too, which it leaves out."""
 
 
-class EdmPreconditioning(PreconditioningSection):
+class EdmPreconditioningConfig(PreconditioningSection):
     """EDM (Karras et al. 2022), table 1."""
 
     kind: Literal["edm"] = "edm"
     sigma_data: PositiveFloat = 0.5
 
 
-class VpPreconditioning(PreconditioningSection):
+class VpPreconditioningConfig(PreconditioningSection):
     """Variance preserving (Song et al. 2021), EDM table 1."""
 
     kind: Literal["vp"] = "vp"
@@ -42,7 +42,7 @@ class VpPreconditioning(PreconditioningSection):
     )
 
 
-class VePreconditioning(PreconditioningSection):
+class VePreconditioningConfig(PreconditioningSection):
     """Variance exploding (Song et al. 2021), EDM table 1."""
 
     kind: Literal["ve"] = "ve"
@@ -50,7 +50,7 @@ class VePreconditioning(PreconditioningSection):
     sigma_max: PositiveFloat = 100
 
 
-class IddpmPreconditioning(PreconditioningSection):
+class IddpmPreconditioningConfig(PreconditioningSection):
     """Improved DDPM (Nichol & Dhariwal 2021), EDM table 1; the network has 2 C output channels."""
 
     has_levels = True
@@ -62,7 +62,7 @@ class IddpmPreconditioning(PreconditioningSection):
     timesteps: Steps = 1000
 
 
-class DiscretePreconditioning(PreconditioningSection):
+class DiscretePreconditioningConfig(PreconditioningSection):
     """The T steps of a variance-preserving process (DDPM, improved DDPM, PDM)."""
 
     has_levels = True
@@ -77,11 +77,11 @@ class DiscretePreconditioning(PreconditioningSection):
 
 
 PreconditioningConfig = Annotated[
-    EdmPreconditioning
-    | VpPreconditioning
-    | VePreconditioning
-    | IddpmPreconditioning
-    | DiscretePreconditioning,
+    EdmPreconditioningConfig
+    | VpPreconditioningConfig
+    | VePreconditioningConfig
+    | IddpmPreconditioningConfig
+    | DiscretePreconditioningConfig,
     Field(discriminator="kind"),
 ]
 
@@ -104,7 +104,7 @@ class ObjectiveSection(Section):
         return self
 
 
-class EdmObjective(ObjectiveSection):
+class EdmObjectiveConfig(ObjectiveSection):
     """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
 
     kind: Literal["edm"] = "edm"
@@ -113,7 +113,7 @@ class EdmObjective(ObjectiveSection):
     sigma_data: PositiveFloat = 0.5
 
 
-class VpObjective(ObjectiveSection):
+class VpObjectiveConfig(ObjectiveSection):
     """Variance preserving: uniform t, weight 1 / σ²."""
 
     kind: Literal["vp"] = "vp"
@@ -122,7 +122,7 @@ class VpObjective(ObjectiveSection):
     epsilon_t: PositiveFloat = 1e-5
 
 
-class VeObjective(ObjectiveSection):
+class VeObjectiveConfig(ObjectiveSection):
     """Variance exploding: log-uniform σ, weight 1 / σ²."""
 
     kind: Literal["ve"] = "ve"
@@ -130,7 +130,7 @@ class VeObjective(ObjectiveSection):
     sigma_max: PositiveFloat = 100
 
 
-class DiscreteObjective(ObjectiveSection):
+class DiscreteObjectiveConfig(ObjectiveSection):
     """The steps of a discrete process: weighted error, and a bound for learned variances."""
 
     needs_levels = True
@@ -165,6 +165,10 @@ class ExternalObjectiveConfig(ObjectiveSection):
 
 
 ObjectiveConfig = Annotated[
-    EdmObjective | VpObjective | VeObjective | DiscreteObjective | ExternalObjectiveConfig,
+    EdmObjectiveConfig
+    | VpObjectiveConfig
+    | VeObjectiveConfig
+    | DiscreteObjectiveConfig
+    | ExternalObjectiveConfig,
     Field(discriminator="kind"),
 ]

@@ -12,19 +12,19 @@ from tessera.recipes.schema.data import (
     CodecConfig,
     CoordsConfig,
     DataConfig,
-    FullView,
-    PatchView,
-    PixelCodec,
+    FullViewConfig,
+    PatchViewConfig,
+    PixelCodecConfig,
     ViewConfig,
 )
 from tessera.recipes.schema.diffusion import (
-    EdmObjective,
-    EdmPreconditioning,
+    EdmObjectiveConfig,
+    EdmPreconditioningConfig,
     ObjectiveConfig,
     PreconditioningConfig,
 )
 from tessera.recipes.schema.networks import NetworkConfig
-from tessera.recipes.schema.sampling import EdmSampler, SamplerConfig
+from tessera.recipes.schema.sampling import EdmSamplerConfig, SamplerConfig
 from tessera.recipes.schema.training import (
     EmaConfig,
     EvaluateConfig,
@@ -40,8 +40,8 @@ class Recipe(Section):
     name: str
     description: str = ""
     data: DataConfig
-    codec: CodecConfig = PixelCodec()
-    view: ViewConfig = FullView()
+    codec: CodecConfig = PixelCodecConfig()
+    view: ViewConfig = FullViewConfig()
     coords: CoordsConfig | None = Field(
         None, description="coordinates as input; null: x and y if the view is of patches"
     )
@@ -50,8 +50,8 @@ class Recipe(Section):
         None, description="side of the small image that the network enlarges (super-resolution)"
     )
     network: NetworkConfig
-    preconditioning: PreconditioningConfig = EdmPreconditioning()
-    objective: ObjectiveConfig = EdmObjective()
+    preconditioning: PreconditioningConfig = EdmPreconditioningConfig()
+    objective: ObjectiveConfig = EdmObjectiveConfig()
     snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
         (),
         max_length=64,
@@ -63,7 +63,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1, max_length=16)
     training: TrainingConfig = TrainingConfig()
-    sampling: SamplerConfig = EdmSampler()
+    sampling: SamplerConfig = EdmSamplerConfig()
     evaluate: EvaluateConfig | None = None
     run: RunConfig = RunConfig()
 
@@ -92,7 +92,7 @@ class Recipe(Section):
     def patch_sizes(self) -> tuple[int, ...]:
         """Sides of all images that the network is trained on, in model space, small to large."""
         side = self.shape[1]
-        if not isinstance(self.view, PatchView):
+        if not isinstance(self.view, PatchViewConfig):
             return (side,)
         if self.view.sizes is not None:
             return self.view.sizes
@@ -196,7 +196,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:
         view, side = self.view, self.shape[1]
-        if not isinstance(view, PatchView):
+        if not isinstance(view, PatchViewConfig):
             return self
         sizes = self.patch_sizes
         halvings = len(sizes) - 1

@@ -109,7 +109,7 @@ class SamplerSection(Section):
         return self
 
 
-class EdmSampler(SamplerSection):
+class EdmSamplerConfig(SamplerSection):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
 
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
@@ -131,7 +131,7 @@ class EdmSampler(SamplerSection):
         return self
 
 
-class AblationSampler(SamplerSection):
+class AblationSamplerConfig(SamplerSection):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
 
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
@@ -161,7 +161,7 @@ class AblationSampler(SamplerSection):
         return self
 
 
-class ProcessSampler(SamplerSection):
+class ProcessSamplerConfig(SamplerSection):
     """What samplers of discrete processes share."""
 
     OWN_LEVELS = ("steps", "noise_schedule")
@@ -175,21 +175,21 @@ class ProcessSampler(SamplerSection):
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
 
 
-class DdpmSampler(ProcessSampler):
+class DdpmSamplerConfig(ProcessSamplerConfig):
     """Ancestral sampling (Ho et al. 2020), with learned variances where there are any."""
 
     kind: Literal["ddpm"] = "ddpm"
     variance: Literal["learned", "large", "small"] = "learned"
 
 
-class DdimSampler(ProcessSampler):
+class DdimSamplerConfig(ProcessSamplerConfig):
     """DDIM (Song et al. 2021)."""
 
     kind: Literal["ddim"] = "ddim"
     eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
 
 
-class ExternalSampler(SamplerSection):
+class ExternalSamplerConfig(SamplerSection):
     """A sampler of the caller's own: `Parts.sampler` makes it."""
 
     kind: Literal["external"] = "external"
@@ -198,15 +198,19 @@ class ExternalSampler(SamplerSection):
 
 
 SamplerConfig = Annotated[
-    EdmSampler | AblationSampler | DdpmSampler | DdimSampler | ExternalSampler,
+    EdmSamplerConfig
+    | AblationSamplerConfig
+    | DdpmSamplerConfig
+    | DdimSamplerConfig
+    | ExternalSamplerConfig,
     Field(discriminator="kind"),
 ]
 
 SAMPLERS: dict[str, type[SamplerConfig]] = {
-    "edm": EdmSampler,
-    "ablation": AblationSampler,
-    "ddpm": DdpmSampler,
-    "ddim": DdimSampler,
-    "external": ExternalSampler,
+    "edm": EdmSamplerConfig,
+    "ablation": AblationSamplerConfig,
+    "ddpm": DdpmSamplerConfig,
+    "ddim": DdimSamplerConfig,
+    "external": ExternalSamplerConfig,
 }
 """The samplers by their kind."""
