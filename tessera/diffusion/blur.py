@@ -80,9 +80,9 @@ def scale_frequencies(x: Tensor, factors: Tensor) -> Tensor:
     """
     block = factors.shape[-1]
     coefficients = block_dct(x, block)
-    rows = coefficients.unflatten(-2, (-1, block))
+    rows = coefficients.reshape(*x.shape[:-2], -1, block, x.shape[-1])
     tiled = factors.to(x.dtype).repeat(*(1,) * (factors.ndim - 1), x.shape[-1] // block)
-    return block_idct((rows * tiled[..., None, :, :]).flatten(-3, -2), block)
+    return block_idct((rows * tiled[..., None, :, :]).reshape(x.shape), block)
 
 
 def block_noise(white: Tensor, block: int) -> Tensor:
@@ -151,12 +151,12 @@ class Blur:
 
     def time(self, sigma: Tensor) -> Tensor:
         """Blur time u of noise levels σ >= 0, shaped like σ; 1 above the highest."""
-        share = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
+        share: Tensor = torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
         return (share / self.prob_length).clamp(max=1)
 
     def noise_level(self, time: Tensor) -> Tensor:
         """Noise level σ of blur times u in [0, 1], shaped like u; the inverse of `time`."""
-        deviation = torch.special.ndtri(self.prob_length * time)
+        deviation: Tensor = torch.special.ndtri(self.prob_length * time)
         return (self.p_mean + self.p_std * deviation).exp()
 
     def blur_sigma(self, time: Tensor) -> Tensor:
@@ -286,7 +286,9 @@ class BlurObjective(DenoisingObjective):
     def _times(self) -> tuple[float, float, float]:
         """First and last blur time that is drawn, and the one that lower ones are raised to."""
         blur = self.corruption.blur
-        ends = torch.tensor([*self.sigma_range, self.sigma_floor], dtype=torch.float64, device="cpu")
+        ends = torch.tensor(
+            [*self.sigma_range, self.sigma_floor], dtype=torch.float64, device="cpu"
+        )
         low, high, floor = blur.time(ends).tolist()
         if self.sigma_range != EVERYWHERE:
             last = torch.ones((), dtype=torch.float64, device="cpu")
@@ -324,7 +326,7 @@ def _check(x: Tensor, block: int) -> None:
 
 
 def _on_blocks(x: Tensor, matrix: Tensor) -> Tensor:
-    """M X Mᵀ for each block X of x [..., H, W], with one matrix M [s, s], or one an image [B, s, s].
+    """M X Mᵀ of each block X of x [..., H, W], with one matrix M [s, s] or one an image [B, s, s].
 
     Rows of pixels are multiplied by several copies of M on a diagonal, which is quicker than
     blocks one by one. Float32 products of CUDA devices may be rounded to TensorFloat32, float64

@@ -80,7 +80,7 @@ def sample_relay(
     blur: Blur = Blur(),
     s_block: float = 0.15,
     s_noise: float = 0.2,
-    solver: Literal["heun", "euler"] = "heun",
+    correction: Literal["directions", "estimates", "none"] = "directions",
     reuse_noise: bool = False,
     unit_variance: bool = False,
     s_churn: float = 0.0,
@@ -101,9 +101,12 @@ def sample_relay(
             prob_length 1.05.
         s_block: strength b of the block noise.
         s_noise: η, the share of each step's noise that is new; 0 is deterministic after the start.
-        solver: "euler" leaves out the second-order correction (one evaluation a step).
-        reuse_noise: a correction adds the noise of its step, which makes it a true Heun step; the
-            released samplers draw anew, and their settings are tuned to that.
+        correction: what is averaged with a second evaluation at the end of the step. "directions"
+            (z - x̂) / σ, as the released samplers do, which is Heun's method without blur and of
+            first order with it; "estimates" x̂, of second order with any blur; "none", with one
+            evaluation a step.
+        reuse_noise: a correction adds the noise of its step; the released samplers draw anew, and
+            their settings are tuned to that.
         unit_variance: divide all noise by √(1 + b²), for models that were trained so.
         s_churn, s_min, s_max, churn_noise: EDM's added noise, the range of σ in which it is added,
             and its scale; the original's CelebA-HQ sampler has it, switched off.
@@ -146,14 +149,15 @@ def sample_relay(
             fresh = draw(s_noise * after) if s_noise > 0 else 0.0
             x_next = keep * x + scale_frequencies(denoised, change) + fresh
 
-            # Second-order correction: x̂ by the mean of the directions (z - x̂) / σ at both ends.
-            if solver == "heun":
-                direction = (x - denoised) / t_hat[i]
-                denoised = denoise(model, x_next, after, cond)
-                direction = (direction + (x_next - denoised) / after) / 2
+            if correction != "none":
+                first, denoised = denoised, denoise(model, x_next, after, cond)
+                if correction == "estimates":
+                    estimate = (first + denoised) / 2
+                else:
+                    directions = (x - first) / t_hat[i] + (x_next - denoised) / after
+                    estimate = x - t_hat[i] * directions / 2
                 if s_noise > 0 and not reuse_noise:
                     fresh = draw(s_noise * after)
-                estimate = x - t_hat[i] * direction
                 x_next = keep * x + scale_frequencies(estimate, change) + fresh
 
         x = x_next if refine is None else refine(x_next, after, cond)
@@ -173,7 +177,7 @@ def sample_edm_sde(
     reuse_noise: bool = False,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
-    """EDM's sampler with new noise at the end of every step, of the original's CelebA-HQ first stage.
+    """EDM's sampler with new noise in every step: the original's first stage of CelebA-HQ.
 
     A step to noise level σ' goes to √(σ'² - g²) and adds noise g = `sde_scale` σ'; with 0 this is
     `sample_edm` without churn. From unit normal `latents` [B, C, H, W]; 2 len(levels) - 1
@@ -182,7 +186,8 @@ def sample_edm_sde(
     Args:
         levels: noise levels at which steps begin, falling.
         sde_scale: the share of each step's noise that is new.
-        solver, reuse_noise, refine: see `sample_relay`.
+        solver: "euler" leaves out the second-order correction (one evaluation a step).
+        reuse_noise, refine: see `sample_relay`.
 
     Raises:
         TesseraError: `sde_scale` is not in [0, 1].

@@ -171,7 +171,12 @@ def test_blur_is_diagonal_and_grows(
     x = images(2, 3, rows * block, columns * block)
     y = blur(x, sigma)
     assert difference(y, scale_frequencies(x, table[:, None])) <= 1e-12
-    assert difference(y, block_idct(block_dct(x, block) * table.repeat(1, rows, columns)[:, None], block)) <= 1e-12
+    assert (
+        difference(
+            y, block_idct(block_dct(x, block) * table.repeat(1, rows, columns)[:, None], block)
+        )
+        <= 1e-12
+    )
     assert difference(blur(enlarged(x, block), sigma), enlarged(x, block)) <= 1e-12
 
 
@@ -273,7 +278,9 @@ def test_objective_draws_its_levels() -> None:
     assert sigma.min().item() == pytest.approx(7.5e-3, rel=1e-5)
     assert sigma.max() < 1.77
     share = objective.share_below(sigma)
-    torch.testing.assert_close(share, draws.uniform("sigma").clamp(min=share.min()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        share, draws.uniform("sigma").clamp(min=share.min()), atol=1e-4, rtol=0
+    )
     # The released floor; a floor that all levels are below.
     released = replace(objective, released_floor=True).sigma(draws)
     assert released.min().item() == pytest.approx(0.00712, rel=1e-3)
@@ -303,6 +310,10 @@ def test_objective_weights_and_label_dropout() -> None:
     assert 200 < int((recorder.labels == -1).sum()) < 312
 
 
+LONG = BlurCorruption(blur=Blur(prob_length=1.05))
+DRAWS = AddressedDraws(0, torch.arange(2))
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
@@ -312,13 +323,13 @@ def test_objective_weights_and_label_dropout() -> None:
         (lambda: Blur(p_std=0.0), "p_std"),
         (lambda: Blur(blur_sigma_max=-1.0), "blur_sigma_max"),
         (lambda: BlurObjective(sigma_floor=0.0), "sigma_floor"),
-        (lambda: BlurObjective(corruption=BlurCorruption(blur=Blur(prob_length=1.05))), "prob_length"),
-        (lambda: BlurObjective(sigma_range=(5.0, 9.0)).sigma(AddressedDraws(0, torch.arange(2))), "snr_splits"),
+        (lambda: BlurObjective(corruption=LONG), "prob_length"),
+        (lambda: BlurObjective(sigma_range=(5.0, 9.0)).sigma(DRAWS), "snr_splits"),
         (lambda: block_dct(torch.zeros(3, 8, 10), 4), "8x10"),
         (lambda: block_noise(torch.zeros(3, 6, 8), 4), "6x8"),
         (lambda: Blur()(torch.zeros(1, 3, 6, 8), torch.ones(1)), "6x8"),
     ],
-)  # fmt: skip
+)
 def test_errors_say_what_is_wrong(make: Any, word: str) -> None:
     with pytest.raises(TesseraError, match=word):
         make()
