@@ -97,10 +97,7 @@ def block_noise(white: Tensor, block: int) -> Tensor:
     _check(white, block)
     if block == 1:
         return white
-    for axis in (-2, -1):
-        tail = white.narrow(axis, white.shape[axis] - block + 1, block - 1)
-        white = _window_sums(torch.cat([tail, white], dim=axis), block, axis)
-    return white.div_(block)
+    return _window_sums(_window_sums(white, block, -2), block, -1).div_(block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,17 +343,23 @@ def _on_blocks(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _window_sums(x: Tensor, length: int, axis: int) -> Tensor:
-    """Sums over all windows of `length` >= 2 neighbours along an axis, by doubling."""
-    count = x.shape[axis] - length + 1
+    """Circular sums over the `length` >= 2 numbers that end at each one of an axis, by doubling."""
     total, start, size = None, 0, 1
     while True:
         if length & size:
-            part = x.narrow(axis, start, count)
-            total = part if total is None else total + part
+            total = x if total is None else _plus_shifted(total, x, start, axis)
             start += size
         if 2 * size > length:
             assert total is not None
             return total
-        rest = x.shape[axis] - size
-        x = x.narrow(axis, 0, rest) + x.narrow(axis, size, rest)
+        x = _plus_shifted(x, x, size, axis)
         size *= 2
+
+
+def _plus_shifted(x: Tensor, y: Tensor, shift: int, axis: int) -> Tensor:
+    """x + y.roll(shift, axis), without a copy of y."""
+    total, rest = torch.empty_like(x), x.shape[axis] - shift
+    for at, source, count in ((shift, 0, rest), (0, rest, shift)):
+        left, right = x.narrow(axis, at, count), y.narrow(axis, source, count)
+        torch.add(left, right, out=total.narrow(axis, at, count))
+    return total
