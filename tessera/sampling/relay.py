@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -91,20 +92,17 @@ def sample_relay(
 ) -> Iterator[SamplerState]:
     """From enlarged images `latents` [B, C, H, W] to sharp ones; 2 len(levels) - 1 evaluations.
 
-    The images start with noise of the highest level. The last step is the denoiser's estimate.
-    Noise is drawn for the start, for each step (if `s_noise` > 0) and for each correction; with
-    `s_block` > 0 a second time for the block noise.
+    The last step is the denoiser's estimate. Noise is drawn for the start, for each step (if
+    `s_noise` > 0) and for each correction; with `s_block` > 0 again for the block noise.
 
     Args:
         levels: noise levels at which steps begin, falling, see `relay_levels`.
-        blur: A(σ). The original's CelebA-HQ setting assumes less blur than was trained,
-            prob_length 1.05.
+        blur: A(σ); the original's CelebA-HQ setting assumes less than was trained.
         s_block: strength b of the block noise.
         s_noise: η, the share of each step's noise that is new; 0 is deterministic after the start.
         correction: what is averaged with a second evaluation at the end of the step. "directions"
             (z - x̂) / σ, as the released samplers do, which is Heun's method without blur and of
-            first order with it; "estimates" x̂, of second order with any blur; "none", with one
-            evaluation a step.
+            first order with it; "estimates" x̂, of second order with any blur; "none".
         reuse_noise: a correction adds the noise of its step; the released samplers draw anew, and
             their settings are tuned to that.
         unit_variance: divide all noise by √(1 + b²), for models that were trained so.
@@ -118,15 +116,7 @@ def sample_relay(
     if not 0 <= s_noise <= 1:
         raise TesseraError(f"s_noise = {s_noise:g}: it is a share of the noise, from 0 to 1")
     shape, dtype = tuple(latents.shape[1:]), state_dtype(latents.device)
-
-    def draw(scale: float) -> Tensor:
-        """New noise, block noise included, times `scale`."""
-        white = noise.normal(shape, dtype)
-        if s_block > 0:
-            base = noise.normal(shape, dtype)
-            white = with_block_noise(white, base, blur.block, s_block, unit_variance)
-        return scale * white
-
+    draw = partial(_draw, noise, shape, dtype, blur.block, s_block, unit_variance)
     t, t_hat = list(levels), churned(denoiser, levels, s_churn, s_min, s_max)
     alpha, alpha_hat = (
         blur.factors(torch.tensor(sigmas, dtype=torch.float64)).to(latents.device, dtype)
@@ -149,11 +139,11 @@ def sample_relay(
             fresh = draw(s_noise * after) if s_noise > 0 else 0.0
             x_next = keep * x + scale_frequencies(denoised, change) + fresh
 
+            # Correction: x̂ by both ends of the step.
             if correction != "none":
                 first, denoised = denoised, denoise(model, x_next, after, cond)
-                if correction == "estimates":
-                    estimate = (first + denoised) / 2
-                else:
+                estimate = (first + denoised) / 2
+                if correction == "directions":
                     directions = (x - first) / t_hat[i] + (x_next - denoised) / after
                     estimate = x - t_hat[i] * directions / 2
                 if s_noise > 0 and not reuse_noise:
@@ -162,6 +152,23 @@ def sample_relay(
 
         x = x_next if refine is None else refine(x_next, after, cond)
         yield SamplerState(i + 1, len(t), after, x, denoised)
+
+
+def _draw(
+    noise: NoiseSource,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    block: int,
+    s_block: float,
+    unit_variance: bool,
+    scale: float,
+) -> Tensor:
+    """New noise, block noise included, times `scale`."""
+    white = noise.normal(shape, dtype)
+    if s_block > 0:
+        base = noise.normal(shape, dtype)
+        white = with_block_noise(white, base, block, s_block, unit_variance)
+    return scale * white
 
 
 @torch.no_grad()
