@@ -38,8 +38,10 @@ from tessera.metrics.images import open_images, read_npz
 from tessera.pickles import NUMPY, load_pickle
 from tessera.pipelines.folder import start_from
 from tessera.pipelines.loading import estimate
-from tessera.recipes.build import build_denoiser
+from tessera.recipes.build import _network, build_denoiser
+from tessera.recipes.parts import NO_PARTS
 from tessera.recipes.loading import load_recipe
+from tessera.recipes.size import network_bytes
 from tessera.training.checkpoints import Checkpoints, load_tensors
 from tessera.training.trainer import Trainer
 
@@ -214,6 +216,24 @@ def test_networks_beyond_memory(tmp_path: Path) -> None:
     write_json(tmp_path / "pipe" / "config.json", config)
     with pytest.raises(RecipeError, match="GiB of weights"):
         tessera.load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10-small", "edm-cifar10-cond-ve", "cifar10-small-lego", "cifar10-small-pdm"]
+)
+def test_counting_is_exact_and_allocates_nothing(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        made = build_denoiser(recipe)
+    built: list[torch.nn.Module] = []
+
+    def build() -> torch.nn.Module:
+        built.append(_network(recipe, NO_PARTS))
+        return built[0]
+
+    assert network_bytes(build) == sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
+    assert all(parameter.is_meta for parameter in built[0].parameters())
+    assert sum(b.nbytes for b in built[0].buffers() if not b.is_meta) < 4 * MIB
 
 
 def test_training_needs_the_weights_several_times(tmp_path: Path, monkeypatch: Any) -> None:
