@@ -39,8 +39,8 @@ from tessera.pickles import NUMPY, load_pickle
 from tessera.pipelines.folder import start_from
 from tessera.pipelines.loading import estimate
 from tessera.recipes.build import _network, build_denoiser
-from tessera.recipes.parts import NO_PARTS
 from tessera.recipes.loading import load_recipe
+from tessera.recipes.parts import NO_PARTS
 from tessera.recipes.size import network_bytes
 from tessera.training.checkpoints import Checkpoints, load_tensors
 from tessera.training.trainer import Trainer
