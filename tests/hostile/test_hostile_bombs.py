@@ -301,7 +301,10 @@ def test_weights_that_are_no_weights(tmp_path: Path, how: str) -> None:
 def test_checkpoints_that_hold_no_weights(tmp_path: Path, how: str, group: str) -> None:
     tensors = {f"{g}/weight": torch.ones(3) for g in ("model", "ema-0", "optimizer")}
     broken = {**tensors, f"{group}/weight": BROKEN[how](torch.ones(3))}
-    folder = Checkpoints(tmp_path, 2).save(8, broken, {}, sharded=False)
+    state = {
+        "images": 8, "step": 1, "seconds": 1.0, "counters": {}, "meter": {}, "recipe": {},
+    }  # fmt: skip
+    folder = Checkpoints(tmp_path, 2).save(8, broken, state, sharded=False)
     with pytest.raises(CheckpointError, match="weight"):
         load_tensors(folder, tensors)
 
