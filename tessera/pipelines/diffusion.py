@@ -41,6 +41,7 @@ from tessera.recipes.schema import (
     CanvasConfig,
     DdimSamplerConfig,
     GuidanceConfig,
+    SAMPLERS,
     LargerConfig,
     ProcessSamplerConfig,
     Recipe,
@@ -245,14 +246,14 @@ class DiffusionPipeline(Pipeline):
             parts=opened.own_parts,
         )
 
-    def options(self) -> list[Option]:
-        sections = SampleOptions.sections(self.recipe)
-        titles = {"sampler": f"sampler {self.recipe.sampling.kind}", "network": "network"}
-        return [
-            option
-            for name, section in sections.items()
-            for option in listed(titles.get(name, name), section)
+    def options(self, sampler: str | None = None) -> list[Option]:
+        sections = SampleOptions.sections(self.recipe, sampler)
+        kind = sampler or self.recipe.sampling.kind
+        meaning = f"another: {', '.join(SAMPLERS)}; each has options of its own"
+        own = [
+            option for name, section in sections.items() for option in listed(name, section)
         ]
+        return [Option("sampler", "sampler", kind, meaning), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

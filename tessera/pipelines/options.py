@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
+from tessera.recipes.messages import describe
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
+from tessera.recipes.schema.sampling import SamplerSection
 
 Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
@@ -104,6 +106,9 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if not values:
         return section
     before = section.model_dump()
+    if isinstance(section, SamplerSection) and values.get("levels") is not None:
+        # Other noise levels take the place of those that the recipe gives the sampler.
+        before = {k: v for k, v in before.items() if k not in section.OWN_LEVELS}
     merged = {
         name: {**before[name], **value}
         if isinstance(value, Mapping) and isinstance(before.get(name), dict)
@@ -114,6 +119,9 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
         return type(section).model_validate({**before, **merged})
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping):
+            text = describe(error, {**before, **merged}, type(section))
+            raise TesseraError(text.splitlines()[0]) from error
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise TesseraError(
@@ -123,12 +131,13 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
 
 def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     """Names that other samplers take, and what to do to use them."""
-    own = type(section).model_fields
+    homes: dict[str, list[str]] = {}
+    for kind, other in SAMPLERS.items():
+        for name in other.model_fields.keys() - type(section).model_fields.keys():
+            homes.setdefault(name, []).append(f"`sampler={kind}`")
     return {
-        name: f"belongs to another sampler: add `sampler={kind}`"
-        for kind, other in SAMPLERS.items()
-        for name in other.model_fields
-        if name not in own
+        name: f"belongs to another sampler: add {' or '.join(kinds)}"
+        for name, kinds in homes.items()
     }
 
 
