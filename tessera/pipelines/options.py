@@ -119,7 +119,8 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
         return type(section).model_validate({**before, **merged})
     except ValidationError as error:
         first = error.errors()[0]
-        if first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping):
+        nested = first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping)
+        if nested or first["type"].startswith("model_"):
             text = describe(error, {**before, **merged}, type(section))
             raise TesseraError(text.splitlines()[0]) from error
         where = ".".join(map(str, first["loc"]))
