@@ -171,8 +171,15 @@ class Pipeline(ABC):
         """The pipeline of a folder whose configuration and parts were read."""
 
     @abstractmethod
-    def options(self) -> list[Option]:
-        """All options of `sample` that this model takes, with their defaults."""
+    def options(self, sampler: str | None = None) -> list[Option]:
+        """All options of `sample` that this model takes, with their defaults.
+
+        Args:
+            sampler: another kind than the recipe's.
+
+        Raises:
+            TesseraError: there is none of that kind.
+        """
 
     @abstractmethod
     def plan(

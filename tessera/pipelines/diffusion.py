@@ -37,6 +37,7 @@ from tessera.pipelines.options import (
 from tessera.precision import resolve
 from tessera.recipes.build import build_model, build_sampler, wrap_network
 from tessera.recipes.schema import (
+    SAMPLERS,
     BricksConfig,
     CanvasConfig,
     DdimSamplerConfig,
@@ -258,14 +259,12 @@ class DiffusionPipeline(Pipeline):
         channels, height, width = shape
         return {"start_from": np.zeros((1, height, width, channels), np.uint8)}
 
-    def options(self) -> list[Option]:
-        sections = SampleOptions.sections(self.recipe)
-        titles = {"sampler": f"sampler {self.recipe.sampling.kind}", "network": "network"}
-        return [
-            option
-            for name, section in sections.items()
-            for option in listed(titles.get(name, name), section)
-        ]
+    def options(self, sampler: str | None = None) -> list[Option]:
+        sections = SampleOptions.sections(self.recipe, sampler)
+        kind = sampler or self.recipe.sampling.kind
+        meaning = f"another: {', '.join(SAMPLERS)}; each has options of its own"
+        own = [option for name, section in sections.items() for option in listed(name, section)]
+        return [Option("sampler", "sampler", kind, meaning), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

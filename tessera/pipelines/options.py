@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
+from tessera.recipes.messages import describe
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
+from tessera.recipes.schema.sampling import SamplerSection
 
 Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
@@ -106,6 +108,9 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if not values:
         return section
     before = section.model_dump()
+    if isinstance(section, SamplerSection) and values.get("levels") is not None:
+        # Other noise levels take the place of those that the recipe gives the sampler.
+        before = {k: v for k, v in before.items() if k not in section.OWN_LEVELS}
     merged = {
         name: {**before[name], **value}
         if isinstance(value, Mapping) and isinstance(before.get(name), dict)
@@ -116,6 +121,10 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
         return type(section).model_validate({**before, **merged})
     except ValidationError as error:
         first = error.errors()[0]
+        nested = first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping)
+        if nested or first["type"].startswith("model_"):
+            text = describe(error, {**before, **merged}, type(section))
+            raise TesseraError(text.splitlines()[0]) from error
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise TesseraError(

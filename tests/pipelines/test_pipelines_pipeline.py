@@ -312,7 +312,7 @@ def test_options_reach_the_sampler() -> None:
     edm = PIPE.sample([0], sigma_min=0.002, sigma_max=80.0)
     assert np.array_equal(PIPE.sample([0], **ablation, discretization="edm"), edm)
     assert not np.array_equal(PIPE.sample([0], **ablation, discretization="ve"), edm)
-    with pytest.raises(TesseraError, match="no option `discretization`.*`sampler=ablation`"):
+    with pytest.raises(TesseraError, match=r"no option `discretization`.*`sampler=ablation`"):
         PIPE.sample([0], discretization="edm")
     seen: list[tuple[list[int], int]] = []
     PIPE.sample([3, 4], on_step=lambda seeds, state: seen.append((list(seeds), state.step)))
