@@ -45,8 +45,12 @@ def test_checkpoints_call_the_model_a_denoiser(tmp_path: Path) -> None:
         names = set(opened.keys())
     groups = {name.partition("denoiser.")[0] for name in names if "denoiser." in name}
     assert groups >= {"model/", "ema-0/"}
-    assert len(groups) == 2 + len({name.split("/")[1].split(".")[0] for name in names
-                                   if name.startswith("optimizer/") and "denoiser." in name})  # fmt: skip
+    moments = {
+        name.split("/")[1].split(".")[0]
+        for name in names
+        if name.startswith("optimizer/") and "denoiser." in name
+    }
+    assert len(groups) == 2 + len(moments)
     assert not [name for name in names if "/model." in name]
     resumed = Trainer(tiny_recipe(tmp_path), resume=tmp_path / "run")
     assert resumed.images_seen == 32
