@@ -124,7 +124,7 @@ def test_all_options_can_be_given_as_they_are_printed(folders: dict[str, str]) -
         (
             "tiny",
             ["window=0,0,8,8"],
-            "this model does not know where its pixels lie.*Leave out `window`",
+            "where its pixels lie.*Leave out `window`",
         ),
         ("tiny", ["sampler=dpm"], "`sampler=dpm`: there is none. Choose edm, "),
         ("tiny", ["s_churn=much"], "`s_churn=much`: "),
