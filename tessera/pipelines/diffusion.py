@@ -37,11 +37,11 @@ from tessera.pipelines.options import (
 from tessera.precision import resolve
 from tessera.recipes.build import build_model, build_sampler, wrap_network
 from tessera.recipes.schema import (
+    SAMPLERS,
     BricksConfig,
     CanvasConfig,
     DdimSamplerConfig,
     GuidanceConfig,
-    SAMPLERS,
     LargerConfig,
     ProcessSamplerConfig,
     Recipe,
@@ -250,9 +250,7 @@ class DiffusionPipeline(Pipeline):
         sections = SampleOptions.sections(self.recipe, sampler)
         kind = sampler or self.recipe.sampling.kind
         meaning = f"another: {', '.join(SAMPLERS)}; each has options of its own"
-        own = [
-            option for name, section in sections.items() for option in listed(name, section)
-        ]
+        own = [option for name, section in sections.items() for option in listed(name, section)]
         return [Option("sampler", "sampler", kind, meaning), *own]
 
     def plan(

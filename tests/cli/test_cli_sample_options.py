@@ -1,4 +1,4 @@
-"""KEY=VALUE of `tessera sample`, `cost` and `bricks`: what there is, and what is wrong, in words."""
+"""KEY=VALUE of `tessera sample`, `cost` and `bricks`: what there is, and what is wrong."""
 
 from __future__ import annotations
 

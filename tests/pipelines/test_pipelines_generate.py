@@ -46,9 +46,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
-def test_classes_that_are_known_are_not_drawn_again(
-    tmp_path: Path, drawn: list[list[int]]
-) -> None:
+def test_classes_that_are_known_are_not_drawn_again(tmp_path: Path, drawn: list[list[int]]) -> None:
     pipe = tiny_pipeline()
     expected = pipe.labels(range(8)).tolist()
     drawn.clear()

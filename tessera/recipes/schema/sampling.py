@@ -161,7 +161,9 @@ class AblationSamplerConfig(SamplerSection):
     sigma_max: PositiveFloat | None = Field(None, description=OWN_RANGE)
     rho: float = Field(7, ge=0.01, le=1000, description=f"of edm; {LONG_STEPS}")
     epsilon_s: PositiveFloat = Field(1e-3, description="last time of vp")
-    c_1: PositiveFloat = Field(0.001, description="of iddpm: least share of the signal that a step keeps")
+    c_1: PositiveFloat = Field(
+        0.001, description="of iddpm: least share of the signal that a step keeps"
+    )
     c_2: PositiveFloat = Field(0.008, description="of iddpm: offset of its cosine")
     timesteps: Steps = Field(1000, description="of iddpm: number of its process's steps")
     alpha: PositiveFloat = Field(1, description="second evaluation after this share of a step")
@@ -184,8 +186,8 @@ class ProcessSamplerConfig(SamplerSection):
     steps: str = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
-        description="estimates of x: none, static, dynamic; auto: dynamic if guided, static if not, none "
-        "of latents",
+        description="estimates of x: none, static or dynamic; auto: dynamic if guided, else "
+        "static, and none of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
