@@ -18,8 +18,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, within
 from tessera.errors import TesseraError
 from tessera.networks.layers import full_precision
@@ -295,17 +293,6 @@ class BlurObjective(DenoisingObjective):
     def weight(self, sigma: Tensor) -> Tensor:
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         return weight.clamp(max=self.max_weight)
-
-    def elementwise(
-        self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws, sigma: Tensor
-    ) -> Tensor:
-        """The weighted squared error of each pixel at noise levels σ [B], float32 [B, C, H, W]."""
-        if self.label_dropout > 0:
-            cond = cond.drop_labels(draws.uniform("label_dropout") < self.label_dropout)
-        posterior = denoiser(self.corruption(x, sigma, draws), sigma, cond)
-        estimates = (*posterior.stages, posterior.mean)
-        error = torch.stack([(d - x).square() for d in estimates]).mean(dim=0)
-        return self.weight(sigma)[:, None, None, None] * error
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:

@@ -133,15 +133,15 @@ def _clipping(sampler: SamplerConfig, *, bounded: bool) -> SamplerConfig:
 def _refused(recipe: Recipe, sections: Mapping[str, Section]) -> dict[str, str]:
     """Names that models of other kinds take, and why this one does not."""
     blind = (
-        "this model does not know where its pixels lie, so it makes whole pictures only. Leave it "
-        "out, or train with view.kind=patches or coords.frequencies=0"
+        "this model does not know where its pixels lie, so it makes whole pictures only. Leave out "
+        "`{}`, or train with view.kind=patches or coords.frequencies=0"
     )
     whole = (
         "only networks made of bricks (network.kind=lego) can skip any; this one is a "
-        f"{recipe.network.kind}. Leave it out"
+        f"{recipe.network.kind}. Leave out `{{}}`"
     )
-    reasons = dict.fromkeys(CanvasConfig.model_fields, blind)
-    reasons |= dict.fromkeys(BricksConfig.model_fields, whole)
+    reasons = {name: blind.format(name) for name in CanvasConfig.model_fields}
+    reasons |= {name: whole.format(name) for name in BricksConfig.model_fields}
     taken = {name for section in sections.values() for name in type(section).model_fields}
     return {name: reason for name, reason in reasons.items() if name not in taken}
 
@@ -245,6 +245,19 @@ class DiffusionPipeline(Pipeline):
             checksum=entry.sha256,
             parts=opened.own_parts,
         )
+
+    def without_weights(self) -> Self:
+        # An expert alone makes no images, but costs what it would among the others.
+        other = super().without_weights()
+        other.recipe = self.recipe.model_copy(update={"expert": None})
+        return other
+
+    def blank_start(self) -> dict[str, Any]:
+        shape = self.recipe.start_shape
+        if shape is None:
+            return {}
+        channels, height, width = shape
+        return {"start_from": np.zeros((1, height, width, channels), np.uint8)}
 
     def options(self, sampler: str | None = None) -> list[Option]:
         sections = SampleOptions.sections(self.recipe, sampler)

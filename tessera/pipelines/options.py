@@ -41,10 +41,9 @@ class Option:
 
 def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
     """The options of a section."""
-    for name, field in type(section).model_fields.items():
-        if name != "kind":
-            value = getattr(section, name)
-            yield Option(title, prefix + name, value, field.description or "")
+    for name in _names(type(section)):
+        meaning = type(section).model_fields[name].description or ""
+        yield Option(title, prefix + name, getattr(section, name), meaning)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
@@ -68,17 +67,12 @@ def fill(
     Args:
         sections: what the model takes, with its defaults; no name occurs in two of them.
         given: name to value, which may be text; parts of a nested section as `levels.steps`.
-        refused: names that other models take, and why this one does not.
+        refused: names that other models take, and the message that says why this one does not.
 
     Raises:
         TesseraError: a name is unknown or refused, or a value is one that it cannot have.
     """
-    homes = {
-        name: key
-        for key, section in sections.items()
-        for name in type(section).model_fields
-        if name != "kind"
-    }
+    homes = {name: key for key, section in sections.items() for name in _names(type(section))}
     values: dict[str, dict[str, Any]] = {key: {} for key in sections}
     for name, value in given.items():
         first, *rest = name.split(".")
@@ -86,6 +80,12 @@ def fill(
             _refuse(name, [*homes, "sampler"], refused)
         _put(values[homes[first]], [first, *rest], value)
     return {key: _changed(section, values[key]) for key, section in sections.items()}
+
+
+def _names(section: type[Section]) -> list[str]:
+    """Names of the options, those of its own before those that all such sections have."""
+    own = [name for name in section.__annotations__ if name in section.model_fields]
+    return [n for n in dict.fromkeys([*own, *section.model_fields]) if n != "kind"]
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -96,10 +96,11 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _refuse(name: str, known: list[str], refused: Mapping[str, str]) -> NoReturn:
     if name in refused:
-        raise TesseraError(f"`{name}`: {refused[name]}")
+        raise TesseraError(refused[name])
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}"
-    raise TesseraError(f"there is no option {name!r} of this model. {hint}")
+    there = ", ".join(f"`{option}`" for option in known)
+    hint = f"Did you mean `{near[0]}`?" if near else f"There are {there}"
+    raise TesseraError(f"this model has no option `{name}`. {hint}")
 
 
 def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
@@ -132,13 +133,15 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
 
 def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     """Names that other samplers take, and what to do to use them."""
-    homes: dict[str, list[str]] = {}
+    owners: dict[str, list[str]] = {}
     for kind, other in SAMPLERS.items():
-        for name in other.model_fields.keys() - type(section).model_fields.keys():
-            homes.setdefault(name, []).append(f"`sampler={kind}`")
+        for name in _names(other):
+            if name not in type(section).model_fields and kind != "external":
+                owners.setdefault(name, []).append(f"`sampler={kind}`")
     return {
-        name: f"belongs to another sampler: add {' or '.join(kinds)}"
-        for name, kinds in homes.items()
+        name: f"the sampler {section.kind} has no option `{name}`. It is one of "
+        + " and ".join(kinds)
+        for name, kinds in owners.items()
     }
 
 

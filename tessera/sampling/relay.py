@@ -21,7 +21,6 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.diffusion.blur import Blur, scale_frequencies, with_block_noise
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.schedules import edm_steps
 from tessera.errors import TesseraError
 from tessera.sampling.core import (
     NoiseSource,
@@ -29,9 +28,9 @@ from tessera.sampling.core import (
     SamplerState,
     churned,
     denoise,
-    round_sigmas,
     state_dtype,
 )
+from tessera.sampling.levels import edm_levels
 
 
 def enlarged(images: Tensor, block: int) -> Tensor:
@@ -59,8 +58,7 @@ def relay_levels(
     Raises:
         TesseraError: no level is left.
     """
-    sigma_min, sigma_max = max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
-    levels = round_sigmas(denoiser, edm_steps(steps, sigma_min, sigma_max, rho))
+    levels = edm_levels(denoiser, steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     kept = [level for level in levels if level < sigma_start]
     if not kept:
         raise TesseraError(
@@ -150,7 +148,7 @@ def sample_relay(
                     fresh = draw(s_noise * after)
                 x_next = keep * x + scale_frequencies(estimate, change) + fresh
 
-        x = x_next if refine is None else refine(x_next, after, cond)
+        x = x_next if refine is None else refine(model, x_next, after, cond, noise)
         yield SamplerState(i + 1, len(t), after, x, denoised)
 
 
@@ -220,5 +218,5 @@ def sample_edm_sde(
                 fresh = added * noise.normal(shape, dtype)
             x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2 + fresh
 
-        x = x_next if refine is None else refine(x_next, t[i + 1], cond)
+        x = x_next if refine is None else refine(model, x_next, t[i + 1], cond, noise)
         yield SamplerState(i + 1, len(levels), t[i + 1], x, denoised)

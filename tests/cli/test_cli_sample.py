@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tessera.pipelines.pipeline import Pipeline
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.errors import TesseraError
 from tessera.pipelines.generate import Job, generate_folder, read_images, share
+from tessera.pipelines.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(
 
 
 def test_jobs_take_latents(pipeline: str, tmp_path: Path) -> None:
-    pipe = Pipeline.load(pipeline)
+    pipe = load(pipeline)
     latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     job = Job(pipe, [0, 1, 2], 0, 2, {"latents": latents})
     generate_folder(job, tmp_path / "s")

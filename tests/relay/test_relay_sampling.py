@@ -18,7 +18,7 @@ from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.schedules import edm_steps
 from tessera.errors import TesseraError
-from tessera.sampling.core import SamplerState
+from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.edm import sample_edm
 from tessera.sampling.relay import enlarged, relay_levels, sample_edm_sde, sample_relay
 from tessera.sampling.seeds import SeedNoise
@@ -106,13 +106,15 @@ def test_recorded_first_stage_with_churn() -> None:
     options = {k.lower(): v for k, v in described["kwargs"].items()}
     network = recorded_denoiser(described["net"])
     calls = Calls(network)
+    ends = (options.pop(k) for k in ("num_steps", "sigma_min", "sigma_max", "rho"))
+    levels = edm_steps(*ends)
     states = list(
         sample_edm(
             guided(network, options.pop("cfg_scale")),
             golden["latents"],
             conditioning(golden),
             RecordedSteps(golden["noises"]),
-            steps=options.pop("num_steps"),
+            levels.tolist(),
             **options,
         )
     )
@@ -293,7 +295,9 @@ def test_images_do_not_depend_on_their_batch() -> None:
 def test_refinement_after_each_step() -> None:
     levels, seen = edm_steps(3, 0.01, 0.8).tolist(), []
 
-    def refine(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
+    def refine(
+        denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning, noise: NoiseSource
+    ) -> Tensor:
         seen.append(sigma)
         return x + 1
 
@@ -320,7 +324,7 @@ def test_first_stage_with_new_noise(solver: Any, draws: int, calls: int) -> None
     *_, ours = sample_edm_sde(
         denoiser, latents, Conditioning(), plain, levels, sde_scale=0.0, solver=solver
     )
-    *_, edm = sample_edm(denoiser, latents, Conditioning(), plain, steps=6, solver=solver)
+    *_, edm = sample_edm(denoiser, latents, Conditioning(), plain, levels, solver=solver)
     assert plain.draws == 0
     torch.testing.assert_close(ours.x, edm.x)
     assert not torch.allclose(last.x, ours.x)
