@@ -289,9 +289,7 @@ def test_python_gives_options_that_there_are(page: Path) -> None:
     code = [block for language, block in FENCED.findall(page.read_text()) if language == "python"]
     code += [part for part in lines(page)[1] if re.fullmatch(r"pipe\.\w+\(.*\)", part)]
     for node in (node for part in code for node in ast.walk(ast.parse(part))):
-        called = node.func if isinstance(node, ast.Call) else None
-        if isinstance(called, ast.Attribute) and called.attr in methods:
-            assert isinstance(node, ast.Call)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in methods:
             used = {keyword.arg for keyword in node.keywords if keyword.arg}
             assert used <= known, used - known
 

@@ -41,10 +41,9 @@ class Option:
 
 def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
     """The options of a section."""
-    for name, field in type(section).model_fields.items():
-        if name != "kind":
-            value = getattr(section, name)
-            yield Option(title, prefix + name, value, field.description or "")
+    for name in _names(type(section)):
+        meaning = type(section).model_fields[name].description or ""
+        yield Option(title, prefix + name, getattr(section, name), meaning)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:

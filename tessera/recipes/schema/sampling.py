@@ -186,8 +186,8 @@ class ProcessSamplerConfig(SamplerSection):
     steps: str = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
-        description="estimates of x: none, static, dynamic; auto: dynamic if guided, static if "
-        "not, none of latents",
+        description="estimates of x: none, static or dynamic; auto: dynamic if guided, else "
+        "static, and none of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
