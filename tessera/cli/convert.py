@@ -22,9 +22,9 @@ def convert(
     ),
 ) -> None:
     """Make a pipeline of a checkpoint of EDM's released code; nothing in it is run."""
-    from tessera.convert.run import convert as run
+    from tessera.convert.run import convert_checkpoint
 
-    made = run(checkpoint, dest, snapshot=snapshot)
+    made = convert_checkpoint(checkpoint, dest, snapshot=snapshot)
     recipe = made.recipe
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)

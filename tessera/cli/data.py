@@ -27,8 +27,8 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")]
 
 
-@data_app.command()
-def convert(
+@data_app.command("convert")
+def convert_data(
     source: Annotated[
         Path,
         typer.Argument(
@@ -102,14 +102,14 @@ def convert(
 
     Class sub-folders become labels. DEST appears when it is whole, or not at all.
     """
-    from tessera.data.convert import convert as run
+    from tessera.data.convert import convert_images
     from tessera.data.transforms import parse_size
     from tessera.images import MAX_PIXELS
 
     if channels == 2:
         raise DataError("--channels: 1 (grey) or 3 (RGB)")
     # What is no transform, filter or format is refused by the conversion, in words of its own.
-    report = run(
+    report = convert_images(
         source,
         target,
         resolution=None if resolution is None else parse_size(resolution),

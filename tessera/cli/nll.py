@@ -36,7 +36,7 @@ def nll(
     from tessera import distributed
     from tessera.files import atomic_file
     from tessera.metrics.images import open_images
-    from tessera.metrics.likelihood import evaluate
+    from tessera.metrics.likelihood import dataset_bits
     from tessera.pipelines.diffusion import DiffusionPipeline
     from tessera.pipelines.loading import load
     from tessera.progress import progress
@@ -53,7 +53,7 @@ def nll(
         pipe.check_complete()
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
-            bits = evaluate(
+            bits = dataset_bits(
                 pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
                 steps=steps, noise_schedule=noise_schedule, clip=clip,
                 low_resolution=pipe.recipe.low_resolution, advance=bar.advance,

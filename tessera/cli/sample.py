@@ -19,7 +19,7 @@ from tessera.files import check_folder_name, check_free
 
 if TYPE_CHECKING:
     from tessera.pipelines.base import Pipeline
-    from tessera.pipelines.generate import Job, Summary
+    from tessera.pipelines.generate import Job, JobSummary
     from tessera.sampling.output import Trajectory
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
@@ -210,7 +210,9 @@ class _Places:
             check_folder(self.folder, [f"samples{suffix}" for suffix in _SUFFIXES.values()])
 
 
-def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None) -> Summary:
+def _write(
+    job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None
+) -> JobSummary:
     """Make the images and write them."""
     from tessera import distributed
     from tessera.files import check_writable
@@ -235,7 +237,7 @@ def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory
     return summary
 
 
-def _report(summary: Summary, where: list[Path]) -> None:
+def _report(summary: JobSummary, where: list[Path]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
         console.print(

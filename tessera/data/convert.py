@@ -74,7 +74,7 @@ class Report:
     seconds: float = 0.0
 
 
-def convert(
+def convert_images(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,

@@ -22,7 +22,7 @@ from tessera.data.members import FolderMembers
 from tessera.errors import DataError
 from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
-from tessera.metrics.features import measure
+from tessera.metrics.features import feature_statistics
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.plain import parse_json
@@ -62,7 +62,9 @@ def build_reference(
         batch: images measured at once.
     """
     classifier = train_classifier(data, seed=seed, training_images=training_images, device=device)
-    statistics = measure(classifier, (images for _, images in batches(data, size=batch)), len(data))
+    statistics = feature_statistics(
+        classifier, (images for _, images in batches(data, size=batch)), len(data)
+    )
     return Reference(data.name, statistics, classifier)
 
 

@@ -145,7 +145,7 @@ class ResBlock(nn.Module):
         return skip + h if gate is None else torch.addcmul(skip, h, gate)
 
 
-class Attention(nn.Module):
+class PixelAttention(nn.Module):
     """Multi-head self-attention over the pixels, added to its input.
 
     Args:
@@ -294,7 +294,7 @@ class PatchedUNet(nn.Module):
                 c_in, c_out, emb_channels, classes, resample=resample, dropout=dropout, eps=eps
             )
 
-        def attention(width: int, number: int) -> Attention:
+        def attention(width: int, number: int) -> PixelAttention:
             if width % (head_channels or number):
                 wanted = (
                     f"heads of {head_channels} channels" if head_channels else f"{number} heads"
@@ -304,7 +304,7 @@ class PatchedUNet(nn.Module):
                     "head_channels, heads or the widths"
                 )
             number = width // head_channels if head_channels else number
-            return Attention(width, number, attention_order, eps)
+            return PixelAttention(width, number, attention_order, eps)
 
         stem = nn.Conv2d((in_channels + self.coords.channels) * patch_size**2, first, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
@@ -345,10 +345,10 @@ class PatchedUNet(nn.Module):
                 nn.Conv2d(first, patch_channels, 3, padding=1),
             )
 
-    def blocks(self) -> Iterator[ResBlock | Attention]:
+    def blocks(self) -> Iterator[ResBlock | PixelAttention]:
         """The repeated residual and attention blocks, in the order of their use."""
         for module in self.modules():
-            if isinstance(module, ResBlock | Attention):
+            if isinstance(module, ResBlock | PixelAttention):
                 yield module
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:

@@ -253,7 +253,7 @@ class Pipeline(ABC):
         pipe = self.without_weights()
         plan = pipe.plan([0], None, **options)
         calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
-        return counting.cost(self._training(), calls)
+        return counting.total_cost(self._training(), calls)
 
     def _training(self) -> counting.Training:
         """What training the model costs."""
