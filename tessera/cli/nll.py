@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tessera.cli.eval_checks import check_destination
+from tessera.cli.tables import print_facts
 from tessera.errors import TesseraError
 
 
@@ -72,11 +71,10 @@ def nll(
     if as_json:
         print(json.dumps(values, indent=2))
     else:
-        table = Table(title="Likelihood", show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column()
-        table.add_row("bits per dimension, at most", f"{total:.4f}")
-        table.add_row("of which about noise alone", f"{values['prior']:.2g}")
-        table.add_row("images", f"{count:,}")
-        table.add_row("steps", str(values["steps"]))
-        Console().print(table)
+        rows = {
+            "bits per dimension, at most": f"{total:.4f}",
+            "of which about noise alone": f"{values['prior']:.2g}",
+            "images": f"{count:,}",
+            "steps": values["steps"],
+        }
+        print_facts(rows, "Likelihood", boxed=True)

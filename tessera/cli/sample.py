@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
+from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
 from tessera.files import check_folder_name, check_free
 
@@ -146,9 +147,9 @@ def parse_options(overrides: Sequence[str]) -> dict[str, Any]:
 
 def print_options(pipe: Pipeline) -> None:
     """A table of everything that a model takes as KEY=VALUE."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for column in ("cyan", "", "dim"):
-        table.add_column(style=column, no_wrap=column != "dim")
+    table = make_table(
+        Column(style="cyan", no_wrap=True), Column(no_wrap=True), Column(style="dim")
+    )
     section = None
     for option in pipe.options():
         if option.section != section:

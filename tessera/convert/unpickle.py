@@ -1,9 +1,9 @@
 """Files that the released training code of EDM and its descendants wrote, as inert values.
 
 Two containers hold the same objects: a network snapshot (`.pkl`) is a plain pickle, a training
-state (`.pt`) a ZIP of `torch.save`. Nothing of a file is run. An object becomes a `ClosedObject` of its
-class name and its attributes, a tensor a `StoredTensor` that is read when it is asked for, and a
-file that refers to anything that is not listed here is refused.
+state (`.pt`) a ZIP of `torch.save`. Nothing of a file is run. An object becomes a `ClosedObject`
+that holds the name of its class and its attributes, a tensor becomes a `StoredTensor` that is read
+when it is asked for, and a file that refers to anything that is not listed here is refused.
 """
 
 from __future__ import annotations

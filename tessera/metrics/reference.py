@@ -23,6 +23,7 @@ from tessera.errors import DataError
 from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
 from tessera.metrics.features import feature_statistics
+from tessera.metrics.formats import Measured
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.plain import parse_json
@@ -46,6 +47,11 @@ class Reference:
     name: str
     statistics: FeatureStatistics
     extractor: Classifier
+
+    def measured(self) -> Measured:
+        """The statistics, as other files of statistics hold them."""
+        moments = self.statistics.moments()
+        return Measured(self.name, self.extractor.name, n=moments.n, moments=moments)
 
 
 def build_reference(

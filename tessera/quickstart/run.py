@@ -19,11 +19,11 @@ from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.files import user_path
 from tessera.images import to_uint8
+from tessera.metrics.evaluate import Score, score_images
 from tessera.metrics.features import feature_statistics
 from tessera.metrics.frechet import frechet_distance
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import Reference, build_reference, save_reference
-from tessera.metrics.score import Score, score_images
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.loading import build_pipeline, load
