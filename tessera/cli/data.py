@@ -29,34 +29,41 @@ _LISTED = 10
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")]
+Collection = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
+        "LSUN *_lmdb folder, or a packed set.",
+    ),
+]
+Destination = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DEST", help="NAME.zip (archive), NAME.safetensors (packed), or a folder."
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+]
+TransformName = Annotated[
+    str,
+    typer.Option(
+        help="none (plain resize), center-crop, center-crop-wide, adm-center-crop (as "
+        "guided-diffusion, DiT and PDM) or lsun-crop (as their LSUN tool)."
+    ),
+]
 
 
 @data_app.command("convert")
 def convert_data(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
-            "LSUN *_lmdb folder, or a packed set.",
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DEST", help="NAME.zip (archive), NAME.safetensors (packed), or a folder."
-        ),
-    ],
+    source: Collection,
+    target: Destination,
     resolution: Annotated[
         str | None, typer.Option(metavar="N|WxH", help="Size of the result, pixels.")
     ] = None,
-    transform: Annotated[
-        str,
-        typer.Option(
-            help="none (plain resize), center-crop, center-crop-wide, adm-center-crop (as "
-            "guided-diffusion, DiT and PDM) or lsun-crop (as their LSUN tool)."
-        ),
-    ] = "none",
+    transform: TransformName = "none",
     resample: Annotated[
         str | None,
         typer.Option(
@@ -97,10 +104,7 @@ def convert_data(
         int,
         typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
     ] = 256,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
-    ] = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Make a training set from a collection of images.
 

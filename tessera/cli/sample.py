@@ -27,42 +27,47 @@ Format = StrEnum("Format", ["png", "npz", "grid"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 _SUFFIXES = {"npz": ".npz", "grid": ".png"}  # of the formats that are one file
 
+_KEYS = typer.Argument(
+    None,
+    metavar="KEY=VALUE",
+    help="What belongs to this model's sampler, network or canvas; see --options.",
+)
+_CLASS = typer.Option(
+    None,
+    "--class",
+    metavar="CLASS",
+    help="Index or name; 'balanced' takes turns, 'none' is no class. (default: random)",
+)
+_GUIDE = typer.Option(
+    None,
+    metavar="PIPELINE",
+    help="Guide by this weaker model instead of by the model without class.",
+)
+_FORMAT = typer.Option(
+    None,
+    "--format",
+    help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
+)
+
 
 def sample(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
-    overrides: list[str] = typer.Argument(
-        None,
-        metavar="KEY=VALUE",
-        help="What belongs to this model's sampler, network or canvas; see --options.",
-    ),
+    overrides: list[str] = _KEYS,
     options: bool = typer.Option(
         False, "--options", help="Print every KEY that this model takes, and make nothing."
     ),
     seeds: str = typer.Option("0-63", help="One image for each seed, like 0-63,100."),
     out: Path = typer.Option(Path("samples"), help="Folder; or a file .npz or .png (a grid)."),
-    labels: str | None = typer.Option(
-        None,
-        "--class",
-        metavar="CLASS",
-        help="Index or name; 'balanced' takes turns, 'none' is no class. (default: random)",
-    ),
+    labels: str | None = _CLASS,
     steps: str | None = typer.Option(None, help="Number of steps. (default: the recipe's)"),
     guidance: float = typer.Option(1.0, help="Weight of guidance; 1 is none."),
-    guide: str | None = typer.Option(
-        None,
-        metavar="PIPELINE",
-        help="Guide by this weaker model instead of by the model without class.",
-    ),
+    guide: str | None = _GUIDE,
     start_from: Path | None = typer.Option(
         None,
         help="Pictures that a model starts from (folder, archive or NPZ); seed s takes s mod N.",
     ),
     batch: int = typer.Option(64, min=1, help="Most images at once on one device."),
-    output: Format | None = typer.Option(
-        None,
-        "--format",
-        help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
-    ),
+    output: Format | None = _FORMAT,
     overwrite: bool = typer.Option(
         False, "--overwrite", help="Replace an NPZ, a grid or an animation of the same name."
     ),
