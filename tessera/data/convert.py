@@ -146,8 +146,7 @@ def convert_images(
         total = opened.count if max_images is None else min(opened.count, max_images)
         bars = progress(f"converting {source.name}", total, unit="images")
         with contextlib.closing(results), bars as bar:
-            ready = itertools.chain.from_iterable(results)
-            labels, names = _write_all(ready, sink, report, skip_bad, bar.advance)
+            labels, names = _write_all(results, sink, report, skip_bad, bar.advance)
         report.count = len(labels)
         if not labels:
             raise DataError(_nothing_left(source, report))
@@ -168,7 +167,7 @@ class _Prepared:
 
 
 def _write_all(
-    results: Iterable[_Prepared],
+    chunks: Iterable[Sequence[_Prepared]],
     sink: _Sink,
     report: Report,
     skip_bad: bool,
@@ -177,7 +176,7 @@ def _write_all(
     """Write the images that can be used; their labels and names."""
     labels: list[Label] = []
     names: list[str] = []
-    for result in results:
+    for result in itertools.chain.from_iterable(chunks):
         advance()
         problem = _problem(result, report, names)
         if problem is not None:
