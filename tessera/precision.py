@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from tessera import distributed
+if TYPE_CHECKING:  # recipes are listed without PyTorch
+    import torch
 
 Concrete = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -18,6 +17,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     In emulation bfloat16 is many times slower than float32 (on CPUs with AVX2 only, 8 times for
     convolutions and 40 times for products of matrices).
     """
+    import torch
+
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -26,6 +27,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def _is_fast(device: torch.device) -> bool:
+    import torch
+
+    return fast_dtype(device) == torch.bfloat16
 
 
 def resolve(precision: Precision, device: torch.device, *, together: bool = False) -> Concrete:
@@ -40,8 +47,10 @@ def resolve(precision: Precision, device: torch.device, *, together: bool = Fals
     """
     if precision != "auto":
         return precision
-    fast = fast_dtype(device) == torch.bfloat16
+    fast = _is_fast(device)
     if together:
+        from tessera import distributed
+
         fast = all(distributed.gather(fast))
     return "bf16" if fast else "fp32"
 
@@ -49,7 +58,7 @@ def resolve(precision: Precision, device: torch.device, *, together: bool = Fals
 def reason(asked: Precision, device: torch.device) -> str:
     """Why a network computes as it does on `device`, in a few words."""
     here = "this processor" if device.type == "cpu" else "this device"
-    native = fast_dtype(device) == torch.bfloat16
+    native = _is_fast(device)
     if asked == "auto":
         return f"auto: {here} multiplies bfloat16 " + (
             "natively" if native else "in emulation only"
@@ -61,5 +70,7 @@ def reason(asked: Precision, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: Concrete) -> torch.autocast:
     """The context in which a network computes in `precision`; its weights stay float32."""
+    import torch
+
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")

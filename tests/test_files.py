@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tessera import files, processes
-from tessera.errors import CheckpointError, DataError, TesseraError
+from tessera.errors import CheckpointError, DataError, OutputError, TesseraError
 from tessera.files import (
     atomic_file,
     atomic_folder,
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_replaced_stays(
             (part / "new").write_text("new")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match="the disk is full"):
         write()
     assert names(target) == ["old"]
     assert names(tmp_path) == ["pipeline"]

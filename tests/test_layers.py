@@ -111,8 +111,8 @@ def test_optional_packages_are_imported_where_used() -> None:
         ("networks/x.py", "from ..diffusion import denoiser", 1),
         ("networks/x.py", "from . import layers\nfrom tessera.errors import DataError", 0),
         ("networks/x.py", "from tessera import load", 1),
-        ("cost.py", "from tessera.convert import edm", 1),
-        ("cli/x.py", "from tessera.cost import estimate\nfrom tessera import training", 0),
+        ("pipelines/x.py", "from tessera.convert import edm", 1),
+        ("cli/x.py", "from tessera.metrics import kid\nfrom tessera import training", 0),
         ("files.py", "from tessera.errors import DataError", 0),
     ],
 )

@@ -37,5 +37,5 @@ def bricks(
     given = parse_options(overrides or ())
     with plain_warnings():
         pipe = load(pipeline, ema=ema, device=device)
-        save_png(out, brick_picture(pipe, seed, labels, levels=rows, **given))
+        save_png(out, brick_picture(pipe, seed, labels, rows=rows, **given))
     print(f"written to {out}")

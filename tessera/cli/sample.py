@@ -60,7 +60,7 @@ def sample(
     out: Path = typer.Option(Path("samples"), help="Folder; or a file .npz or .png (a grid)."),
     labels: str | None = _CLASS,
     steps: str | None = typer.Option(None, help="Number of steps. (default: the recipe's)"),
-    guidance: float = typer.Option(1.0, help="Weight of guidance; 1 is none."),
+    guidance: float | None = typer.Option(None, help="Weight of guidance. (default: 1, none)"),
     guide: str | None = _GUIDE,
     start_from: Path | None = typer.Option(
         None,
@@ -98,10 +98,12 @@ def sample(
     from tessera.sampling.output import Trajectory
     from tessera.sampling.seeds import parse_seeds
 
-    given = parse_options(overrides or ())
+    given = parse_options(overrides or (), steps=steps, guidance=guidance)
     if options:
-        print_options(load(pipeline, ema=ema, vae=vae, device="cpu"))
+        print_options(load(pipeline, ema=ema, vae=vae, device="cpu"), given.get("sampler"))
         return
+    if guide is not None and guidance == 1:
+        raise TesseraError("`guide` does nothing at `guidance=1`. Give a weight, like 1.5")
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
@@ -113,11 +115,8 @@ def sample(
     wanted = parse_seeds(seeds)
     with distributed.session(device) as target, plain_warnings():
         pipe = load(pipeline, ema=ema, vae=vae, device=target)
-        given |= {"guidance": guidance} if guidance != 1 else {}
         wanted_precision = cast("Arithmetic", precision.value)
         given |= {"precision": resolve(wanted_precision, target, together=True)}
-        if steps is not None:
-            given["steps"] = steps
         if start_from is not None:
             given["start_from"] = _read_images(start_from)
         if guide is not None:
@@ -129,13 +128,25 @@ def sample(
             _report(summary, [places.main, *places.beside()])
 
 
-def parse_options(overrides: Sequence[str]) -> dict[str, Any]:
+# Names that Python gives to what has an option, or no place, on the command line.
+_NOT_KEYS = {
+    "class": "--class", "label": "--class", "labels": "--class", "seed": "--seed",
+    "seeds": "--seeds", "batch": "--batch", "guide": "--guide", "start_from": "--start-from",
+    "precision": "--precision", "output": "--format", "latents": None, "on_step": None,
+    "recipe": None, "parts": None,
+}  # fmt: skip
+
+
+def parse_options(overrides: Sequence[str], **options: Any) -> dict[str, Any]:
     """`name=value` of a command line as a dictionary; "none" is no value.
 
+    Args:
+        options: what options of the command say of the same names; None: nothing.
+
     Raises:
-        TesseraError: no `=`, or a name that stands there twice.
+        TesseraError: no `=`, a name that stands there twice, or one that is no KEY.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     for override in overrides:
         name, separator, value = override.partition("=")
         if not separator or not name.strip():
@@ -146,17 +157,21 @@ def parse_options(overrides: Sequence[str]) -> dict[str, Any]:
         name = name.strip().removeprefix("--")
         if name in given:
             raise TesseraError(f"{name} is given twice")
+        if name in _NOT_KEYS:
+            option = _NOT_KEYS[name]
+            hint = f"`tessera sample` has the option {option}" if option else "it is for Python"
+            raise TesseraError(f"{override!r}: {name} is not given as KEY=VALUE; {hint}")
         given[name] = None if value.strip().lower() in ("none", "null") else value.strip()
     return given
 
 
-def print_options(pipe: Pipeline) -> None:
-    """A table of everything that a model takes as KEY=VALUE."""
+def print_options(pipe: Pipeline, sampler: str | None = None) -> None:
+    """A table of everything that a model takes as KEY=VALUE, by one of the samplers."""
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(no_wrap=True), Column(style="dim")
     )
     section = None
-    for option in pipe.options():
+    for option in pipe.options(sampler):
         if option.section != section:
             table.add_row(f"[bold not dim default]{option.section}[/]")
             section = option.section
@@ -167,6 +182,10 @@ def print_options(pipe: Pipeline) -> None:
 def _shown(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -145,7 +145,7 @@ class Pipeline(ABC):
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else recipe.ema_names[0]
-        self._others = dict(other_emas or {})
+        self._others: dict[str, Mapping[str, Tensor]] = dict(other_emas or {})
         self.emas = tuple(emas) or (self.ema, *self._others)
         self.checksum = checksum
 
@@ -171,8 +171,15 @@ class Pipeline(ABC):
         """The pipeline of a folder whose configuration and parts were read."""
 
     @abstractmethod
-    def options(self) -> list[Option]:
-        """All options of `sample` that this model takes, with their defaults."""
+    def options(self, sampler: str | None = None) -> list[Option]:
+        """All options of `sample` that this model takes, with their defaults.
+
+        Args:
+            sampler: another kind than the recipe's.
+
+        Raises:
+            TesseraError: there is none of that kind.
+        """
 
     @abstractmethod
     def plan(
@@ -238,6 +245,16 @@ class Pipeline(ABC):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def copied(self) -> Self:
+        """The same pipeline with weights of its own."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model)
+        other._others = {
+            name: {key: tensor.clone() for key, tensor in state.items()}
+            for name, state in self._others.items()
+        }
+        return other
+
     def without_weights(self) -> Self:
         """The same pipeline on tensors without data, to count what it would compute."""
         other = copy.copy(self)
@@ -251,9 +268,13 @@ class Pipeline(ABC):
             TesseraError: an option that this model cannot have.
         """
         pipe = self.without_weights()
-        plan = pipe.plan([0], None, **options)
+        plan = pipe.plan([0], None, **{**pipe.blank_start(), **options})
         calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
         return counting.total_cost(self._training(), calls)
+
+    def blank_start(self) -> dict[str, Any]:
+        """Options that stand for pictures to start from, of models that need some."""
+        return {}
 
     def _training(self) -> counting.Training:
         """What training the model costs."""
@@ -302,7 +323,7 @@ class Pipeline(ABC):
         check_output(output)
         batches = list(self.sample_batches(seeds, labels, **options))
         if not batches:
-            raise TesseraError("no `seeds` were given: there is one image for each")
+            raise TesseraError("`seeds` is empty: there is one image for each seed")
         images = np.concatenate([batch.images for batch in batches])
         if output == "pil":
             return [to_pil(image) for image in images]

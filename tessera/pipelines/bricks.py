@@ -20,7 +20,7 @@ from tessera.sampling.core import SamplerState
 
 
 def brick_picture(
-    pipe: Pipeline, seed: int, label: Any = None, *, levels: int = 5, **options: Any
+    pipe: Pipeline, seed: int, label: Any = None, *, rows: int = 5, **options: Any
 ) -> NDArray[np.uint8]:
     """What each brick makes of a sample at a few noise levels, as a labelled grid.
 
@@ -29,7 +29,7 @@ def brick_picture(
 
     Args:
         label: class of the image, as in `Pipeline.sample_batches`.
-        levels: number of rows.
+        rows: of the grid.
         options: of sampling, on the canvas that the model was trained on.
 
     Returns:
@@ -63,15 +63,15 @@ def brick_picture(
     cuts = [
         cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),))) for count in counts
     ]
-    rows, levels_shown = [], []
-    chosen = np.linspace(0, len(steps) - 1, min(levels, len(steps))).round().astype(int)
+    shown, noise = [], []
+    chosen = np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int)
     for state in (steps[index][1] for index in chosen):
         sigmas = torch.full((1,), state.sigma)
         with torch.no_grad():
             estimates = [cut(state.x, sigmas, cond).mean for cut in cuts]
         pictures = [pipe.to_pixels(x)[0] for x in (state.unit, *estimates)]
-        rows.append(pictures)
+        shown.append(pictures)
         # In words: the font that Pillow carries has no Greek letters.
-        levels_shown.append(f"noise {state.sigma:.3g}")
+        noise.append(f"noise {state.sigma:.3g}")
     names = [f"brick {k + 1}: {b.size} px" for k, b in enumerate(network.bricks)]
-    return labelled_grid(rows, levels_shown, ["noisy image", *names], gap=6, least=112)
+    return labelled_grid(shown, noise, ["noisy image", *names], gap=6, least=112)

@@ -37,6 +37,7 @@ from tessera.pipelines.options import (
 from tessera.precision import resolve
 from tessera.recipes.build import build_model, build_sampler, wrap_network
 from tessera.recipes.schema import (
+    SAMPLERS,
     BricksConfig,
     CanvasConfig,
     DdimSamplerConfig,
@@ -132,15 +133,15 @@ def _clipping(sampler: SamplerConfig, *, bounded: bool) -> SamplerConfig:
 def _refused(recipe: Recipe, sections: Mapping[str, Section]) -> dict[str, str]:
     """Names that models of other kinds take, and why this one does not."""
     blind = (
-        "this model does not know where its pixels lie, so it makes whole pictures only. Leave it "
-        "out, or train with view.kind=patches or coords.frequencies=0"
+        "this model does not know where its pixels lie, so it makes whole pictures only. Leave out "
+        "`{}`, or train with view.kind=patches or coords.frequencies=0"
     )
     whole = (
         "only networks made of bricks (network.kind=lego) can skip any; this one is a "
-        f"{recipe.network.kind}. Leave it out"
+        f"{recipe.network.kind}. Leave out `{{}}`"
     )
-    reasons = dict.fromkeys(CanvasConfig.model_fields, blind)
-    reasons |= dict.fromkeys(BricksConfig.model_fields, whole)
+    reasons = {name: blind.format(name) for name in CanvasConfig.model_fields}
+    reasons |= {name: whole.format(name) for name in BricksConfig.model_fields}
     taken = {name for section in sections.values() for name in type(section).model_fields}
     return {name: reason for name, reason in reasons.items() if name not in taken}
 
@@ -245,14 +246,25 @@ class DiffusionPipeline(Pipeline):
             parts=opened.own_parts,
         )
 
-    def options(self) -> list[Option]:
-        sections = SampleOptions.sections(self.recipe)
-        titles = {"sampler": f"sampler {self.recipe.sampling.kind}", "network": "network"}
-        return [
-            option
-            for name, section in sections.items()
-            for option in listed(titles.get(name, name), section)
-        ]
+    def without_weights(self) -> Self:
+        # An expert alone makes no images, but costs what it would among the others.
+        other = super().without_weights()
+        other.recipe = self.recipe.model_copy(update={"expert": None})
+        return other
+
+    def blank_start(self) -> dict[str, Any]:
+        shape = self.recipe.start_shape
+        if shape is None:
+            return {}
+        channels, height, width = shape
+        return {"start_from": np.zeros((1, height, width, channels), np.uint8)}
+
+    def options(self, sampler: str | None = None) -> list[Option]:
+        sections = SampleOptions.sections(self.recipe, sampler)
+        kind = sampler or self.recipe.sampling.kind
+        meaning = f"another: {', '.join(SAMPLERS)}; each has options of its own"
+        own = [option for name, section in sections.items() for option in listed(name, section)]
+        return [Option("sampler", "sampler", kind, meaning), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

@@ -171,6 +171,8 @@ def _check_replaceable(folder: Path) -> None:
 
 def _is_pipeline(folder: Path) -> bool:
     """Whether a folder's `config.json` is ours, of whatever version: other tools have one, too."""
+    if not folder.is_dir():
+        return False
     try:
         config = read_json(folder / "config.json")
     except OSError:

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
+from tessera.recipes.messages import describe
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
+from tessera.recipes.schema.sampling import SamplerSection
 
 Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
@@ -66,17 +68,12 @@ def fill(
     Args:
         sections: what the model takes, with its defaults; no name occurs in two of them.
         given: name to value, which may be text; parts of a nested section as `levels.steps`.
-        refused: names that other models take, and why this one does not.
+        refused: names that other models take, and the message that says why this one does not.
 
     Raises:
         TesseraError: a name is unknown or refused, or a value is one that it cannot have.
     """
-    homes = {
-        name: key
-        for key, section in sections.items()
-        for name in type(section).model_fields
-        if name != "kind"
-    }
+    homes = {name: key for key, section in sections.items() for name in _names(type(section))}
     values: dict[str, dict[str, Any]] = {key: {} for key in sections}
     for name, value in given.items():
         first, *rest = name.split(".")
@@ -84,6 +81,12 @@ def fill(
             _refuse(name, [*homes, "sampler"], refused)
         _put(values[homes[first]], [first, *rest], value)
     return {key: _changed(section, values[key]) for key, section in sections.items()}
+
+
+def _names(section: type[Section]) -> list[str]:
+    """Names of the options, those of its own before those that all such sections have."""
+    own = [name for name in section.__annotations__ if name in section.model_fields]
+    return [n for n in dict.fromkeys([*own, *section.model_fields]) if n != "kind"]
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -94,16 +97,20 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _refuse(name: str, known: list[str], refused: Mapping[str, str]) -> NoReturn:
     if name in refused:
-        raise TesseraError(f"`{name}`: {refused[name]}")
+        raise TesseraError(refused[name])
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}"
-    raise TesseraError(f"there is no option {name!r} of this model. {hint}")
+    there = ", ".join(f"`{option}`" for option in known)
+    hint = f"Did you mean `{near[0]}`?" if near else f"There are {there}"
+    raise TesseraError(f"this model has no option `{name}`. {hint}")
 
 
 def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if not values:
         return section
     before = section.model_dump()
+    if isinstance(section, SamplerSection) and values.get("levels") is not None:
+        # Other noise levels take the place of those that the recipe gives the sampler.
+        before = {k: v for k, v in before.items() if k not in section.OWN_LEVELS}
     merged = {
         name: {**before[name], **value}
         if isinstance(value, Mapping) and isinstance(before.get(name), dict)
@@ -114,6 +121,10 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
         return type(section).model_validate({**before, **merged})
     except ValidationError as error:
         first = error.errors()[0]
+        nested = first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping)
+        if nested or first["type"].startswith("model_"):
+            text = describe(error, {**before, **merged}, type(section))
+            raise TesseraError(text.splitlines()[0]) from error
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
         raise TesseraError(
@@ -123,12 +134,15 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
 
 def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     """Names that other samplers take, and what to do to use them."""
-    own = type(section).model_fields
+    owners: dict[str, list[str]] = {}
+    for kind, other in SAMPLERS.items():
+        for name in _names(other):
+            if name not in type(section).model_fields and kind != "external":
+                owners.setdefault(name, []).append(f"`sampler={kind}`")
     return {
-        name: f"belongs to another sampler: add `sampler={kind}`"
-        for kind, other in SAMPLERS.items()
-        for name in other.model_fields
-        if name not in own
+        name: f"the sampler {section.kind} has no option `{name}`. It is one of "
+        + " and ".join(kinds)
+        for name, kinds in owners.items()
     }
 
 

@@ -29,14 +29,16 @@ _BOUNDS = {
 }
 
 
-def describe(error: ValidationError, data: Mapping[str, Any]) -> str:
-    """Every mistake of `data` on a line of its own, as `key: what is wrong`."""
+def describe(
+    error: ValidationError, data: Mapping[str, Any], root: type[BaseModel] = Recipe
+) -> str:
+    """Every mistake of `data`, a section `root`, on its own line, as `key: what is wrong`."""
     details: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
     places = [detail["loc"] for detail in details]
     # A list with a faulty element also counts as too short: say only the former.
     faulty = {place[:depth] for place in places for depth in range(len(place))}
     return "\n".join(
-        _line(detail, data)
+        _line(detail, data, root)
         for detail in details
         if detail["type"] != "too_short" or detail["loc"] not in faulty
     )
@@ -69,8 +71,8 @@ def select(choices: Sequence[type[BaseModel]], value: Any) -> type[BaseModel] | 
     return next((choice for choice in choices if kind in kinds(choice)), None)
 
 
-def _line(detail: dict[str, Any], data: Mapping[str, Any]) -> str:
-    parts, section = _locate(detail["loc"], data)
+def _line(detail: dict[str, Any], data: Mapping[str, Any], root: type[BaseModel]) -> str:
+    parts, section = _locate(detail["loc"], data, root)
     problem, context, value = detail["type"], detail.get("ctx", {}), detail.get("input")
     if problem in ("union_tag_invalid", "union_tag_not_found"):
         # Pydantic reports the section; the mistake is in its `kind`.
@@ -78,7 +80,7 @@ def _line(detail: dict[str, Any], data: Mapping[str, Any]) -> str:
     key = ".".join(parts)
     subject = problem.rsplit("_", 1)[0]
     if problem == "extra_forbidden":
-        text = f"unknown key{_nearest_key(parts, section, data)}"
+        text = f"unknown key{_nearest_key(parts, section, data, root)}"
     elif problem == "missing":
         text = "is missing"
     elif problem == "union_tag_invalid":
@@ -108,13 +110,13 @@ def _line(detail: dict[str, Any], data: Mapping[str, Any]) -> str:
 
 
 def _locate(
-    location: Sequence[str | int], data: Mapping[str, Any]
+    location: Sequence[str | int], data: Mapping[str, Any], root: type[BaseModel]
 ) -> tuple[list[str], type[BaseModel] | None]:
     """A location in pydantic's words as dotted key parts, and the section that holds the last."""
     parts: list[str] = []
     node: Any = data
-    holder: type[BaseModel] | None = Recipe
-    choices: list[type[BaseModel]] = [Recipe]
+    holder: type[BaseModel] | None = root
+    choices: list[type[BaseModel]] = [root]
     for part in location:
         if isinstance(node, Mapping) and part not in node and node.get("kind") == part:
             continue  # pydantic adds the kind of a choice to the location; it is no key
@@ -136,12 +138,15 @@ def _choices(section: type[BaseModel] | None, name: str) -> str:
 
 
 def _nearest_key(
-    parts: Sequence[str], section: type[BaseModel] | None, data: Mapping[str, Any]
+    parts: Sequence[str],
+    section: type[BaseModel] | None,
+    data: Mapping[str, Any],
+    root: type[BaseModel],
 ) -> str:
     *prefix, last = parts
     valid = list(section.model_fields) if section is not None else []
     # The right word in the wrong place, such as lr for optimizer.lr.
-    elsewhere = [key for key in _all_keys(Recipe, data) if key.rsplit(".", 1)[-1] == last]
+    elsewhere = [key for key in _all_keys(root, data) if key.rsplit(".", 1)[-1] == last]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
     near = difflib.get_close_matches(last, valid, n=1, cutoff=0.6)

@@ -27,7 +27,7 @@ class _Hollow(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty:
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn):
             return func(*args, **{**kwargs, "device": "meta"})
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]

@@ -26,6 +26,7 @@ from tessera import distributed
 from tessera.data.dataset import ImageDataset
 from tessera.data.loader import Batch
 from tessera.data.parallel import cores
+from tessera.errors import TesseraError
 from tessera.pipelines.loading import build_pipeline
 from tessera.progress import progress
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -70,9 +71,9 @@ def measure(
     recipe: Recipe,
     feed: Feed,
     device: torch.device,
-    parts: Parts = NO_PARTS,
     seconds: float = SECONDS,
     *,
+    parts: Parts = NO_PARTS,
     show: bool = True,
 ) -> Timings:
     """Time the parts of the run of `recipe` on this machine, and note the memory that they need.
@@ -80,8 +81,8 @@ def measure(
     Steps that do not fit into the time are timed with fewer images. All processes take part.
 
     Args:
-        parts: functions that make external parts.
         seconds: about how long; much less for runs that are soon over.
+        parts: functions that make external parts.
         show: with a progress bar where there is a terminal.
     """
     if device.type == "cuda":
@@ -256,7 +257,10 @@ class _Bench:
         pipe = build_pipeline(self._recipe, model, parts=self._parts).to(self._device)
         pictures = self._feed.start_pictures(batch)
         start = {} if pictures is None else {"start_from": pictures}
-        plan = pipe.plan(range(batch), **start)
+        try:
+            plan = pipe.plan(range(batch), **start)
+        except TesseraError:  # no decoder: the run says so, and makes no previews
+            return 0.0
         seconds, steps, begin = 0.0, 1, time.perf_counter()
         with contextlib.closing(pipe.states(plan, range(batch))) as states:
             for _, state in itertools.islice(states, 2):  # the first is to warm up

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -114,7 +113,7 @@ class Trainer:
         tracking.check(recipe)
         if recipe.evaluate is not None and recipe.expert is None:
             check_reference(recipe, recipe.evaluate)
-        measured = measure(recipe, self._feed, self.device, parts) if probe else None
+        measured = measure(recipe, self._feed, self.device, parts=parts) if probe else None
         model = fresh_model(recipe, self.device, parts)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, model.network)
@@ -311,8 +310,7 @@ class Trainer:
             everywhere=True,
         )
         assert pipe is not None
-        pipe.model = copy.deepcopy(pipe.model)  # the averages themselves go on
-        return pipe
+        return pipe.copied()  # the averages themselves go on
 
     def _save(self) -> Path:
         with contextlib.nullcontext() if self._clock is None else self._clock.paused():

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tessera.pipelines.pipeline import Pipeline
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.errors import TesseraError
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.generate import Job, generate_folder, read_images, share_of_seeds
+from tessera.pipelines.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -282,14 +283,13 @@ def test_sampler_and_guidance_options(pipeline: str, tmp_path: Path) -> None:
             ["--class", "none", "--guidance", "1.5"],
             "^--guidance 1.5 does nothing.*by --class",
         ),
-        (["--sigma-min", "90"], "^--sigma-min 90 must be less than --sigma-max 80"),
+        (["sigma_min=90"], "^`sigma_min=90` must be less than `sigma_max=80`"),
         (["--steps", "0"], "^--steps 0: "),
-        (["--eta", "0.5"], "no option --eta. It is one of --sampler ddim"),
-        (["--show-bricks"], r"only a stack of bricks .*\(--show-bricks\)"),
-        (["--skip", "0.5"], "Leave out --skip and --bricks"),
-        (["--mask-coords"], "Leave out --image-size, --resolution and --mask-coords"),
-        (["--height", "9"], "Or choose --layout windows or pad"),
-        (["--guidance", "2", "--guidance-interval", "5,1"], "^--guidance-interval 5,1: give"),
+        (["eta=0.5"], "no option `eta`. It is one of `sampler=ddim`"),
+        (["skip=0.5"], "Leave out `skip`"),
+        (["mask_coords=true"], "Leave out `mask_coords`"),
+        (["size=9x8"], "Or choose `layout=windows` or `layout=pad`"),
+        (["--guidance", "2", "guidance_interval=5,1"], "^`guidance_interval=5,1`: give"),
     ],
 )
 def test_errors(pipeline: str, tmp_path: Path, options: list[str], message: str) -> None:
@@ -300,7 +300,7 @@ def test_errors(pipeline: str, tmp_path: Path, options: list[str], message: str)
 
 @pytest.mark.parametrize(
     "options",
-    [("--sampler", "ddim"), ("--sampler", "ddpm", "--noise-schedule", "linear", "--steps", "5000")],
+    [("sampler=ddim",), ("sampler=ddpm", "noise_schedule=linear", "--steps", "5000")],
 )
 def test_what_a_sampler_refuses_does_not_stand_in_the_way_of_its_mend(
     pipeline: str, tmp_path: Path, options: tuple[str, ...]
@@ -309,8 +309,8 @@ def test_what_a_sampler_refuses_does_not_stand_in_the_way_of_its_mend(
         with pytest.raises(TesseraError):
             run(pipeline, "--seeds", "0-1", "--out", out, *options)
     assert not list(tmp_path.iterdir())
-    run(pipeline, "--seeds", "0-1", "--out", tmp_path / "new" / "s", "--sampler", "ddim",
-        "--noise-schedule", "linear", "--steps", "3")  # fmt: skip
+    run(pipeline, "--seeds", "0-1", "--out", tmp_path / "new" / "s", "sampler=ddim",
+        "noise_schedule=linear", "--steps", "3")  # fmt: skip
     assert len(pngs(tmp_path / "new" / "s")) == 2
 
 
@@ -355,7 +355,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(
 
 
 def test_jobs_take_latents(pipeline: str, tmp_path: Path) -> None:
-    pipe = Pipeline.load(pipeline)
+    pipe = load(pipeline)
     latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     job = Job(pipe, [0, 1, 2], 0, 2, {"latents": latents})
     generate_folder(job, tmp_path / "s")
@@ -423,8 +423,8 @@ def test_a_folder_that_is_not_there_is_not_asked_for(
 
 
 def test_errors_name_options(pipeline: str, tmp_path: Path) -> None:
-    with pytest.raises(TesseraError, match=r"give --noise-schedule linear or .* --sampler edm"):
-        run(pipeline, "--out", tmp_path / "s.npz", "--seeds", "0", "--sampler", "ddim")
+    with pytest.raises(TesseraError, match=r"give `noise_schedule=linear` or .* `sampler=edm`"):
+        run(pipeline, "--out", tmp_path / "s.npz", "--seeds", "0", "sampler=ddim")
     result = CliRunner().invoke(app, ["sample", pipeline, "--device", "abacus"])
     assert str(result.exception).startswith("--device abacus: ")
 

@@ -17,7 +17,8 @@ from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Range, Skipping
 from tessera.diffusion.windows import Windows
-from tessera.sampling.ddpm import clipped, sample_ddpm
+from tessera.model import Model
+from tessera.sampling.ddpm import clipped, ddpm_sampler
 from tessera.sampling.seeds import SeedNoise
 
 LEVELS = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
@@ -81,7 +82,9 @@ def test_every_wrapper_of_the_library_is_here() -> None:
 
 def test_every_property_of_a_denoiser_is_here() -> None:
     """Who adds a property to denoisers must say here what wrappers do with it."""
-    own = {n for n in vars(Denoiser) | inspect.get_annotations(Denoiser) if not n.startswith("_")}
+    kinds = (Denoiser, Model)
+    own = {n for kind in kinds for n in vars(kind) | inspect.get_annotations(kind)}
+    own = {name for name in own if not name.startswith("_")} - {"network", "networks"}
     values = {"shape", "num_classes", "sigma_min", "sigma_max", "guided", "levels"}
     assert own == values | {"round_sigma", "for_step", "for_levels", "forward"}
 
@@ -147,7 +150,7 @@ def test_sampling_in_one_window_is_sampling_without(guidance: float) -> None:
     def sample(denoiser: Denoiser) -> Tensor:
         noise = SeedNoise([3, 4])
         start = noise.normal((3, 4, 4))
-        *_, last = sample_ddpm(denoiser, start, COND, noise, steps="10")
+        *_, last = ddpm_sampler(steps="10")(denoiser, start, COND, noise)
         return last.x
 
     torch.testing.assert_close(sample(Windows(plain, (4, 4))), sample(plain))

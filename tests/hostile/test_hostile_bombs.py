@@ -38,8 +38,10 @@ from tessera.metrics.images import open_images, read_npz
 from tessera.pickles import NUMPY, load_pickle
 from tessera.pipelines.folder import start_from
 from tessera.pipelines.loading import estimate
-from tessera.recipes.build import build_denoiser
+from tessera.recipes.build import _network, build_denoiser
 from tessera.recipes.loading import load_recipe
+from tessera.recipes.parts import NO_PARTS
+from tessera.recipes.size import network_bytes
 from tessera.training.checkpoints import Checkpoints, load_tensors
 from tessera.training.trainer import Trainer
 
@@ -216,6 +218,24 @@ def test_networks_beyond_memory(tmp_path: Path) -> None:
         tessera.load(tmp_path / "pipe")
 
 
+@pytest.mark.parametrize(
+    "name", ["cifar10-small", "edm-cifar10-cond-ve", "cifar10-small-lego", "cifar10-small-pdm"]
+)
+def test_counting_is_exact_and_allocates_nothing(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        made = build_denoiser(recipe)
+    built: list[torch.nn.Module] = []
+
+    def build() -> torch.nn.Module:
+        built.append(_network(recipe, NO_PARTS))
+        return built[0]
+
+    assert network_bytes(build) == sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
+    assert all(parameter.is_meta for parameter in built[0].parameters())
+    assert sum(b.nbytes for b in built[0].buffers() if not b.is_meta) < 4 * MIB
+
+
 def test_training_needs_the_weights_several_times(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = tiny_recipe(tmp_path)
     size = sum(p.nbytes for p in build_denoiser(recipe).parameters())
@@ -281,7 +301,10 @@ def test_weights_that_are_no_weights(tmp_path: Path, how: str) -> None:
 def test_checkpoints_that_hold_no_weights(tmp_path: Path, how: str, group: str) -> None:
     tensors = {f"{g}/weight": torch.ones(3) for g in ("model", "ema-0", "optimizer")}
     broken = {**tensors, f"{group}/weight": BROKEN[how](torch.ones(3))}
-    folder = Checkpoints(tmp_path, 2).save(8, broken, {}, sharded=False)
+    state = {
+        "images": 8, "step": 1, "seconds": 1.0, "counters": {}, "meter": {}, "recipe": {},
+    }  # fmt: skip
+    folder = Checkpoints(tmp_path, 2).save(8, broken, state, sharded=False)
     with pytest.raises(CheckpointError, match="weight"):
         load_tensors(folder, tensors)
 

@@ -32,7 +32,7 @@ def test_bricks_make_images_of_latents(tmp_path: Path) -> None:
     # Sizes are those of the latents, of half the side of the images here.
     wide = pipe.sample([0], size=(9, 21), layout="windows", **options)
     assert wide.shape == (1, 18, 42, 3)
-    assert brick_picture(pipe, 0, levels=2).shape[1] > 3 * 112
+    assert brick_picture(pipe, 0, rows=2).shape[1] > 3 * 112
 
 
 def test_the_published_recipes_on_latents_are_complete() -> None:

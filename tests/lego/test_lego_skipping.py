@@ -131,7 +131,7 @@ def test_skipped_bricks_compute_nothing() -> None:
 def test_experts_of_bricks_skip_and_show() -> None:
     pipe = ExpertsPipeline([tiny_pipeline(), tiny_pipeline()], [1.0])
     assert prefixes_of(pipe, skip=0.4) == [(2, None)] * 6 + [(2, 1)] * 3
-    assert brick_picture(pipe, 0, 3, levels=2).shape[2] == 3
+    assert brick_picture(pipe, 0, 3, rows=2).shape[2] == 3
 
 
 def test_experts_of_different_stacks_skip_by_their_own_sizes(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_labels_of_the_picture_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         "PIL.ImageDraw.ImageDraw.text", lambda _self, _place, text, *_: written.append(text)
     )
-    brick_picture(tiny_pipeline(), 0, 3, levels=2)
+    brick_picture(tiny_pipeline(), 0, 3, rows=2)
     assert written[:3] == ["noisy image", "brick 1: 4 px", "brick 2: 16 px"]
     # Pillow's own font draws a box for any other letter.
     assert all(text.isascii() for text in written)

@@ -29,8 +29,8 @@ from tessera.diffusion.objectives import EdmObjective
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.images import from_uint8
 from tessera.networks.layers import CoordinateInput
-from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import choose_canvas
+from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser, build_objective
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.schema import CanvasConfig, Recipe
@@ -164,7 +164,7 @@ def test_frequency_embedding() -> None:
 def test_images_of_seeds(tmp_path: Path) -> None:
     denoiser, _ = restored("net_ddpmpp")
     config, expected = case("patch", "generate")["config"], load("patch", "generate")
-    pipe = Pipeline(recipe_of("net_ddpmpp"), denoiser)
+    pipe = build_pipeline(recipe_of("net_ddpmpp"), denoiser)
     images = pipe.sample(
         config["seeds"],
         steps=config["steps"],

@@ -131,7 +131,7 @@ def test_experts_are_saved_loaded_and_sampled_by_every_sampler(tmp_path: Path) -
         assemble(parts[::-1])
     with pytest.raises(TesseraError, match="was trained for all noise levels"):
         assemble([pipeline(0), pipeline(1)])
-    with pytest.raises(TesseraError, match="no sampler"):
+    with pytest.raises(TesseraError, match="`sampler=euler`: there is none"):
         pipe.sample("0", sampler="euler")
     (tmp_path / "e" / "expert-1").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="expert-1"):
@@ -264,7 +264,7 @@ def test_super_resolution_trains_previews_and_samples(tmp_path: Path) -> None:
     assert not torch.allclose(*encoded)
     with pytest.raises(TesseraError, match="none were given"):
         pipe.encode(large)
-    with pytest.raises(TesseraError, match="does not enlarge"):
+    with pytest.raises(TesseraError, match="starts from noise, not from pictures"):
         pipeline(0).sample("0", start_from=low)
 
 
@@ -319,7 +319,6 @@ def test_costs_of_discrete_models_and_experts() -> None:
         ({"low_resolution": 3}, "low_resolution"),
         ({"low_resolution": 4, "view": {"kind": "patches"}}, "whole images of pixels only"),
         ({"low_resolution": 2, "codec": {"kind": "vae", "downsample": 2}}, "of pixels only"),
-        ({"low_resolution": 4, "evaluate": {}}, "evaluate cannot score"),
         ({"sampling": {"clip": "both"}}, "clip"),
     ],
 )
@@ -391,7 +390,7 @@ def test_what_cannot_be_encoded_is_named() -> None:
         pipe.encode(images.astype(np.float32))
     with pytest.raises(TesseraError, match="2 classes were given for"):
         pipe.encode(images[:1], [0, 1])
-    with pytest.raises(TesseraError, match="`s_churn`: belongs to another sampler"):
+    with pytest.raises(TesseraError, match="no option `s_churn`"):
         pipe.encode(images, s_churn=1)
     with pytest.raises(TesseraError, match="N, 3, 8, 8"):
         pipe.sample("0", latents=torch.zeros(1, 3, 4, 4))

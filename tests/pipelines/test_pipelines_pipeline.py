@@ -183,7 +183,7 @@ def test_no_such_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         tessera.load("runs/nope")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(TesseraError, match=r"tessera-diffusion\[hub\]"):
+    with pytest.raises(TesseraError, match=r"pip install .*\[hub\]"):
         tessera.load("someone/some-model")
 
 
@@ -307,9 +307,13 @@ def test_options_reach_the_sampler() -> None:
     assert len(calls(PIPE, lambda: PIPE.sample([0]))) == 5
     assert len(calls(PIPE, lambda: PIPE.sample([0], steps=4, solver="euler"))) == 4
     assert not np.array_equal(PIPE.sample([0]), PIPE.sample([0], sigma_max=3.0))
-    # Options that only the ablation sampler has select it; its default is EDM's sampler.
-    assert np.array_equal(PIPE.sample([0], discretization="edm"), PIPE.sample([0]))
-    assert not np.array_equal(PIPE.sample([0], discretization="ve"), PIPE.sample([0]))
+    # The ablation sampler's default is EDM's; its options do not select it by themselves.
+    ablation = {"sampler": "ablation", "steps": 3}
+    edm = PIPE.sample([0], sigma_min=0.002, sigma_max=80.0)
+    assert np.array_equal(PIPE.sample([0], **ablation, discretization="edm"), edm)
+    assert not np.array_equal(PIPE.sample([0], **ablation, discretization="ve"), edm)
+    with pytest.raises(TesseraError, match=r"no option `discretization`.*`sampler=ablation`"):
+        PIPE.sample([0], discretization="edm")
     seen: list[tuple[list[int], int]] = []
     PIPE.sample([3, 4], on_step=lambda seeds, state: seen.append((list(seeds), state.step)))
     assert seen == [([3, 4], 1), ([3, 4], 2), ([3, 4], 3)]
@@ -367,7 +371,7 @@ def test_guidance_without_label_dropout_warns_once() -> None:
         ({"batch": 0}, "`batch=0`"),
         ({"output": "foo"}, "`output=foo`.*numpy, pil, tensor"),
         ({"sigma_min": 90}, "`sigma_min=90` must be less than `sigma_max=80`"),
-        ({"sigma_min": 3, "sigma_max": 2, "schedule": "ve"}, "must be less than"),
+        ({"sampler": "ablation", "sigma_min": 3, "sigma_max": 2}, "must be less than"),
         ({"guidance": 1.5, "labels": -1}, "does nothing for images without a class"),
     ],
 )

@@ -12,9 +12,11 @@ import torch
 from training_case import read_metrics, tiny_recipe
 
 import tessera
+from tessera.data.dataset import open_dataset
 from tessera.errors import RecipeError, TesseraError
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import save_reference
+from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.training import evaluation, run_folder
 from tessera.training.trainer import Trainer
@@ -55,6 +57,39 @@ def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
         runs[name] = trainer.learner.average(0)
     assert runs["with"].keys() == runs["without"].keys()
     assert all(torch.equal(runs["with"][key], runs["without"][key]) for key in runs["with"])
+
+
+def test_models_that_start_from_pictures_get_those_of_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[int], Any]] = []
+    plan = DiffusionPipeline.plan
+
+    def noted(self: Any, seeds: Any, labels: Any = None, **options: Any) -> Any:
+        asked.append((list(seeds), options["start_from"]))
+        return plan(self, seeds, labels, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "plan", noted)
+    section = EVALUATE | {"metrics": ["fd"], "every_images": 96, "images": 40}
+    preview = {"every_images": 96, "rows": 1, "columns": 2}
+    recipe = tiny_recipe(tmp_path, low_resolution=4, evaluate=section, run={"preview": preview})
+    Trainer(recipe, tmp_path / "run").run()
+    (line,) = (x for x in read_metrics(tmp_path / "run") if "evaluate/fd" in x)
+    assert np.isfinite(line["evaluate/fd"])
+    assert len(list((tmp_path / "run" / "previews").iterdir())) == 1
+    images = open_dataset(str(recipe.data.path)).read(np.arange(30)).astype(float)
+    small = images.reshape(30, 3, 4, 2, 4, 2).mean((3, 5)).transpose(0, 2, 3, 1)
+    # The preview has the first two images, the scores as many as there are: seed 30 begins anew.
+    (first, two), (seeds, all_of_them) = sorted(asked, key=lambda call: len(call[0]))
+    assert (first, seeds) == ([0, 1], list(range(40)))
+    assert two.shape == (2, 4, 4, 3)
+    assert all_of_them.shape == (30, 4, 4, 3)
+    assert abs(all_of_them - small).max() <= 0.5 + 1e-3
+    assert np.array_equal(two, all_of_them[:2])
+    best = tessera.load(tmp_path / "run" / "best", device="cpu")
+    with pytest.raises(TesseraError, match="starts from pictures of shape"):
+        best.sample([0])
+    assert best.sample([0], start_from=two).shape == (1, 8, 8, 3)
 
 
 def test_a_later_better_score_replaces_the_best(tmp_path: Path) -> None:

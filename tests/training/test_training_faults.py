@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +105,9 @@ def test_metrics_that_cannot_be_written_end_the_run_in_words(
 ) -> None:
     run_dir = folder / "full-metrics"
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(tracking.json, "dumps", fails_at(4, tracking.json.dumps, full))
+    failing = SimpleNamespace(**vars(json))
+    failing.dumps = fails_at(4, json.dumps, full)
+    monkeypatch.setattr(tracking, "json", failing)
     with pytest.raises(
         TrainingError, match=r"metrics\.jsonl cannot be written: the disk is full.*000000000032"
     ):

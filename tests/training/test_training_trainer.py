@@ -380,7 +380,7 @@ def test_training_starts_from_the_weights_of_a_pipeline(recipe, whole: Path, fol
     trainer = Trainer(later, folder / "warm")
     average = trainer.learner.average(0)
     expected = load_file(whole / "pipeline" / "model.safetensors")
-    actual = trainer.learner.step.denoiser.network.state_dict()
+    actual = trainer.learner.step.model.network.state_dict()
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
         assert torch.equal(tensor, average[f"network.{name}"]), name

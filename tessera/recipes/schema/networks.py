@@ -174,13 +174,12 @@ class LegoConfig(NetworkSection):
     def _bounded(self) -> Self:
         if math.lcm(*(brick.size for brick in self.bricks)) > 2**20:
             raise ValueError("bricks: no canvas that is not huge is tiled by all of these sizes")
-        for brick in self.bricks:
-            tokens = (brick.size // brick.patch) ** 2
-            if tokens * self.width > 2**28:
-                raise ValueError(
-                    f"bricks: a patch of {brick.size} pixels has {tokens:,} tokens of width "
-                    f"{self.width}, which is more than can be attended to"
-                )
+        tokens = sum((brick.size // brick.patch) ** 2 for brick in self.bricks)
+        if tokens * self.width > 2**26:
+            raise ValueError(
+                f"bricks: their patches have {tokens:,} tokens of width {self.width}, which is "
+                "more than can be attended to. Make size smaller, or patch larger"
+            )
         return self
 
     def fits(self, side: int) -> bool:

@@ -24,7 +24,7 @@ class GuidanceConfig(Section):
 
     guidance: float = Field(1.0, description="weight; 1 is none")
     guidance_interval: Annotated[tuple[NonNegative, NonNegative], Listed] | None = Field(
-        None, description="LOW,HIGH: noise levels where it acts; null: all"
+        None, description="LOW,HIGH: noise levels where it acts; none: all"
     )
 
     @model_validator(mode="after")
@@ -43,7 +43,9 @@ class LargerConfig(Section):
 
     size: Sides | None = Field(None, description="HEIGHTxWIDTH in pixels of model space")
     layout: Literal["tiles", "pad", "windows"] = Field(
-        "tiles", description="the network as it is; padded to a size that fits; or trained windows"
+        "tiles",
+        description="tiles: by the network as it is; pad: on a canvas that fits, then cut; "
+        "windows: by overlapping windows as trained",
     )
     overlap: Share = Field(0.5, description="share of a window that its neighbour sees, too")
 
@@ -65,7 +67,7 @@ class CanvasConfig(LargerConfig):
         None, description="X,Y,WIDTH,HEIGHT in the whole picture; beyond it, the model extrapolates"
     )
     resolution: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="side of the whole picture; null: as trained"
+        None, description="side of the whole picture; none: as trained"
     )
     window_noise: Literal["crop", "own"] = Field(
         "crop", description="noise of a window: cut from the whole picture's, or its own"

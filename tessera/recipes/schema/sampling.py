@@ -11,6 +11,13 @@ from tessera.recipes.schema.base import Listed, NonNegative, Probability, Sectio
 
 SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
 OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
+CHURN = "noise added on the way; 0: none, deterministic"
+CHURN_FROM, CHURN_TO = "lowest noise level where any is added", "highest one"
+CHURN_SPREAD = "spread of what is added"
+LAST, FIRST = "of the last step; cut to what the model supports", "of the first step; likewise"
+LONG_STEPS = "larger: shorter steps at low noise"
+OWN_RANGE = "none: the method's own"
+SOLVER = "heun, of second order, or euler: half the evaluations"
 
 
 def _check_range(sigma_min: float | None, sigma_max: float | None) -> None:
@@ -23,9 +30,9 @@ class EdmLevelsConfig(Section):
 
     kind: Literal["edm"] = "edm"
     steps: Steps = 18
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80
-    rho: PositiveFloat = Field(7, description="larger: shorter steps at low noise")
+    sigma_min: PositiveFloat = Field(0.002, description=LAST)
+    sigma_max: PositiveFloat = Field(80, description=FIRST)
+    rho: PositiveFloat = Field(7, description=LONG_STEPS)
 
     @model_validator(mode="after")
     def _range_falls(self) -> Self:
@@ -38,8 +45,8 @@ class MethodLevelsConfig(Section):
 
     kind: Literal["vp", "ve", "iddpm"]
     steps: Steps = 18
-    sigma_min: PositiveFloat | None = Field(None, description="null: the method's own")
-    sigma_max: PositiveFloat | None = Field(None, description="null: the method's own")
+    sigma_min: PositiveFloat | None = Field(None, description=OWN_RANGE)
+    sigma_max: PositiveFloat | None = Field(None, description=OWN_RANGE)
     epsilon_s: PositiveFloat = Field(1e-3, description="last time of VP")
 
     @model_validator(mode="after")
@@ -91,7 +98,9 @@ class SamplerSection(Section):
     """Keys of the sampler that place its own noise levels."""
 
     levels: LevelsConfig | None = Field(
-        None, description="other noise levels than the sampler's own: edm, vp, process, list, ..."
+        None,
+        description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
+        "process or list, and levels.steps=N or levels.sigmas=80,10,1",
     )
     refine: RefineConfig | None = Field(None, description="improves x after each step")
 
@@ -115,15 +124,15 @@ class EdmSamplerConfig(SamplerSection):
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
 
     kind: Literal["edm"] = "edm"
-    steps: Steps = 18
-    solver: Literal["heun", "euler"] = "heun"
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80
-    rho: float = Field(7, ge=0.01, le=1000)
-    s_churn: NonNegative = 0
-    s_min: NonNegative = 0
-    s_max: NonNegative = math.inf
-    s_noise: NonNegative = 1
+    steps: Steps = Field(18, description="number of them")
+    solver: Literal["heun", "euler"] = Field("heun", description=SOLVER)
+    sigma_min: PositiveFloat = Field(0.002, description=LAST)
+    sigma_max: PositiveFloat = Field(80, description=FIRST)
+    rho: float = Field(7, ge=0.01, le=1000, description=LONG_STEPS)
+    s_churn: NonNegative = Field(0, description=CHURN)
+    s_min: NonNegative = Field(0, description=CHURN_FROM)
+    s_max: NonNegative = Field(math.inf, description=CHURN_TO)
+    s_noise: NonNegative = Field(1, description=CHURN_SPREAD)
 
     @model_validator(mode="after")
     def _range_falls(self) -> Self:
@@ -137,23 +146,31 @@ class AblationSamplerConfig(SamplerSection):
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
 
     kind: Literal["ablation"] = "ablation"
-    steps: Steps = 18
-    solver: Literal["heun", "euler"] = "heun"
-    discretization: Literal["edm", "vp", "ve", "iddpm"] = "edm"
-    schedule: Literal["linear", "vp", "ve"] = "linear"
-    scaling: Literal["none", "vp"] = "none"
-    sigma_min: PositiveFloat | None = None
-    sigma_max: PositiveFloat | None = None
-    rho: float = Field(7, ge=0.01, le=1000)
-    epsilon_s: PositiveFloat = 1e-3
-    c_1: PositiveFloat = 0.001
-    c_2: PositiveFloat = 0.008
-    timesteps: Steps = 1000
-    alpha: PositiveFloat = 1
-    s_churn: NonNegative = 0
-    s_min: NonNegative = 0
-    s_max: NonNegative = math.inf
-    s_noise: NonNegative = 1
+    steps: Steps = Field(18, description="number of them")
+    solver: Literal["heun", "euler"] = Field("heun", description=SOLVER)
+    discretization: Literal["edm", "vp", "ve", "iddpm"] = Field(
+        "edm", description="where the steps are: edm, vp, ve or iddpm"
+    )
+    schedule: Literal["linear", "vp", "ve"] = Field(
+        "linear", description="noise level over time: linear, vp or ve"
+    )
+    scaling: Literal["none", "vp"] = Field(
+        "none", description="of x over time: none, or vp, which keeps its variance"
+    )
+    sigma_min: PositiveFloat | None = Field(None, description=OWN_RANGE)
+    sigma_max: PositiveFloat | None = Field(None, description=OWN_RANGE)
+    rho: float = Field(7, ge=0.01, le=1000, description=f"of edm; {LONG_STEPS}")
+    epsilon_s: PositiveFloat = Field(1e-3, description="last time of vp")
+    c_1: PositiveFloat = Field(
+        0.001, description="of iddpm: least share of the signal that a step keeps"
+    )
+    c_2: PositiveFloat = Field(0.008, description="of iddpm: offset of its cosine")
+    timesteps: Steps = Field(1000, description="of iddpm: number of its process's steps")
+    alpha: PositiveFloat = Field(1, description="second evaluation after this share of a step")
+    s_churn: NonNegative = Field(0, description=CHURN)
+    s_min: NonNegative = Field(0, description=CHURN_FROM)
+    s_max: NonNegative = Field(math.inf, description=CHURN_TO)
+    s_noise: NonNegative = Field(1, description=CHURN_SPREAD)
 
     @model_validator(mode="after")
     def _range_falls(self) -> Self:
@@ -169,7 +186,8 @@ class ProcessSamplerConfig(SamplerSection):
     steps: str = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
-        description="estimates of x; auto: dynamic if guided, else static; none of latents",
+        description="estimates of x: none, static, dynamic; auto: dynamic if guided, static if not, none "
+        "of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
@@ -179,7 +197,9 @@ class DdpmSamplerConfig(ProcessSamplerConfig):
     """Ancestral sampling (Ho et al. 2020), with learned variances where there are any."""
 
     kind: Literal["ddpm"] = "ddpm"
-    variance: Literal["learned", "large", "small"] = "learned"
+    variance: Literal["learned", "large", "small"] = Field(
+        "learned", description="of a step: learned where it was, else small; large; or small"
+    )
 
 
 class DdimSamplerConfig(ProcessSamplerConfig):
