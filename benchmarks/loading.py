@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.harness import device, interleaved, markdown, record, show
-from tessera.data.convert import convert
+from tessera.data.convert import convert_images
 from tessera.data.dataset import open_dataset
 from tessera.data.loader import Loader, StepPlan
 from tessera.data.order import EpochOrder
@@ -55,7 +55,7 @@ def run(rounds: int, record_figures: bool) -> None:
             folder.mkdir()
             write_photos(folder, side)
             for suffix in ("zip", "safetensors"):
-                convert(folder, Path(name) / f"set.{suffix}")
+                convert_images(folder, Path(name) / f"set.{suffix}")
             archive, packed = Path(name) / "set.zip", Path(name) / "set.safetensors"
             readers = {
                 "archive": reader(archive, False, stack),

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 -1..1, any shape (spec: x / 127.5 - 1)."""
+    """uint8 0..255 to float32 -1..1, any shape (x / 127.5 - 1)."""
     return images.to(torch.float32) / 127.5 - 1
 
 
@@ -130,27 +131,44 @@ def grid(
 
 
 def labelled_grid(
-    columns: list[str], rows: list[tuple[str, list[NDArray[np.uint8]]]]
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    *,
+    gap: int = 2,
+    least: int = 1,
 ) -> NDArray[np.uint8]:
-    """Pictures in a grid with a name above each column and before each row, uint8 [H', W', 3].
+    """Pictures in a grid on white, with names before the rows and above the columns if given.
 
     Args:
-        columns: their names.
-        rows: name and pictures [H, W, C] of each row; small ones are enlarged.
+        rows: pictures [H, W, C] of each row, C = 1 or 3; those of a row may differ in size.
+        gap: white pixels between pictures.
+        least: pictures are enlarged, each by a whole number, to so many pixels of width.
+
+    Returns:
+        uint8 [H', W', 3].
     """
-    height, width = rows[0][1][0].shape[:2]
-    scale = max(1, -(-112 // width))
-    height, width, gap, top, left = height * scale, width * scale, 6, 24, 84
-    sheet = Image.new(
-        "RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white"
-    )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for index, name in enumerate(columns):
-        draw.text((left + index * (width + gap), 4), name, "black", font)
-    for line, (name, pictures) in enumerate(rows):
-        y = top + line * (height + gap)
-        draw.text((6, y + height // 2 - 8), name, "black", font)
-        for index, picture in enumerate(pictures):
-            enlarged = to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged.convert("RGB"), (left + index * (width + gap), y))
+    margin = 6
+    cells = [[_enlarged(picture, least) for picture in row] for row in rows]
+    heights = [max(cell.height for cell in row) for row in cells]
+    widths = [max(cell.width for cell in column) for column in zip(*cells, strict=True)]
+    font = ImageFont.load_default(size=min(16, max(10, min(heights) // 4)))
+    left = max((2 * margin + math.ceil(font.getlength(name)) for name in row_names), default=0)
+    top = 20 if column_names else 0
+    lefts = [left + sum(widths[:index]) + index * gap for index in range(len(widths))]
+    tops = [top + sum(heights[:index]) + index * gap for index in range(len(heights))]
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1], tops[-1] + heights[-1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, name in zip(lefts, column_names, strict=False):
+        draw.text((x + 2, top // 2), name, "black", ImageFont.load_default(size=12), "lm")
+    for y, height, name in zip(tops, heights, row_names, strict=False):
+        draw.text((left - margin, y + height // 2), name, "black", font, "rm")
+    for y, row in zip(tops, cells, strict=True):
+        for x, cell in zip(lefts, row, strict=True):
+            sheet.paste(cell, (x, y))
     return np.asarray(sheet)
+
+
+def _enlarged(picture: NDArray[np.uint8], least: int) -> Image.Image:
+    scale = max(1, -(-least // picture.shape[1]))
+    return to_pil(picture.repeat(scale, axis=0).repeat(scale, axis=1)).convert("RGB")

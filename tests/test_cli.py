@@ -149,7 +149,7 @@ def test_too_little_memory_is_said_in_a_line(tmp_path: Path) -> None:
     save_reference(reference, build_reference(few, training_images=256))
     np.savez(samples, images)
     limited = (
-        "import resource, sys, torch, tessera.metrics.score\n"
+        "import resource, sys, torch, tessera.metrics.evaluate\n"
         "from tessera.cli import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"

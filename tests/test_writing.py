@@ -17,7 +17,7 @@ import torch
 from data_files import random_images, write_packed
 from tiny_pipeline import tiny_pipeline
 
-from tessera.data.convert import convert
+from tessera.data.convert import convert_images
 from tessera.data.dataset import open_dataset
 from tessera.data.latents import write_latents
 from tessera.errors import OutputError
@@ -74,9 +74,9 @@ def animation(target: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "set.zip": lambda target: convert(target.parents[1] / SOURCE, target),
-    "set.safetensors": lambda target: convert(target.parents[1] / SOURCE, target),
-    "set": lambda target: convert(target.parents[1] / SOURCE, target),
+    "set.zip": lambda target: convert_images(target.parents[1] / SOURCE, target),
+    "set.safetensors": lambda target: convert_images(target.parents[1] / SOURCE, target),
+    "set": lambda target: convert_images(target.parents[1] / SOURCE, target),
     "latents.safetensors": latents,
     "samples.npz": samples,
     "samples": lambda target: generate_folder(job(), target),

@@ -18,8 +18,9 @@ from benchmarks.harness import RESULTS, device, synchronize
 from tessera import distributed
 from tessera.errors import TesseraError
 from tessera.images import grid, save_png
+from tessera.metrics.evaluate import Score, score_stream
+from tessera.metrics.measure import made_images
 from tessera.metrics.reference import Reference
-from tessera.metrics.score import Score, score
 from tessera.pipelines.base import Pipeline, SampledBatch
 from tessera.pipelines.generate import Job
 from tessera.pipelines.usage import Usage
@@ -158,7 +159,7 @@ def scored(
 
     usage = Usage(job.plan.networks(), pipe.device.type == "cuda")
     with usage.watch():
-        result = score(batches(), reference)
+        result = score_stream(made_images(batches(), options.samples, "samples"), reference)
     return Scored(result, first[0].images, usage.evaluations / options.samples, seconds)
 
 

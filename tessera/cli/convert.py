@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+from tessera.cli.tables import print_facts
 
 
 def convert(
@@ -22,13 +22,10 @@ def convert(
     ),
 ) -> None:
     """Make a pipeline of a checkpoint of EDM's released code; nothing in it is run."""
-    from tessera.convert.run import convert as run
+    from tessera.convert.run import convert_checkpoint
 
-    made = run(checkpoint, dest, snapshot=snapshot)
+    made = convert_checkpoint(checkpoint, dest, snapshot=snapshot)
     recipe = made.recipe
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column()
     channels, side, _ = recipe.shape
     rows = {
         "checkpoint": f"{made.family}, {recipe.name}",
@@ -40,7 +37,5 @@ def convert(
         "weights": ", ".join(made.weights),
         "images seen": f"{made.images_seen:,}" if made.images_seen else "not known",
     }
-    for row in rows.items():
-        table.add_row(*row)
-    Console().print(table)
+    print_facts(rows)
     print(f"written to {made.folder}; its images: tessera sample {made.folder} --out samples/")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
+
+from tessera.cli.tables import make_table
 
 if TYPE_CHECKING:
+    from tessera.pipelines.counting import Cost
     from tessera.recipes.schema import Recipe
     from tessera.training.forecast import Forecast
 
@@ -39,7 +43,6 @@ def cost(
     from tessera import distributed
     from tessera.cli.sample import parse_options
     from tessera.pipelines.loading import estimate
-    from tessera.precision import resolve
     from tessera.recipes.loading import load_recipe
 
     loaded, given = load_recipe(recipe, overrides or ()), parse_options(sample)
@@ -53,23 +56,34 @@ def cost(
         if distributed.is_main():
             print(json.dumps(values))
         return
-    training = loaded.training
-    table = Table(
-        box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0),
-        title=f"[bold]{loaded.name}[/]  {loaded.description}", title_justify="left",
-        title_style="",
+    rows = _rows(loaded, result, given)
+    if forecast is not None:
+        blank = "" if loaded.data.path else "from blank images: "
+        here = described(forecast)
+        rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
+    table = make_table(
+        Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),
+        Column(style="dim"), title=f"[bold]{loaded.name}[/]  {loaded.description}",
     )  # fmt: skip
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _rows(recipe: Recipe, result: Cost, given: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Names, numbers and what they are of."""
+    from tessera import distributed
+    from tessera.precision import resolve
+
+    training = recipe.training
     asked = f" with {', '.join(f'{k}={v}' for k, v in given.items())}" if given else ""
     skipped = 1 - result.sample_flops / (result.evaluations * result.forward_flops)
     asked += f", {skipped:.1%} skipped" if skipped >= 0.0005 else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
     precision = resolve(training.precision, distributed.device())
     kept = f"{result.micro_batch:,} images x {per_image}, {precision}, estimated"
-    rows = [
-        ("parameters", human(result.parameters), loaded.network.kind),
+    return [
+        ("parameters", human(result.parameters), recipe.network.kind),
         ("", "", ""),
         ("one evaluation", human(result.forward_flops, "FLOP"), "the network, one image"),
         ("training, an image", human(result.train_flops, "FLOP"), "forward and backward"),
@@ -82,8 +96,8 @@ def cost(
         ("", "", ""),
         ("weights", human(result.weight_bytes, "B"), "float32"),
         ("gradients", human(result.gradient_bytes, "B"), ""),
-        ("optimizer", human(result.optimizer_bytes, "B"), loaded.optimizer.kind),
-        ("averages", human(result.ema_bytes, "B"), f"EMA, {len(loaded.ema)}x"),
+        ("optimizer", human(result.optimizer_bytes, "B"), recipe.optimizer.kind),
+        ("averages", human(result.ema_bytes, "B"), f"EMA, {len(recipe.ema)}x"),
         ("activations", human(result.activation_bytes, "B"), kept),
         (
             "memory in training",
@@ -91,13 +105,6 @@ def cost(
             "these, on one device; less with micro_batch",
         ),
     ]
-    if forecast is not None:
-        blank = "" if loaded.data.path else "from blank images: "
-        here = described(forecast)
-        rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _probe(recipe: Recipe, *, show: bool) -> Forecast:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from tessera.cli.app import App
+from tessera.cli.tables import facts_table, make_table
 from tessera.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,34 +29,41 @@ _LISTED = 10
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")]
+Collection = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
+        "LSUN *_lmdb folder, or a packed set.",
+    ),
+]
+Destination = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DEST", help="NAME.zip (archive), NAME.safetensors (packed), or a folder."
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+]
+TransformName = Annotated[
+    str,
+    typer.Option(
+        help="none (plain resize), center-crop, center-crop-wide, adm-center-crop (as "
+        "guided-diffusion, DiT and PDM) or lsun-crop (as their LSUN tool)."
+    ),
+]
 
 
-@data_app.command()
-def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
-            "LSUN *_lmdb folder, or a packed set.",
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DEST", help="NAME.zip (archive), NAME.safetensors (packed), or a folder."
-        ),
-    ],
+@data_app.command("convert")
+def convert_data(
+    source: Collection,
+    target: Destination,
     resolution: Annotated[
         str | None, typer.Option(metavar="N|WxH", help="Size of the result, pixels.")
     ] = None,
-    transform: Annotated[
-        str,
-        typer.Option(
-            help="none (plain resize), center-crop, center-crop-wide, adm-center-crop (as "
-            "guided-diffusion, DiT and PDM) or lsun-crop (as their LSUN tool)."
-        ),
-    ] = "none",
+    transform: TransformName = "none",
     resample: Annotated[
         str | None,
         typer.Option(
@@ -93,23 +104,20 @@ def convert(
         int,
         typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
     ] = 256,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
-    ] = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Make a training set from a collection of images.
 
     Class sub-folders become labels. DEST appears when it is whole, or not at all.
     """
-    from tessera.data.convert import convert as run
+    from tessera.data.convert import convert_images
     from tessera.data.transforms import parse_size
     from tessera.images import MAX_PIXELS
 
     if channels == 2:
         raise DataError("--channels: 1 (grey) or 3 (RGB)")
     # What is no transform, filter or format is refused by the conversion, in words of its own.
-    report = run(
+    report = convert_images(
         source,
         target,
         resolution=None if resolution is None else parse_size(resolution),
@@ -224,14 +232,14 @@ def inspect(
 
 
 def _print_latents(report: LatentReport) -> None:
-    table, info = _table(), report.info
-    table.add_row("VAE", _plain(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
+    table, info = facts_table(), report.info
+    table.add_row("VAE", Text(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
     table.add_row("latents", f"{report.count:,} of {_latent_text(report.shape)}")
     table.add_row("mirrored", "encoded, too" if report.flips else "no")
     table.add_row("labels", _classes(report.num_classes))
     table.add_row("time", _duration(report))
     size = _size_text(report.path.stat().st_size)
-    table.add_row("written", _plain(f"{report.path} ({size})"))
+    table.add_row("written", Text(f"{report.path} ({size})"))
     _console().print(table)
 
 
@@ -242,11 +250,11 @@ def _inspect_latents(path: Path, max_images: int | None, seed: int) -> None:
     dataset = open_latents(path, max_images=max_images, seed=seed)
     info, classes = dataset.info, count_labels(dataset.labels, dataset.class_names)
     mean, std = channel_statistics(dataset)
-    table = _table()
-    table.add_row("set", _plain(f"{dataset.name} (latents, {_size_text(path.stat().st_size)})"))
+    table = facts_table()
+    table.add_row("set", Text(f"{dataset.name} (latents, {_size_text(path.stat().st_size)})"))
     table.add_row("latents", f"{len(dataset):,} of {_latent_text(dataset.shape)}")
     table.add_row("images", f"{info.resolution}x{info.resolution} RGB")
-    table.add_row("VAE", _plain(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
+    table.add_row("VAE", Text(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
     table.add_row("mirrored", "encoded, too" if dataset.flips else "no")
     table.add_row("mean", " ".join(f"{value:7.3f}" for value in mean) + "  scaled")
     table.add_row("std", " ".join(f"{value:7.3f}" for value in std))
@@ -264,7 +272,7 @@ def _latent_text(shape: tuple[int, int, int]) -> str:
 def _print_report(report: Report) -> None:
     from tessera.data.decode import shape_text
 
-    table = _table()
+    table = facts_table()
     table.add_row("source", report.kind)
     table.add_row("images", f"{report.count:,} of {shape_text(report.shape)}")
     table.add_row("labels", _classes(report.num_classes))
@@ -277,17 +285,17 @@ def _print_report(report: Report) -> None:
         table.add_row("ignored", _counted(len(report.ignored), "file", "files") + ", no image:")
         _add_listed(table, report.ignored)
     for note in report.notes:
-        table.add_row("[yellow]note", _plain(note))
+        table.add_row("[yellow]note", Text(note))
     table.add_row("time", _duration(report))
-    table.add_row("written", _plain(f"{report.path} ({report.format})"))
+    table.add_row("written", Text(f"{report.path} ({report.format})"))
     _console().print(table)
 
 
 def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
     from tessera.data.decode import shape_text
 
-    table = _table()
-    table.add_row("set", _plain(f"{dataset.name} ({dataset.kind}, {_size_text(summary.bytes)})"))
+    table = facts_table()
+    table.add_row("set", Text(f"{dataset.name} ({dataset.kind}, {_size_text(summary.bytes)})"))
     table.add_row("images", f"{summary.count:,} of {shape_text(summary.shape)}")
     table.add_row("mean", " ".join(f"{value:7.2f}" for value in summary.mean) + "  of 0..255")
     table.add_row("std", " ".join(f"{value:7.2f}" for value in summary.std))
@@ -316,21 +324,17 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
         console.print(_class_table(summary.classes, summary.count))
 
 
-def _class_table(classes: Sequence[ClassCount], count: int) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("class", justify="right")
-    table.add_column("name")
-    table.add_column("images", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("")
+def _class_table(classes: Sequence[ClassCount], count: int) -> Table:
+    table = make_table(
+        Column("class", justify="right"), Column("name"), Column("images", justify="right"),
+        Column("share", justify="right"), Column(),
+    )  # fmt: skip
     most = max(entry.count for entry in classes)
     shown = classes[:50]
     for entry in shown:
         table.add_row(
             str(entry.index),
-            _plain(entry.name or ""),
+            Text(entry.name or ""),
             f"{entry.count:,}",
             f"{100 * entry.count / count:.1f}%",
             "█" * max(1, round(24 * entry.count / most)),
@@ -340,31 +344,14 @@ def _class_table(classes: Sequence[ClassCount], count: int) -> Any:
     return table
 
 
-def _add_listed(table: Any, lines: Any) -> None:
+def _add_listed(table: Table, lines: Sequence[str]) -> None:
     for line in lines[:_LISTED]:
-        table.add_row("", _plain(line))
+        table.add_row("", Text(line))
     if len(lines) > _LISTED:
         table.add_row("", f"... and {len(lines) - _LISTED:,} more")
 
 
-def _table() -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
+def _console() -> Console:
     return Console(highlight=False)
 
 

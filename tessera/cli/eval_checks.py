@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
-    from tessera.metrics.evaluate import Metric
+    from tessera.metrics.conventions import Convention, Metric
     from tessera.metrics.features import Features
 
 
@@ -53,7 +53,7 @@ def known_metrics(text: str | None) -> list[Metric] | None:
     Raises:
         TesseraError: one of them is none.
     """
-    from tessera.metrics.evaluate import METRICS
+    from tessera.metrics.conventions import METRICS
 
     if text is None:
         return None
@@ -92,14 +92,14 @@ def check_weights(weights: Path | None, features: Features) -> None:
         )
 
 
-def known_convention(name: str) -> str:
+def known_convention(name: str) -> Convention | Literal["all"]:
     """The tool of that name.
 
     Raises:
         TesseraError: there is none.
     """
-    from tessera.metrics.evaluate import CONVENTIONS
+    from tessera.metrics.conventions import CONVENTIONS
 
     if name not in (*CONVENTIONS, "all"):
         raise TesseraError(f"--convention {name!r}: there are {', '.join(CONVENTIONS)} and all")
-    return name
+    return cast('Convention | Literal["all"]', name)

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tessera.cli.eval_checks import check_destination
+from tessera.cli.tables import print_facts
 from tessera.errors import TesseraError
 
 
@@ -36,7 +35,7 @@ def nll(
     from tessera import distributed
     from tessera.files import atomic_file
     from tessera.metrics.images import open_images
-    from tessera.metrics.likelihood import evaluate
+    from tessera.metrics.likelihood import dataset_bits
     from tessera.pipelines.diffusion import DiffusionPipeline
     from tessera.pipelines.loading import load
     from tessera.progress import progress
@@ -53,7 +52,7 @@ def nll(
         pipe.check_complete()
         count = min(num, len(images))
         with progress("bits per dimension", count, unit="images") as bar:
-            bits = evaluate(
+            bits = dataset_bits(
                 pipe.denoiser, images, count, batch=batch, seed=seed, device=pipe.device,
                 steps=steps, noise_schedule=noise_schedule, clip=clip,
                 low_resolution=pipe.recipe.low_resolution, advance=bar.advance,
@@ -72,11 +71,10 @@ def nll(
     if as_json:
         print(json.dumps(values, indent=2))
     else:
-        table = Table(title="Likelihood", show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column()
-        table.add_row("bits per dimension, at most", f"{total:.4f}")
-        table.add_row("of which about noise alone", f"{values['prior']:.2g}")
-        table.add_row("images", f"{count:,}")
-        table.add_row("steps", str(values["steps"]))
-        Console().print(table)
+        rows = {
+            "bits per dimension, at most": f"{total:.4f}",
+            "of which about noise alone": f"{values['prior']:.2g}",
+            "images": f"{count:,}",
+            "steps": values["steps"],
+        }
+        print_facts(rows, "Likelihood", boxed=True)

@@ -6,9 +6,10 @@ import sys
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
 from tessera.cli.app import App
+from tessera.cli.tables import make_table
 
 recipes_app = App(
     help="List the shipped recipes, or show every key of one.", invoke_without_command=True
@@ -22,11 +23,10 @@ def list_recipes(context: typer.Context) -> None:
         return
     from tessera.recipes.loading import shipped
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("recipe", style="cyan", no_wrap=True)
-    table.add_column("what")
-    table.add_column("images", no_wrap=True)
-    table.add_column("classes", justify="right")
+    table = make_table(
+        Column("recipe", style="cyan", no_wrap=True), Column("what"),
+        Column("images", no_wrap=True), Column("classes", justify="right"),
+    )  # fmt: skip
     for name, make in shipped().items():
         recipe = make()
         data = recipe.data

@@ -12,56 +12,62 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
+from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
 from tessera.files import check_folder_name, check_free
 
 if TYPE_CHECKING:
     from tessera.pipelines.base import Pipeline
-    from tessera.pipelines.generate import Job, Summary
+    from tessera.pipelines.generate import Job, JobSummary
     from tessera.sampling.output import Trajectory
 
 Format = StrEnum("Format", ["png", "npz", "grid"])
 Precision = StrEnum("Precision", ["auto", "fp32", "bf16"])
 _SUFFIXES = {"npz": ".npz", "grid": ".png"}  # of the formats that are one file
 
+_KEYS = typer.Argument(
+    None,
+    metavar="KEY=VALUE",
+    help="What belongs to this model's sampler, network or canvas; see --options.",
+)
+_CLASS = typer.Option(
+    None,
+    "--class",
+    metavar="CLASS",
+    help="Index or name; 'balanced' takes turns, 'none' is no class. (default: random)",
+)
+_GUIDE = typer.Option(
+    None,
+    metavar="PIPELINE",
+    help="Guide by this weaker model instead of by the model without class.",
+)
+_FORMAT = typer.Option(
+    None,
+    "--format",
+    help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
+)
+
 
 def sample(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
-    overrides: list[str] = typer.Argument(
-        None,
-        metavar="KEY=VALUE",
-        help="What belongs to this model's sampler, network or canvas; see --options.",
-    ),
+    overrides: list[str] = _KEYS,
     options: bool = typer.Option(
         False, "--options", help="Print every KEY that this model takes, and make nothing."
     ),
     seeds: str = typer.Option("0-63", help="One image for each seed, like 0-63,100."),
     out: Path = typer.Option(Path("samples"), help="Folder; or a file .npz or .png (a grid)."),
-    labels: str | None = typer.Option(
-        None,
-        "--class",
-        metavar="CLASS",
-        help="Index or name; 'balanced' takes turns, 'none' is no class. (default: random)",
-    ),
+    labels: str | None = _CLASS,
     steps: str | None = typer.Option(None, help="Number of steps. (default: the recipe's)"),
     guidance: float | None = typer.Option(None, help="Weight of guidance. (default: 1, none)"),
-    guide: str | None = typer.Option(
-        None,
-        metavar="PIPELINE",
-        help="Guide by this weaker model instead of by the model without class.",
-    ),
+    guide: str | None = _GUIDE,
     start_from: Path | None = typer.Option(
         None,
         help="Pictures that a model starts from (folder, archive or NPZ); seed s takes s mod N.",
     ),
     batch: int = typer.Option(64, min=1, help="Most images at once on one device."),
-    output: Format | None = typer.Option(
-        None,
-        "--format",
-        help="One PNG per seed, one NPZ, or one picture. (default: by the suffix of --out)",
-    ),
+    output: Format | None = _FORMAT,
     overwrite: bool = typer.Option(
         False, "--overwrite", help="Replace an NPZ, a grid or an animation of the same name."
     ),
@@ -161,9 +167,9 @@ def parse_options(overrides: Sequence[str], **options: Any) -> dict[str, Any]:
 
 def print_options(pipe: Pipeline, sampler: str | None = None) -> None:
     """A table of everything that a model takes as KEY=VALUE, by one of the samplers."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for column in ("cyan", "", "dim"):
-        table.add_column(style=column, no_wrap=column != "dim")
+    table = make_table(
+        Column(style="cyan", no_wrap=True), Column(no_wrap=True), Column(style="dim")
+    )
     section = None
     for option in pipe.options(sampler):
         if option.section != section:
@@ -229,7 +235,9 @@ class _Places:
             check_folder(self.folder, [f"samples{suffix}" for suffix in _SUFFIXES.values()])
 
 
-def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None) -> Summary:
+def _write(
+    job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None
+) -> JobSummary:
     """Make the images and write them."""
     from tessera import distributed
     from tessera.files import check_writable
@@ -254,7 +262,7 @@ def _write(job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory
     return summary
 
 
-def _report(summary: Summary, where: list[Path]) -> None:
+def _report(summary: JobSummary, where: list[Path]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
         console.print(

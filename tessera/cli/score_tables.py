@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Column
+
+from tessera.cli.tables import make_table, print_facts
 
 if TYPE_CHECKING:
-    from tessera.metrics.evaluate import Result
+    from tessera.metrics.conventions import Result
+    from tessera.metrics.evaluate import Score
     from tessera.metrics.formats import Measured
     from tessera.metrics.reference import Reference
-    from tessera.metrics.score import Score
 
 
 def reference_rows(result: Reference) -> list[tuple[str, str]]:
@@ -38,13 +43,16 @@ def measured_rows(measured: Measured) -> list[tuple[str, str]]:
     ]
 
 
-def print_score(result: Score, known: Reference) -> None:
-    """The score by the in-domain classifier."""
+def print_score(result: Score, known: Reference, as_json: bool) -> None:
+    """The score by the in-domain classifier, or JSON."""
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
     rows = [("Fréchet distance (in-domain classifier)", f"{result.fd_classifier:.6g}")]
     if result.recognised is not None:
         rows.append(("recognised as their class", f"{result.recognised:.1%}"))
     rows.append(("samples", f"{result.n:,}"))
-    print_table("Score", [*rows, *reference_rows(known)])
+    print_facts([*rows, *reference_rows(known)], "Score", boxed=True)
 
 
 def print_results(
@@ -60,12 +68,10 @@ def print_results(
         }
         print(json.dumps(document, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Scores", title_justify="left")
-    for column in ("metric", "value", "as", "rule"):
-        table.add_column(column, style="bold" if column == "metric" else None)
+    table = make_table(
+        Column("metric", style="bold"), Column("value"), Column("as"), Column("rule"),
+        title="Scores", boxed=True,
+    )  # fmt: skip
     for result in results:
         for index, (name, value) in enumerate(result.values.items()):
             first = index == 0
@@ -79,17 +85,4 @@ def print_results(
     rows = [("samples", f"{ours.n:,}" if ours.n else "an unknown number")]
     if theirs is not None:
         rows += [(f"reference {key}", value) for key, value in measured_rows(theirs)]
-    print_table("", rows)
-
-
-def print_table(title: str, rows: list[tuple[str, Any]]) -> None:
-    """Names and values."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in rows:
-        table.add_row(name, str(value))
-    Console().print(table)
+    print_facts(rows, boxed=True)

@@ -62,11 +62,9 @@ def train(
 
 def _describe(trainer: Trainer) -> None:
     """A short table of what is about to happen."""
-    from rich.console import Console
-    from rich.table import Table
-
     from tessera import distributed
     from tessera.cli.cost import described
+    from tessera.cli.tables import print_facts
     from tessera.progress import quantity
 
     recipe = trainer.recipe
@@ -96,12 +94,7 @@ def _describe(trainer: Trainer) -> None:
     }
     if trainer.forecast is not None:
         rows |= described(trainer.forecast)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
+    print_facts(rows)
 
 
 def _conclude(trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tessera.convert.unpickle import Record, read_container
+from tessera.convert.unpickle import ClosedObject, read_container
 from tessera.errors import CheckpointError
 from tessera.recipes.schema import Recipe
 
@@ -35,9 +35,9 @@ class Checkpoint:
 
     path: Path
     weights: Literal["ema", "raw"]
-    network: Record
-    loss: Record | None = None
-    augment: Record | None = None
+    network: ClosedObject
+    loss: ClosedObject | None = None
+    augment: ClosedObject | None = None
     dataset: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,7 +50,9 @@ class Checkpoint:
         """An error about the file."""
         return CheckpointError(f"{self.path} cannot be converted: {text}")
 
-    def arguments(self, record: Record, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def arguments(
+        self, record: ClosedObject, names: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """The arguments that an object was made with, by our names.
 
         Args:
@@ -100,7 +102,7 @@ def read_checkpoint(path: Path, classes: Collection[tuple[str, str]] = ()) -> Ch
     """
     data = read_container(path, classes)
     if isinstance(data, dict):
-        if isinstance(data.get("ema"), Record):
+        if isinstance(data.get("ema"), ClosedObject):
             loss, augment = (_record(data.get(name)) for name in ("loss_fn", "augment_pipe"))
             dataset = data.get("dataset_kwargs")
             return Checkpoint(
@@ -111,7 +113,7 @@ def read_checkpoint(path: Path, classes: Collection[tuple[str, str]] = ()) -> Ch
                 augment,
                 dataset if isinstance(dataset, dict) else {},
             )
-        if isinstance(data.get("net"), Record):
+        if isinstance(data.get("net"), ClosedObject):
             return Checkpoint(path, "raw", data["net"])
     raise CheckpointError(
         f"{path} holds no network: neither 'ema', as network-snapshot-*.pkl, nor 'net', as "
@@ -119,5 +121,5 @@ def read_checkpoint(path: Path, classes: Collection[tuple[str, str]] = ()) -> Ch
     )
 
 
-def _record(value: Any) -> Record | None:
-    return value if isinstance(value, Record) else None
+def _record(value: Any) -> ClosedObject | None:
+    return value if isinstance(value, ClosedObject) else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tessera.convert.checkpoint import Checkpoint, Converter, brief
-from tessera.convert.unpickle import Record
+from tessera.convert.unpickle import ClosedObject
 from tessera.diffusion.preconditioning import Iddpm, Vp
 from tessera.recipes.build import build_preconditioning
 from tessera.recipes.loading import dump_recipe, parse_recipe, shipped
@@ -215,7 +215,7 @@ def _augment(checkpoint: Checkpoint, labels: int) -> dict[str, Any] | None:
     return section.model_dump()
 
 
-def _released_sigma_min(network: Record, section: Mapping[str, Any]) -> bool:
+def _released_sigma_min(network: ClosedObject, section: Mapping[str, Any]) -> bool:
     """Whether the smallest noise level is the released, rounded one rather than the exact one."""
     values = {name: value for name, value in section.items() if name != "kind"}
     stored = network.state.get("sigma_min", 2.0**-10)

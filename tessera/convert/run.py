@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tessera.convert import edm
 from tessera.convert.checkpoint import Checkpoint, Converter, read_checkpoint
-from tessera.convert.unpickle import read_state
+from tessera.convert.unpickle import module_state
 from tessera.errors import CheckpointError, DataError
 from tessera.files import user_path
 from tessera.pipelines.folder import mismatches, not_finite, write_folder
@@ -44,7 +44,7 @@ class Converted:
     images_seen: int
 
 
-def convert(source: Path, dest: Path, *, snapshot: Path | None = None) -> Converted:
+def convert_checkpoint(source: Path, dest: Path, *, snapshot: Path | None = None) -> Converted:
     """Write the model in a released checkpoint as a pipeline folder. Nothing in it is run.
 
     Args:
@@ -122,7 +122,7 @@ def _state(
 ) -> Mapping[str, Tensor]:
     """The checkpoint's weights as the state dict of `network`."""
     try:
-        state = converter.state(checkpoint, recipe, read_state(checkpoint.network))
+        state = converter.state(checkpoint, recipe, module_state(checkpoint.network))
     except DataError as error:
         raise checkpoint.error(f"{error}. Download or copy it again") from error
     problems = mismatches(state, network.state_dict())

@@ -1,9 +1,9 @@
 """Files that the released training code of EDM and its descendants wrote, as inert values.
 
 Two containers hold the same objects: a network snapshot (`.pkl`) is a plain pickle, a training
-state (`.pt`) a ZIP of `torch.save`. Nothing of a file is run. An object becomes a `Record` of its
-class name and its attributes, a tensor becomes a `StoredTensor` that is read when it is asked for,
-and a file that refers to anything that is not listed here is refused.
+state (`.pt`) a ZIP of `torch.save`. Nothing of a file is run. An object becomes a `ClosedObject`
+that holds the name of its class and its attributes, a tensor becomes a `StoredTensor` that is read
+when it is asked for, and a file that refers to anything that is not listed here is refused.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Frozen(type):
         raise TypeError("not a value with a state")
 
 
-class Record(metaclass=_Frozen):
+class ClosedObject(metaclass=_Frozen):
     """An object of the file that stays closed: the name of its class and its attributes.
 
     Attributes:
@@ -179,7 +179,7 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any
         ) from error
 
 
-def read_state(module: Record) -> dict[str, Tensor]:
+def module_state(module: ClosedObject) -> dict[str, Tensor]:
     """The state dict of a recorded module: parameters and buffers of it and of its children.
 
     Raises:
@@ -196,7 +196,7 @@ def read_state(module: Record) -> dict[str, Tensor]:
 
 
 def _collect(module: Any, prefix: str, result: dict[str, StoredTensor]) -> None:
-    if not isinstance(module, Record) or prefix.count(".") > _NESTING:
+    if not isinstance(module, ClosedObject) or prefix.count(".") > _NESTING:
         raise DataError(f"{prefix.rstrip('.')[:80] or 'it'} is no module of a network")
     passing = module.state.get("_non_persistent_buffers_set") or ()
     tensors = [
@@ -261,20 +261,20 @@ def _damage(what: str) -> Iterator[None]:
 # --------------------------------------------------------------- what stands for the file's names
 
 
-def _persistent_object(meta: Any) -> Record:
+def _persistent_object(meta: Any) -> ClosedObject:
     """An object with its class's source text, which is dropped unread."""
     meta = _mapping(meta, "description of an object")
     name = meta.get("class_name")
     if meta.get("type") != "class" or not isinstance(name, str):
         raise DataError("an object without the name of its class")
-    record = Record()
+    record = ClosedObject()
     record.class_name = name
     record.__setstate__(meta.get("state"))
     return record
 
 
-def _record_class(name: str) -> type[Record]:
-    return cast("type[Record]", _Frozen(name, (Record,), {"class_name": name}))
+def _record_class(name: str) -> type[ClosedObject]:
+    return cast("type[ClosedObject]", _Frozen(name, (ClosedObject,), {"class_name": name}))
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> StoredTensor:
@@ -301,7 +301,7 @@ def _embedded(data: Any) -> _Embedded:
     return _Embedded(data)
 
 
-class _Kind(Record):
+class _Kind(ClosedObject):
     """The type of a NumPy number, by its code."""
 
     def __init__(self, code: str, *_: Any) -> None:

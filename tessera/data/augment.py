@@ -206,7 +206,8 @@ def resample(images: Tensor, G: Tensor) -> Tensor:
     """Transform images [B, C, H, W] by maps G [B, 3, 3] from output to input pixels.
 
     Twofold upsampling by a wavelet filter, bilinear sampling, twofold downsampling; the image is
-    continued by reflection as far as the filters are long, zero beyond (spec of StyleGAN2-ADA).
+    continued by reflection as far as the filters are long, zero beyond, as in StyleGAN2-ADA (Karras
+    et al. 2020).
     """
     height, width = images.shape[2:]
     x0, x1, y0, y1 = _margins(G, width, height)

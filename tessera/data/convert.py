@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, get_args
@@ -74,7 +74,7 @@ class Report:
     seconds: float = 0.0
 
 
-def convert(
+def convert_images(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
@@ -121,7 +121,6 @@ def convert(
     _check_target(source, target, overwrite)
     workers = cores() if workers is None else workers
     started = time.monotonic()
-
     with (
         open_source(
             source, upright=upright, max_file_bytes=max_file_bytes, max_pixels=max_pixels
@@ -143,41 +142,16 @@ def convert(
                 return _Prepared(record, error=str(error))
 
         chunks = _chunks(itertools.islice(opened.records, max_images))
-        results = ordered_map(
-            lambda chunk: [prepare(record) for record in chunk], chunks, workers, workers + 2
-        )
+        results = ordered_map(lambda chunk: [*map(prepare, chunk)], chunks, workers, workers + 2)
         total = opened.count if max_images is None else min(opened.count, max_images)
-        labels: list[Label] = []
-        names: list[str] = []
         bars = progress(f"converting {source.name}", total, unit="images")
         with contextlib.closing(results), bars as bar:
-            for result in itertools.chain.from_iterable(results):
-                bar.advance()
-                problem = _problem(result, report, names)
-                if problem is not None:
-                    if not skip_bad:
-                        raise DataError(f"{problem}\n(--skip-bad leaves such images out)")
-                    report.bad.append(problem)
-                elif result.payload is None:
-                    report.too_small += 1
-                else:
-                    report.shape = result.shape
-                    sink.add(result.payload, result.shape)
-                    labels.append(result.record.label)
-                    names.append(result.record.name)
+            labels, names = _write_all(results, sink, report, skip_bad, bar.advance)
         report.count = len(labels)
-        if len(report.bad) > report.count:
-            report.notes.append(
-                "most images were left out; the first one that can be used sets the shape of all"
-            )
         if not labels:
             raise DataError(_nothing_left(source, report))
         sink.finish(_settle_labels(labels, names, opened, report), report.class_names)
-    if form != "packed" and report.shape[1] & (report.shape[1] - 1):
-        report.notes.append(
-            f"the side of {report.shape[1]} pixels is no power of two; every reader takes it, but "
-            "EDM's own conversion tool does not make such sets"
-        )
+    _add_notes(report)
     report.seconds = time.monotonic() - started
     return report
 
@@ -190,6 +164,46 @@ class _Prepared:
     shape: tuple[int, ...] = ()
     payload: Any = None
     error: str | None = None
+
+
+def _write_all(
+    chunks: Iterable[Sequence[_Prepared]],
+    sink: _Sink,
+    report: Report,
+    skip_bad: bool,
+    advance: Callable[[], object],
+) -> tuple[list[Label], list[str]]:
+    """Write the images that can be used; their labels and names."""
+    labels: list[Label] = []
+    names: list[str] = []
+    for result in itertools.chain.from_iterable(chunks):
+        advance()
+        problem = _problem(result, report, names)
+        if problem is not None:
+            if not skip_bad:
+                raise DataError(f"{problem}\n(--skip-bad leaves such images out)")
+            report.bad.append(problem)
+        elif result.payload is None:
+            report.too_small += 1
+        else:
+            report.shape = result.shape
+            sink.add(result.payload, result.shape)
+            labels.append(result.record.label)
+            names.append(result.record.name)
+    return labels, names
+
+
+def _add_notes(report: Report) -> None:
+    """Say what is odd about the set that was made."""
+    if len(report.bad) > report.count:
+        report.notes.append(
+            "most images were left out; the first one that can be used sets the shape of all"
+        )
+    if report.format != "packed" and report.shape[1] & (report.shape[1] - 1):
+        report.notes.append(
+            f"the side of {report.shape[1]} pixels is no power of two; every reader takes it, but "
+            "EDM's own conversion tool does not make such sets"
+        )
 
 
 def _problem(result: _Prepared, report: Report, written: Sequence[str]) -> str | None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 from tessera.data.dataset import ImageDataset
-from tessera.images import grid, to_pil
+from tessera.images import grid, labelled_grid
 from tessera.progress import progress
 from tessera.randomness import numpy_generator
 
@@ -108,9 +107,9 @@ def sample_grid(
         chosen = np.sort(generator.permutation(members)[:columns])
         images = np.full((columns, *dataset.shape), 255, np.uint8)
         images[: len(chosen)] = dataset.read(chosen)
-        lines.append(_rgb(grid(_channels_last(images), columns)))
+        lines.append(grid(_channels_last(images), columns))
     names = [str(c.index) if c.name is None else c.name for c in classes]
-    return _with_names(lines, names)
+    return labelled_grid([[line] for line in lines], names)
 
 
 def _classes(dataset: ImageDataset) -> tuple[ClassCount, ...]:
@@ -137,24 +136,6 @@ def _channels_last(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture if picture.shape[2] == 3 else picture.repeat(3, axis=2)
-
-
-def _with_names(lines: list[NDArray[np.uint8]], names: list[str]) -> NDArray[np.uint8]:
-    """Rows of images below each other, each with a name on its left."""
-    gap, margin = 2, 6
-    height, width = lines[0].shape[:2]
-    font: Any = ImageFont.load_default(size=min(16, max(10, height // 4)))
-    left = margin * 2 + max(int(font.getlength(name)) for name in names)
-    canvas = np.full((len(lines) * (height + gap) - gap, left + width, 3), 255, np.uint8)
-    for row, line in enumerate(lines):
-        top = row * (height + gap)
-        canvas[top : top + height, left:] = line
-    picture: Image.Image = to_pil(canvas)
-    draw = ImageDraw.Draw(picture)
-    for row, name in enumerate(names):
-        place = (left - margin, row * (height + gap) + height // 2)
-        draw.text(place, name, fill=(0, 0, 0), font=font, anchor="rm")
-    return np.array(picture, dtype=np.uint8)
 
 
 def _size(path: Path) -> int:

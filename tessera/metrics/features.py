@@ -96,7 +96,7 @@ def accumulator(dim: int, device: torch.device) -> FeatureStatistics:
     return FeatureStatistics.empty(dim, with_float64(device))
 
 
-def measure(
+def feature_statistics(
     extractor: FeatureExtractor, batches: Iterable[Tensor], total: int | None = None
 ) -> FeatureStatistics:
     """Statistics of the features of all `batches` (uint8 [B, C, H, W]), of `total` images."""

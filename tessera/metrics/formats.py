@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tessera._version import __version__
 from tessera.errors import DataError
 from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import LabelledImages
+from tessera.metrics.conventions import Convention
 from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
 from tessera.metrics.statistics import Moments
@@ -45,6 +46,8 @@ class Measured:
         features: float32 or float64 [N, D].
         spatial: float32 or float64 [N, 2023], in the order C, H, W.
         images: the images of which features can be measured still, if the file holds any.
+        inception_scores: mean and deviation of the Inception Score, by convention.
+        recognised: share of the images that the in-domain classifier takes for their class.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Measured:
     features: Tensor | None = None
     spatial: Tensor | None = None
     images: LabelledImages | None = None
+    inception_scores: Mapping[Convention, tuple[float, float]] = field(default_factory=dict)
+    recognised: float | None = None
 
     @property
     def dim(self) -> int | None:

@@ -87,7 +87,7 @@ def bits_per_dimension(
     return Bits(vb, mse, noise_mse, prior_terms(process, x))
 
 
-def evaluate(
+def dataset_bits(
     denoiser: Denoiser,
     data: LabelledImages,
     count: int,

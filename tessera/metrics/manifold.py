@@ -176,25 +176,9 @@ def _keep_smallest(nearest: Tensor, which: Tensor, bounds: Tensor, start: int) -
 
     Their columns, counted from `start` in `bounds`, go into `which` [B, C].
     """
-    count, limit = nearest.shape[1], nearest.amax(dim=1)
-    if bool(limit.isinf().any()):  # the first block
-        values, columns = bounds.topk(min(count, bounds.shape[1]), dim=1, largest=False)
-        rows = torch.arange(len(bounds), device=bounds.device)
-    else:
-        # Once some blocks have been seen, a row has one or two numbers to gain, if any.
-        gained = (bounds < limit[:, None]).nonzero()
-        if len(gained) == 0:
-            return
-        rows, place, counts = torch.unique_consecutive(
-            gained[:, 0], return_inverse=True, return_counts=True
-        )
-        first = counts.cumsum(0) - counts
-        column = torch.arange(len(gained), device=bounds.device) - first[place]
-        values = nearest.new_full((len(rows), int(counts.max())), torch.inf)
-        columns = torch.zeros(values.shape, dtype=torch.int64, device=bounds.device)
-        values[place, column] = bounds[gained[:, 0], gained[:, 1]]
-        columns[place, column] = gained[:, 1]
-    both = torch.cat([nearest[rows], values], dim=1)
-    numbers = torch.cat([which[rows], columns + start], dim=1)
-    nearest[rows], order = both.topk(count, dim=1, largest=False, sorted=False)
-    which[rows] = numbers.gather(1, order)
+    columns = torch.arange(start, start + bounds.shape[1], device=bounds.device)
+    numbers = torch.cat([which, columns.expand(len(bounds), -1)], dim=1)
+    both = torch.cat([nearest, bounds], dim=1)
+    smallest, order = both.topk(nearest.shape[1], dim=1, largest=False, sorted=False)
+    nearest.copy_(smallest)
+    which.copy_(numbers.gather(1, order))

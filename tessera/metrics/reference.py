@@ -22,7 +22,8 @@ from tessera.data.members import FolderMembers
 from tessera.errors import DataError
 from tessera.files import atomic_file, user_path
 from tessera.metrics.classifier import Classifier, LabelledImages, train_classifier
-from tessera.metrics.features import measure
+from tessera.metrics.features import feature_statistics
+from tessera.metrics.formats import Measured
 from tessera.metrics.images import batches, npz_names, open_images, read_npz
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.plain import parse_json
@@ -47,6 +48,11 @@ class Reference:
     statistics: FeatureStatistics
     extractor: Classifier
 
+    def measured(self) -> Measured:
+        """The statistics, as other files of statistics hold them."""
+        moments = self.statistics.moments()
+        return Measured(self.name, self.extractor.name, n=moments.n, moments=moments)
+
 
 def build_reference(
     data: LabelledImages,
@@ -62,7 +68,9 @@ def build_reference(
         batch: images measured at once.
     """
     classifier = train_classifier(data, seed=seed, training_images=training_images, device=device)
-    statistics = measure(classifier, (images for _, images in batches(data, size=batch)), len(data))
+    statistics = feature_statistics(
+        classifier, (images for _, images in batches(data, size=batch)), len(data)
+    )
     return Reference(data.name, statistics, classifier)
 
 

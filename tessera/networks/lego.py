@@ -179,7 +179,7 @@ class Lego(nn.Module):
         """What each of the first `bricks` bricks gives out, each like x."""
         self.check_canvas(*x.shape[-2:])
         c = self._embed(noise, cond)
-        place = coordinates(x, cond)
+        place = pixel_coordinates(x, cond)
         outputs: list[Tensor] = []
         for brick in self.model[:bricks]:
             previous = outputs[-1:]
@@ -314,7 +314,7 @@ class LabelEmbedding(nn.Module):
         return vectors
 
 
-def coordinates(x: Tensor, cond: Conditioning) -> Tensor:
+def pixel_coordinates(x: Tensor, cond: Conditioning) -> Tensor:
     """Each pixel's row and column in [-1, 1], [B, 2, H, W] in x's dtype.
 
     Those of the full image where `cond` says which part of it x is; else of x itself.

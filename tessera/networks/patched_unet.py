@@ -145,7 +145,7 @@ class ResBlock(nn.Module):
         return skip + h if gate is None else torch.addcmul(skip, h, gate)
 
 
-class Attention(nn.Module):
+class PixelAttention(nn.Module):
     """Multi-head self-attention over the pixels, added to its input.
 
     Args:
@@ -275,18 +275,7 @@ class PatchedUNet(nn.Module):
         attention_levels = {grid // side for side in attn_resolutions}
         first, last = widths[0], widths[-1]
         emb_channels = int(model_channels * (channel_mult or DEFAULT_MULT[grid])[-1])
-        self.label_embs = (
-            nn.Embedding(num_classes + int(null_class), first) if num_classes else None
-        )
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, 4 * model_channels),
-            nn.SiLU(),
-            nn.Linear(4 * model_channels, emb_channels),
-            nn.SiLU(),
-        )
-        self.augment_embed = (
-            nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        )
+        self._make_embeddings(first, emb_channels, augment_dim, null_class)
 
         def block(c_in: int, c_out: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
             classes = first if num_classes else 0
@@ -294,17 +283,9 @@ class PatchedUNet(nn.Module):
                 c_in, c_out, emb_channels, classes, resample=resample, dropout=dropout, eps=eps
             )
 
-        def attention(width: int, number: int) -> Attention:
-            if width % (head_channels or number):
-                wanted = (
-                    f"heads of {head_channels} channels" if head_channels else f"{number} heads"
-                )
-                raise TesseraError(
-                    f"a level {width} channels wide cannot be divided into {wanted}; change "
-                    "head_channels, heads or the widths"
-                )
-            number = width // head_channels if head_channels else number
-            return Attention(width, number, attention_order, eps)
+        def attention(width: int, number: int) -> PixelAttention:
+            number = _heads(width, number, head_channels)
+            return PixelAttention(width, number, attention_order, eps)
 
         stem = nn.Conv2d((in_channels + self.coords.channels) * patch_size**2, first, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
@@ -331,24 +312,40 @@ class PatchedUNet(nn.Module):
                     to = widths[level - 1]
                     unit.append(block(width, to, "up") if resblock_updown else Upsample(width, to))
                 self.output_blocks.append(nn.ModuleList(unit))
-
-        patch_channels = out_channels * patch_size**2
-        head = nn.Conv2d(first, patch_channels, 3, padding=1)
-        zero(head)
-        self.out = nn.Sequential(Norm(first, eps), nn.SiLU(), head)
         self.learn_variance = learn_variance
-        if learn_variance:
-            self.variance_output_t_emb = nn.Conv2d(emb_channels, 2 * first, 1)
+        self._make_heads(first, emb_channels, out_channels * patch_size**2, eps)
+
+    def _make_embeddings(
+        self, width: int, emb_channels: int, augment_dim: int, null_class: bool
+    ) -> None:
+        """What class, noise level and augmentation become vectors by."""
+        classes, channels = self.num_classes, self.model_channels
+        self.label_embs = nn.Embedding(classes + int(null_class), width) if classes else None
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels, 4 * channels),
+            nn.SiLU(),
+            nn.Linear(4 * channels, emb_channels),
+            nn.SiLU(),
+        )
+        self.augment_embed = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
+
+    def _make_heads(self, width: int, emb_channels: int, patch_channels: int, eps: float) -> None:
+        """The layers that read the last activations."""
+        head = nn.Conv2d(width, patch_channels, 3, padding=1)
+        zero(head)
+        self.out = nn.Sequential(Norm(width, eps), nn.SiLU(), head)
+        if self.learn_variance:
+            self.variance_output_t_emb = nn.Conv2d(emb_channels, 2 * width, 1)
             self.variance_output_model = nn.Sequential(
-                nn.Conv2d(2 * first, first, 3, padding=1),
+                nn.Conv2d(2 * width, width, 3, padding=1),
                 nn.SiLU(),
-                nn.Conv2d(first, patch_channels, 3, padding=1),
+                nn.Conv2d(width, patch_channels, 3, padding=1),
             )
 
-    def blocks(self) -> Iterator[ResBlock | Attention]:
+    def blocks(self) -> Iterator[ResBlock | PixelAttention]:
         """The repeated residual and attention blocks, in the order of their use."""
         for module in self.modules():
-            if isinstance(module, ResBlock | Attention):
+            if isinstance(module, ResBlock | PixelAttention):
                 yield module
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
@@ -418,6 +415,17 @@ class PatchedUNet(nn.Module):
                 return emb, self.label_embs(labels.masked_fill(missing, self.num_classes))
             known = self.label_embs(labels.clamp(min=0))
             return emb, known.masked_fill(missing[:, None], 0)
+
+
+def _heads(width: int, number: int, head_channels: int | None) -> int:
+    """Heads of an attention `width` channels wide: `number`, or so many as have `head_channels`."""
+    if width % (head_channels or number):
+        wanted = f"heads of {head_channels} channels" if head_channels else f"{number} heads"
+        raise TesseraError(
+            f"a level {width} channels wide cannot be divided into {wanted}; change head_channels, "
+            "heads or the widths"
+        )
+    return width // head_channels if head_channels else number
 
 
 def level_widths(grid: int, model_channels: int, channel_mult: Sequence[float]) -> list[int]:

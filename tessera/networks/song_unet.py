@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -96,70 +97,81 @@ class SongUNet(nn.Module):
         self.map_layer0 = nn.Linear(noise_channels, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
 
-        def block(
-            c_in: int, c_out: int, attention: bool = False, up: bool = False, down: bool = False
-        ) -> UNetBlock:
-            return UNetBlock(
-                c_in,
-                c_out,
-                emb_channels,
-                up=up,
-                down=down,
-                heads=int(attention),
-                dropout=dropout,
-                skip_scale=math.sqrt(0.5),
-                eps=1e-6,
-                taps=taps,
-                resample_proj=True,
-                adaptive=False,
-            )
+        block = partial(
+            UNetBlock, emb_channels=emb_channels, dropout=dropout, skip_scale=math.sqrt(0.5),
+            eps=1e-6, taps=taps, resample_proj=True, adaptive=False,
+        )  # fmt: skip
+        widths = [model_channels * factor for factor in channel_mult]
+        heads = [int(resolution >> level in attn_resolutions) for level in range(len(widths))]
+        stem = (_implicit_mlp if implicit_mlp else Conv)(in_channels, model_channels, 3)
+        self.enc = nn.ModuleDict({f"{self.levels[0]}_conv": stem})
+        skips = self._fill_encoder(block, in_channels, [model_channels, *widths], heads, taps)
+        self.dec = nn.ModuleDict()
+        self._fill_decoder(block, skips, widths, heads, taps, out_channels, decoder == "skip")
+        self._initialise()
 
-        self.enc = nn.ModuleDict()
-        channels, aux_channels = model_channels, in_channels
+    def _fill_encoder(
+        self,
+        block: Callable[..., UNetBlock],
+        aux_channels: int,
+        widths: Sequence[int],
+        heads: Sequence[int],
+        taps: tuple[int, ...],
+    ) -> list[int]:
+        """Add the layers of all levels; the channels of what the decoder takes up, in order.
+
+        `widths` are the stem's and those of the levels.
+        """
+        channels = widths[0]
         skips = [channels]
         for level, name in enumerate(self.levels):
-            attention = resolution >> level in attn_resolutions
-            if level == 0:
-                first = _implicit_mlp if implicit_mlp else Conv
-                self.enc[f"{name}_conv"] = first(in_channels, channels, 3)
-            else:
+            if level > 0:
                 self.enc[f"{name}_down"] = block(channels, channels, down=True)
                 skips.append(channels)
-                if encoder == "skip":
+                if self.encoder == "skip":
                     self.enc[f"{name}_aux_down"] = Resample(taps, up=False)
                     self.enc[f"{name}_aux_skip"] = Conv(aux_channels, channels, 1)
-                elif encoder == "residual":
+                elif self.encoder == "residual":
                     self.enc[f"{name}_aux_residual"] = Conv(
                         aux_channels, channels, 3, down=True, taps=taps, fused=True
                     )
                     aux_channels = channels
-            for index in range(num_blocks):
-                width = model_channels * channel_mult[level]
-                self.enc[f"{name}_block{index}"] = block(channels, width, attention)
+            width = widths[level + 1]
+            for index in range(self.num_blocks):
+                self.enc[f"{name}_block{index}"] = block(channels, width, heads=heads[level])
                 channels = width
                 skips.append(channels)
+        return skips
 
-        self.dec = nn.ModuleDict()
-        deepest = len(self.levels) - 1
+    def _fill_decoder(
+        self,
+        block: Callable[..., UNetBlock],
+        skips: list[int],
+        widths: Sequence[int],
+        heads: Sequence[int],
+        taps: tuple[int, ...],
+        out_channels: int,
+        sums_levels: bool,
+    ) -> None:
+        """Add the layers of all levels, from the deepest; `skips` are used up."""
+        deepest, channels = len(self.levels) - 1, widths[-1]
         for level, name in reversed(list(enumerate(self.levels))):
-            attention = resolution >> level in attn_resolutions
             if level == deepest:
-                self.dec[f"{name}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{name}_in0"] = block(channels, channels, heads=1)
                 self.dec[f"{name}_in1"] = block(channels, channels)
             else:
                 self.dec[f"{name}_up"] = block(channels, channels, up=True)
-            for index in range(num_blocks + 1):
-                width = model_channels * channel_mult[level]
+            for index in range(self.num_blocks + 1):
+                last = index == self.num_blocks
                 self.dec[f"{name}_block{index}"] = block(
-                    channels + skips.pop(), width, attention and index == num_blocks
+                    channels + skips.pop(), widths[level], heads=heads[level] if last else 0
                 )
-                channels = width
-            if decoder == "skip" or level == 0:
-                if level != deepest and decoder == "skip":
+                channels = widths[level]
+            if sums_levels or level == 0:
+                if level != deepest and sums_levels:
                     self.dec[f"{name}_aux_up"] = Resample(taps, up=True)
                 self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 self.dec[f"{name}_aux_conv"] = Conv(channels, out_channels, 3)
-        self._initialise()
 
     def _initialise(self) -> None:
         """Xavier-uniform weights and zero biases; all residual branches start near zero."""

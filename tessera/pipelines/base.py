@@ -270,7 +270,7 @@ class Pipeline(ABC):
         pipe = self.without_weights()
         plan = pipe.plan([0], None, **{**pipe.blank_start(), **options})
         calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
-        return counting.cost(self._training(), calls)
+        return counting.total_cost(self._training(), calls)
 
     def blank_start(self) -> dict[str, Any]:
         """Options that stand for pictures to start from, of models that need some."""

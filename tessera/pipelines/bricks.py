@@ -63,14 +63,15 @@ def brick_picture(
     cuts = [
         cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),))) for count in counts
     ]
-    shown = []
+    shown, noise = [], []
     chosen = np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int)
     for state in (steps[index][1] for index in chosen):
         sigmas = torch.full((1,), state.sigma)
         with torch.no_grad():
             estimates = [cut(state.x, sigmas, cond).mean for cut in cuts]
         pictures = [pipe.to_pixels(x)[0] for x in (state.unit, *estimates)]
+        shown.append(pictures)
         # In words: the font that Pillow carries has no Greek letters.
-        shown.append((f"noise {state.sigma:.3g}", pictures))
+        noise.append(f"noise {state.sigma:.3g}")
     names = [f"brick {k + 1}: {b.size} px" for k, b in enumerate(network.bricks)]
-    return labelled_grid(["noisy image", *names], shown)
+    return labelled_grid(shown, noise, ["noisy image", *names], gap=6, least=112)

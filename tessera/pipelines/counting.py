@@ -85,7 +85,7 @@ class Cost(Training):
         return states + self.activation_bytes
 
 
-def cost(training: Training, calls: Calls) -> Cost:
+def total_cost(training: Training, calls: Calls) -> Cost:
     """Training and sampling together."""
     own = {f.name: getattr(training, f.name) for f in fields(Training)}
     return Cost(

@@ -35,7 +35,7 @@ from tessera.sampling.output import (
 
 
 @dataclass(frozen=True)
-class Summary:
+class JobSummary:
     """What a sampling job did, over all processes.
 
     Attributes:
@@ -113,7 +113,7 @@ class Job:
 _NOT_COUNTED = {"latents", "start_from", "guide"}
 
 
-def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
+def share_of_seeds(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
     """The seeds of one of several processes: every world-th of near-equal batches."""
     count = math.ceil(len(seeds) / (batch * world)) * world
     parts = np.array_split(np.asarray(seeds, dtype=object), max(count, 1))
@@ -122,7 +122,7 @@ def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:
 
 def generate_folder(
     job: Job, folder: Path, *, subdirs: bool = False, trajectory: Trajectory | None = None
-) -> Summary:
+) -> JobSummary:
     """Write a PNG for each seed; images that are there already are not made again.
 
     Models with classes also leave `dataset.json`, the class of each file.
@@ -155,7 +155,7 @@ def _claim_taken_back(folder: Path, images: Sequence[Path]) -> Iterator[None]:
 
 def _generate(
     job: Job, folder: Path, paths: dict[int, Path], trajectory: Trajectory | None
-) -> Summary:
+) -> JobSummary:
     with distributed.main_first():
         if distributed.is_main():
             claim_folder(folder, job.settings())
@@ -198,7 +198,7 @@ def _write_labels(job: Job, folder: Path, paths: dict[int, Path], labels: dict[i
 
 def generate_arrays(
     job: Job, scratch: Path, *, trajectory: Trajectory | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, Summary]:
+) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None, JobSummary]:
     """All images uint8 [N, H, W, C] and their classes [N] (None without) in the order of the seeds.
 
     Only the main process gets the images; those of the others pass through hidden files in the
@@ -255,14 +255,14 @@ def _run(
     there: set[int],
     keep: Callable[[SampledBatch], None],
     trajectory: Trajectory | None,
-) -> Summary:
+) -> JobSummary:
     """Make this process's share of the images that are not `there`."""
     # The main process makes the images of the animation first, as a batch of their own.
     filmed: list[int] = []
     if trajectory is not None:
         filmed = list(job.seeds[: min(job.batch, trajectory.MAX_IMAGES)])
     rest = [seed for seed in job.seeds if seed not in set(filmed)]
-    ours = share(rest, job.batch, distributed.rank(), distributed.world())
+    ours = share_of_seeds(rest, job.batch, distributed.rank(), distributed.world())
     ours = [seed for seed in ours if seed not in there]
     if not distributed.is_main():
         filmed = []
@@ -289,7 +289,7 @@ def _run(
 
     reports = distributed.gather((total, usage.evaluations, seconds))
     made = sum(report[0] for report in reports)
-    return Summary(
+    return JobSummary(
         made=made,
         skipped=len(job.seeds) - made,
         seconds=max(report[2] for report in reports),

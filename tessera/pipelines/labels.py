@@ -42,16 +42,6 @@ def list_seeds(seeds: Seeds) -> list[int]:
     )
 
 
-def check_batch(batch: int) -> None:
-    """Check that `batch` images can be made at once.
-
-    Raises:
-        TesseraError: it is less than 1.
-    """
-    if batch < 1:
-        raise TesseraError(f"`batch={batch}`: give at least 1 image at once")
-
-
 def choose_labels(
     labels: Label | Iterable[Label] | None,
     seeds: Sequence[int],

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from tessera.commands import tessera_command
 from tessera.images import png_bytes
 from tessera.quickstart import charts
-from tessera.quickstart.run import GUIDANCE, Frame, Result
+from tessera.quickstart.run import GUIDANCE, Frame, QuickstartResult
 
 _SHOWN = 10  # digits of each class, real and made
 _STRIP = 3  # images whose denoising is shown
 
 
-def render(result: Result) -> str:
+def render(result: QuickstartResult) -> str:
     """The report as HTML, with its pictures inside."""
     recipe, total = result.recipe, sum(result.seconds.values())
     sections = [
@@ -50,7 +50,7 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{body}\n</section>"
 
 
-def _headline(result: Result, total: float) -> str:
+def _headline(result: QuickstartResult, total: float) -> str:
     facts, score = result.reference.extractor.facts, result.score
     tiles = [
         ("recognised", f"{result.recognised:.1%}", f"of {score.n:,} samples, as their class"),
@@ -81,7 +81,7 @@ def _headline(result: Result, total: float) -> str:
 # ------------------------------------------------------------------------------------- pictures
 
 
-def _comparison(result: Result) -> str:
+def _comparison(result: QuickstartResult) -> str:
     """Rows of real digits beside rows of samples, one row per class."""
     labels = result.dataset.labels
     assert labels is not None
@@ -136,7 +136,7 @@ def _spread(count: int, chosen: int) -> list[int]:
 # ---------------------------------------------------------------------------------- words, facts
 
 
-def _comparison_note(result: Result) -> str:
+def _comparison_note(result: QuickstartResult) -> str:
     wrong = int((result.predicted != result.labels).sum())
     to_real, among_real = result.nearest
     facts = result.reference.extractor.facts
@@ -150,7 +150,7 @@ def _comparison_note(result: Result) -> str:
     )
 
 
-def _strip_note(result: Result) -> str:
+def _strip_note(result: QuickstartResult) -> str:
     options = result.recipe.sampling
     return (
         f"Each sample begins as noise of σ = {getattr(options, 'sigma_max', None) or 80:g} and is "
@@ -159,7 +159,7 @@ def _strip_note(result: Result) -> str:
     )
 
 
-def _training_note(result: Result) -> str:
+def _training_note(result: QuickstartResult) -> str:
     count = len(result.dataset)
     return (
         f"{result.images_seen:,} images seen, {count:,} different ones about "
@@ -169,7 +169,7 @@ def _training_note(result: Result) -> str:
     )
 
 
-def _marks(result: Result) -> list[charts.Mark]:
+def _marks(result: QuickstartResult) -> list[charts.Mark]:
     return [
         charts.Mark("real digits, another half", result.floor, "floor"),
         charts.Mark("samples", result.score.fd_classifier, "samples"),
@@ -177,7 +177,7 @@ def _marks(result: Result) -> list[charts.Mark]:
     ]
 
 
-def _score_note(result: Result) -> str:
+def _score_note(result: QuickstartResult) -> str:
     score = result.score
     return (
         f"Fréchet distance of {score.dim} features of the classifier, against one half of the real "
@@ -186,7 +186,7 @@ def _score_note(result: Result) -> str:
     )
 
 
-def _facts(result: Result) -> str:
+def _facts(result: QuickstartResult) -> str:
     recipe = result.recipe
     training, sampler = recipe.training, recipe.sampling
     channels, height, width = result.dataset.shape
@@ -206,7 +206,7 @@ def _facts(result: Result) -> str:
     return f"<table>{cells}</table>"
 
 
-def _commands(result: Result) -> str:
+def _commands(result: QuickstartResult) -> str:
     command, out = tessera_command(), result.out
     twice = 2 * result.recipe.training.images
     sample = f"{command} sample {out}/run --guidance {GUIDANCE:g}"

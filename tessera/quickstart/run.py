@@ -19,11 +19,11 @@ from tessera.data.dataset import ImageDataset, open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.files import user_path
 from tessera.images import to_uint8
-from tessera.metrics.features import measure
+from tessera.metrics.evaluate import Score, score_images
+from tessera.metrics.features import feature_statistics
 from tessera.metrics.frechet import frechet_distance
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import Reference, build_reference, save_reference
-from tessera.metrics.score import Score, score_images
 from tessera.metrics.statistics import FeatureStatistics
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.loading import build_pipeline, load
@@ -50,7 +50,7 @@ class Frame:
 
 
 @dataclass
-class Result:
+class QuickstartResult:
     """Everything that the report shows.
 
     Attributes:
@@ -106,7 +106,7 @@ def run(
     digits: int | None = None,
     samples: int | None = None,
     classifier_images: int = 20_000,
-) -> Result:
+) -> QuickstartResult:
     """Train on digits, sample, score; a few minutes on two CPU cores.
 
     Args:
@@ -145,7 +145,7 @@ def run(
         frames = _denoising(pipeline)
     with _timed(seconds, "scoring"):
         scored = _scores(recipe, reference, dataset, made, labels, seed)
-    return Result(
+    return QuickstartResult(
         out=out,
         recipe=trainer.recipe,
         device=trainer.device_name,
@@ -245,7 +245,9 @@ def _scores(
     order = numpy_generator(seed, "quickstart", "halves").permutation(len(dataset))
     half, other = np.array_split(order, 2)
     real = torch.from_numpy(dataset.read(half))
-    against = Reference(dataset.name, measure(classifier, torch.split(real, 256)), classifier)
+    against = Reference(
+        dataset.name, feature_statistics(classifier, torch.split(real, 256)), classifier
+    )
     untrained, _ = _sample(_untrained(recipe, seed), len(samples), "untrained", **_UNTRAINED)
     made = torch.from_numpy(samples).permute(0, 3, 1, 2)
     with warnings.catch_warnings():

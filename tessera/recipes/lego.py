@@ -101,7 +101,7 @@ def celeba64(order: str) -> Recipe:
     )
 
 
-def ffhq64(order: str) -> Recipe:
+def lego_ffhq64(order: str) -> Recipe:
     """FFHQ at 64x64: LEGO-S, batch 512, 200 M images, mirrored copies."""
     return _recipe(
         f"lego-s-{order.lower()}-ffhq64",
@@ -112,7 +112,7 @@ def ffhq64(order: str) -> Recipe:
     )
 
 
-def imagenet64(model: str, order: str) -> Recipe:
+def lego_imagenet64(model: str, order: str) -> Recipe:
     """ImageNet at 64x64 with classes: batch 512, 256 stochastic steps; guide by 1.5."""
     return _recipe(
         f"lego-{model.lower()}-{order.lower()}-imagenet64",
@@ -196,9 +196,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart-digits-lego": quickstart_digits_lego,
     "cifar10-small-lego": cifar10_small_lego,
     **{f"lego-s-{order.lower()}-celeba64": partial(celeba64, order) for order in ("PG", "PR", "U")},
-    **{f"lego-s-{order.lower()}-ffhq64": partial(ffhq64, order) for order in ("PG", "PR", "U")},
     **{
-        f"lego-{model.lower()}-{order.lower()}-imagenet64": partial(imagenet64, model, order)
+        f"lego-s-{order.lower()}-ffhq64": partial(lego_ffhq64, order) for order in ("PG", "PR", "U")
+    },
+    **{
+        f"lego-{model.lower()}-{order.lower()}-imagenet64": partial(lego_imagenet64, model, order)
         for model in ("L", "XL")
         for order in ("PG", "PR", "U")
     },

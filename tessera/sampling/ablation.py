@@ -111,7 +111,6 @@ def sample_ablation(
         else:
             d_prime, denoised = slope(model, x + alpha * h * d, t_hat[i] + alpha * h)
             x = x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
-
         sigma = curve.sigma(t[i + 1])
         s = scale.value(sigma)
         if refine is not None:

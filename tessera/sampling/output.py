@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from tessera.data.labels import LABELS_FILE
 from tessera.errors import TesseraError
 from tessera.files import atomic_file, check_writable, user_path, write_json
-from tessera.images import grid, to_pil
+from tessera.images import grid, labelled_grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"
@@ -154,13 +154,13 @@ class Trajectory:
             return
         pictures = [self._picture(images) for images in (state.unit, state.denoised)]
         captions = (f"noisy, sigma {state.sigma:.3g}", "denoised")
-        self.frames.append(_side_by_side(pictures, captions))
+        self.frames.append(to_pil(labelled_grid([pictures], column_names=captions, gap=12)))
 
-    def _picture(self, x: Tensor) -> Image.Image:
+    def _picture(self, x: Tensor) -> NDArray[np.uint8]:
         """A grid of the first images, shrunk where it would be too large to watch."""
         picture = to_pil(grid(self.to_pixels(x[: self.MAX_IMAGES])))
         picture.thumbnail((self.MAX_SIDE, self.MAX_SIDE))
-        return picture
+        return np.asarray(picture)
 
     def save(self) -> None:
         """Write the animation; its last frame stays for two seconds."""
@@ -172,17 +172,3 @@ class Trajectory:
                 first.save(file, "GIF", duration=durations, optimize=False, **options)
             else:
                 first.save(file, "WEBP", duration=durations, quality=80, method=4, **options)
-
-
-def _side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Pictures in a row on white, each under its caption."""
-    gap, head = 12, 16
-    height = head + max(picture.height for picture in pictures)
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, left = ImageDraw.Draw(canvas), 0
-    for picture, caption in zip(pictures, captions, strict=True):
-        canvas.paste(picture, (left, head))
-        draw.text((left + 2, 2), caption, fill="black")
-        left += picture.width + gap
-    return canvas

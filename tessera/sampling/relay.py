@@ -126,7 +126,6 @@ def sample_relay(
         if s_churn > 0:
             added = math.sqrt(max(t_hat[i] ** 2 - t[i] ** 2, 0.0)) * churn_noise
             x = x + added * noise.normal(shape, dtype)
-
         model = denoiser.for_step(t[i])
         x_next = denoised = denoise(model, x, t_hat[i], cond)
         after = t[i + 1] if i + 1 < len(t) else 0.0

@@ -148,7 +148,7 @@ class Checkpoints:
     def _find_newest(self) -> Path | str | None:
         folders = self._complete()
         for folder in reversed(folders):
-            damage = inspect(folder)
+            damage = damage_of(folder)
             self._good[folder] = damage is None
             if damage is None:
                 return folder
@@ -179,11 +179,11 @@ class Checkpoints:
 
     def _is_good(self, folder: Path) -> bool:
         if folder not in self._good:
-            self._good[folder] = inspect(folder) is None
+            self._good[folder] = damage_of(folder) is None
         return self._good[folder]
 
 
-def inspect(folder: Path) -> str | None:
+def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words that name the file; None if nothing is."""
     try:
         checksums = read_json(folder / _CHECKSUMS, _CHECKSUMS, error=CheckpointError)

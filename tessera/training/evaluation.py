@@ -18,17 +18,20 @@ from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
 from tessera.errors import DataError, RecipeError
 from tessera.files import atomic_folder, read_json, write_json
-from tessera.metrics import evaluate as scoring
 from tessera.metrics.classifier import LabelledImages
+from tessera.metrics.conventions import Needs, chosen, needs
+from tessera.metrics.evaluate import check_comparable, compare
 from tessera.metrics.features import FeatureExtractor, find_extractor, open_extractor
 from tessera.metrics.formats import Measured, is_measured, read_measured, save_statistics
 from tessera.metrics.images import open_images
+from tessera.metrics.measure import check_holds, complete, data_source, measure_images
 from tessera.metrics.reference import (
     build_reference,
     has_classifier,
     load_reference,
     save_reference,
 )
+from tessera.pipelines.stream import sample_stream
 from tessera.recipes.build import build_codec
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
@@ -67,8 +70,8 @@ class Evaluation:
         """Sample, score and log; all processes take part, with the same result."""
         config = self._recipe.evaluate
         assert config is not None
-        pairs = scoring.chosen(config.metrics)
-        wanted = scoring.needs(pairs)
+        pairs = chosen(config.metrics)
+        wanted = needs(pairs)
         if self._sides is None:
             self._sides = self._open(config, learner.device)
         extractor, reference = self._sides
@@ -77,19 +80,14 @@ class Evaluation:
         )
         assert pipeline is not None
         start: dict[str, Any] = {} if self._start_from is None else {"start_from": self._start_from}
-        seeds = [int(row) for row in scoring.share(config.images)]
-        made = (
-            torch.from_numpy(batch.images).permute(0, 3, 1, 2)
-            for batch in pipeline.sample_batches(seeds, batch=config.batch, **start)
-        )
-        source = scoring.arrays(made, config.images, "samples")
-        measured, scores = scoring.measure_images(source, extractor, wanted)
+        stream = sample_stream(pipeline, config.images, "samples", batch=config.batch, **start)
+        measured = measure_images(stream, extractor, wanted)
         values: Metrics = {}
         if distributed.is_main():
             with warnings.catch_warnings():
                 # The curve is the point here, and the number of images is the user's choice.
                 warnings.simplefilter("ignore", UserWarning)
-                for result in scoring.compare(measured, reference, pairs, scores, learner.device):
+                for result in compare(measured, reference, pairs, learner.device):
                     values |= {f"evaluate/{name}": v for name, v in result.values.items()}
             for tracker in self._trackers:
                 tracker.log({"images": images_seen, **values})
@@ -122,7 +120,7 @@ class Evaluation:
         self, config: EvaluateConfig, device: torch.device
     ) -> tuple[FeatureExtractor, Measured]:
         """The extractor and the measured reference."""
-        wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
+        wanted = needs(chosen(config.metrics), reference=True)
         path = Path(config.reference or str(self._recipe.data.path))
         stored = self._run_dir / _stored_name(path, config, wanted)
         if config.features == "classifier":
@@ -132,9 +130,9 @@ class Evaluation:
             file = path if is_measured(path) else stored
             known = read_measured(file, config.features)
             _check_known(known, config, wanted)
-            return extractor, scoring.complete(known, wanted, lambda: extractor)[0]
-        measured, _ = scoring.measure_images(
-            scoring.data_source(self._images(path), batch=config.batch),
+            return extractor, complete(known, wanted, lambda: extractor)
+        measured = measure_images(
+            data_source(self._images(path), batch=config.batch),
             extractor,
             replace(wanted, moments=True),  # whatever metrics the run is resumed with
         )
@@ -147,7 +145,7 @@ class Evaluation:
         path: Path,
         stored: Path,
         config: EvaluateConfig,
-        wanted: scoring.Needs,
+        wanted: Needs,
         device: torch.device,
     ) -> tuple[FeatureExtractor, Measured]:
         file = path if has_classifier(path) else stored
@@ -155,17 +153,13 @@ class Evaluation:
             if not file.is_file():
                 save_reference(file, build_reference(self._images(path), device=device))
         reference = load_reference(file, device)
-        statistics = reference.statistics
-        extractor = reference.extractor
-        measured = Measured(
-            reference.name, extractor.name, n=statistics.n, moments=statistics.moments()
-        )
+        extractor, measured = reference.extractor, reference.measured()
         if wanted.features:
             images = self._images(path if file == stored else Path(str(self._recipe.data.path)))
-            made, _ = scoring.measure_images(
-                scoring.data_source(images, batch=config.batch),
+            made = measure_images(
+                data_source(images, batch=config.batch),
                 extractor,
-                scoring.Needs(features=True),
+                Needs(features=True),
             )
             measured = replace(measured, features=made.features)
         return extractor, measured
@@ -175,7 +169,7 @@ class Evaluation:
         return open_dataset(path) if str(path) == self._recipe.data.path else open_images(path)
 
 
-def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs) -> str:
+def _stored_name(path: Path, config: EvaluateConfig, wanted: Needs) -> str:
     """File for the statistics of the images at `path`; another for other features of them.
 
     A resumed run may have another section than the one that made the file.
@@ -201,7 +195,7 @@ def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
             f"{path} holds latents, but scores compare decoded samples with real images: set "
             "evaluate.reference to a reference file or to the images that the latents were made of"
         )
-    wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
+    wanted = needs(chosen(config.metrics), reference=True)
     if config.features != "classifier":
         find_extractor(config.features, config.weights)
         if is_measured(path):
@@ -220,6 +214,6 @@ def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
         )
 
 
-def _check_known(known: Measured, config: EvaluateConfig, wanted: scoring.Needs) -> None:
-    scoring.check_comparable(Measured("samples", config.features), known)
-    scoring.check_holds(known, wanted)
+def _check_known(known: Measured, config: EvaluateConfig, wanted: Needs) -> None:
+    check_comparable(Measured("samples", config.features), known)
+    check_holds(known, wanted)

@@ -37,7 +37,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Timings:
     """How long the parts of a run take here, in seconds.
 
     Attributes:

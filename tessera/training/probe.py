@@ -33,7 +33,7 @@ from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
 from tessera.training import tracking
 from tessera.training.feed import Feed
-from tessera.training.forecast import Kind, Measured, course
+from tessera.training.forecast import Kind, Timings, course
 from tessera.training.learner import Learner, fresh_model, learner_of
 
 SECONDS = 5.0
@@ -75,7 +75,7 @@ def measure(
     *,
     parts: Parts = NO_PARTS,
     show: bool = True,
-) -> Measured:
+) -> Timings:
     """Time the parts of the run of `recipe` on this machine, and note the memory that they need.
 
     Steps that do not fit into the time are timed with fewer images. All processes take part.
@@ -126,7 +126,7 @@ class _Bench:
         self._states = self._peak()
         self._memory = self._states
 
-    def measured(self) -> Measured:
+    def measured(self) -> Timings:
         """Everything, one after the other."""
         _, plans = course(self._feed.view, 0, self._recipe.training.images)
         read, cpu = self._reading()
@@ -140,7 +140,7 @@ class _Bench:
         preview, scores = self._sampling(per_image)
         checkpoint = self._checkpoint()
         memory = max(self._memory, self._peak()) + self._pages_of_data()
-        return Measured(steps, preview, scores, checkpoint, max(distributed.gather(memory)))
+        return Timings(steps, preview, scores, checkpoint, max(distributed.gather(memory)))
 
     # ------------------------------------------------------------------------------------- steps
 

@@ -138,7 +138,7 @@ class StatusLines:
         seconds = max(self._total - images, 0) / speed if speed else None
         left = "?" if seconds is None else datetime.timedelta(seconds=round(seconds))
         text = (
-            f"{images:,} of {self._total:,} images  {describe(metrics)}  "
+            f"{images:,} of {self._total:,} images  {describe_metrics(metrics)}  "
             f"{quantity(speed)} images/s  {left} left"
         )
         print(text, file=sys.stderr, flush=True)
@@ -150,7 +150,7 @@ class StatusLines:
         pass
 
 
-def describe(metrics: Metrics) -> str:
+def describe_metrics(metrics: Metrics) -> str:
     """Loss per pixel, memory, and skipped steps if there are any, in a few words."""
     loss, skipped = metrics["loss_per_pixel"], metrics["skipped"]
     text = f"loss {'not finite' if loss is None else format(loss, '.4g')}"

@@ -204,7 +204,7 @@ class Trainer:
                     metrics = self._metrics(update, clock)
                     for tracker in trackers:
                         tracker.log(metrics)
-                    bar.update(self.images_seen, note=tracking.describe(metrics))
+                    bar.update(self.images_seen, note=tracking.describe_metrics(metrics))
                 if previews is not None and due(previews.every_images):
                     with clock.paused():
                         preview.make(self.learner, self.images_seen)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tessera.cli import app
 from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.generate import Job, generate_folder, read_images, share
+from tessera.pipelines.generate import Job, generate_folder, read_images, share_of_seeds
 from tessera.pipelines.loading import load
 
 
@@ -432,6 +432,6 @@ def test_errors_name_options(pipeline: str, tmp_path: Path) -> None:
 def test_every_seed_has_one_process() -> None:
     seeds = list(range(23))
     for world in (1, 2, 5, 40):
-        shares = [share(seeds, 4, rank, world) for rank in range(world)]
+        shares = [share_of_seeds(seeds, 4, rank, world) for rank in range(world)]
         assert sorted(seed for part in shares for seed in part) == seeds
         assert max(map(len, shares)) - min(map(len, shares)) <= 2

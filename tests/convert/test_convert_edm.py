@@ -26,8 +26,8 @@ import tessera
 from tessera.cli import app
 from tessera.convert.checkpoint import Checkpoint
 from tessera.convert.edm import edm_recipe
-from tessera.convert.run import convert
-from tessera.convert.unpickle import Record
+from tessera.convert.run import convert_checkpoint
+from tessera.convert.unpickle import ClosedObject
 from tessera.errors import CheckpointError, RecipeError, TesseraError
 from tessera.networks.adm_unet import AdmUNet
 from tessera.recipes.loading import shipped
@@ -63,7 +63,7 @@ def same(folder: Path, file: str, expected: dict[str, Tensor]) -> bool:
 )
 def test_recorded_files(tmp_path: Path, file: str, name: str, images: int) -> None:
     path = recorded_file(file, tmp_path, "network-snapshot-002500.pkl" if images else None)
-    made = convert(path, tmp_path / "made")
+    made = convert_checkpoint(path, tmp_path / "made")
     assert same(tmp_path / "made", "model.safetensors", recorded_weights(name))
     assert made.weights == ("ema" if name == "ema" else "raw",)
     assert made.parameters == sum(
@@ -86,7 +86,7 @@ def test_recorded_files(tmp_path: Path, file: str, name: str, images: int) -> No
 def test_average_and_trained_weights_together(tmp_path: Path) -> None:
     snapshot = recorded_file(SNAPSHOT, tmp_path, "network-snapshot-000001.pkl")
     state = recorded_file(STATE, tmp_path, "training-state-000001.pt")
-    made = convert(state, tmp_path / "made", snapshot=snapshot)
+    made = convert_checkpoint(state, tmp_path / "made", snapshot=snapshot)
     assert made.weights == ("ema", "raw")
     assert same(tmp_path / "made", "model.safetensors", recorded_weights("ema"))
     assert same(tmp_path / "made", "model-raw.safetensors", recorded_weights("net"))
@@ -107,7 +107,7 @@ def test_the_same_denoiser(tmp_path: Path, name: str, kind: str) -> None:
     golden = load("edm", name)
     tensors = {f"model.{k}": v for k, v in weights(golden).items()}
     net = network(CLASSES[kind], tensors, **arguments(name))
-    convert(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
     denoiser = tessera.load(tmp_path / "made", device="cpu").denoiser
     if kind == "vp":
         assert denoiser.sigma_min == 0.0009765625
@@ -127,7 +127,7 @@ def iddpm(**changes: Any) -> Persistent:
 def test_improved_ddpm(tmp_path: Path) -> None:
     golden = load("edm", "iddpm")
     # At 8x8 its attention is 32 channels wide, which the released network leaves out.
-    convert(write_snapshot(tmp_path / "a.pkl", iddpm()), tmp_path / "made")
+    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", iddpm()), tmp_path / "made")
     pipe = tessera.load(tmp_path / "made", device="cpu")
     assert pipe.recipe.network.attn_resolutions == ()
     cond = recorded_conditioning(golden)
@@ -149,7 +149,7 @@ def test_attention_at_widths_between_multiples_of_64(tmp_path: Path, width: int)
         model_type="DhariwalUNet", model_channels=width, channel_mult=[1, 1], num_blocks=1,
         attn_resolutions=[8],
     )  # fmt: skip
-    convert(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
     pipe = tessera.load(tmp_path / "made", device="cpu")
     assert pipe.recipe.network.attn_resolutions == (8,)
     assert pipe.networks()[0].enc["8x8_block0"].heads == width // 64
@@ -159,9 +159,9 @@ def test_attention_at_widths_between_multiples_of_64(tmp_path: Path, width: int)
 # ------------------------------------------------------------------------------------- the recipe
 
 
-def record(class_name: str, state: dict[str, Any] | None = None, **arguments: Any) -> Record:
+def record(class_name: str, state: dict[str, Any] | None = None, **arguments: Any) -> ClosedObject:
     """A closed object that was made with these arguments."""
-    made = Record()
+    made = ClosedObject()
     made.class_name = class_name
     made.state = {"_init_args": (), "_init_kwargs": arguments, **(state or {})}
     return made
@@ -170,7 +170,7 @@ def record(class_name: str, state: dict[str, Any] | None = None, **arguments: An
 SIZE = {"img_resolution": 32, "img_channels": 3}
 
 
-def checkpoint(net: Record, name: str = "a.pkl", **parts: Any) -> Checkpoint:
+def checkpoint(net: ClosedObject, name: str = "a.pkl", **parts: Any) -> Checkpoint:
     return Checkpoint(Path(name), "ema", net, **parts)
 
 
@@ -288,7 +288,7 @@ def test_published_models(name: str) -> None:
         ),
     ],
 )
-def test_what_is_not_known(net: Record, parts: dict[str, Any], message: str) -> None:
+def test_what_is_not_known(net: ClosedObject, parts: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         edm_recipe(checkpoint(net, "folder/odd.pkl", **parts))
     assert "odd.pkl" in str(error.value)
@@ -305,7 +305,7 @@ def test_configurations_that_make_no_sense(
 ) -> None:
     net = network("EDMPrecond", {}, **{**SIZE, "model_type": model_type, **changes})
     with pytest.raises((CheckpointError, RecipeError), match=r"a\.pkl"):
-        convert(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+        convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
@@ -321,10 +321,10 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         tensors = {f"model.{k}": v for k, v in {**golden, **changes}.items() if v is not None}
         path = write_snapshot(tmp_path / "a.pkl", network("EDMPrecond", tensors, **options))
         with pytest.raises(CheckpointError, match=message):
-            convert(path, tmp_path / "made")
+            convert_checkpoint(path, tmp_path / "made")
     path = write_snapshot(tmp_path / "a.pkl", iddpm(u=torch.linspace(9, 0, 1001)))
     with pytest.raises(CheckpointError, match="table of noise levels"):
-        convert(path, tmp_path / "made")
+        convert_checkpoint(path, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
@@ -344,7 +344,7 @@ def test_other_files(tmp_path: Path) -> None:
         (state, dest, tmp_path / "absent.pkl", "no such file"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            convert(source, folder, snapshot=partner)
+            convert_checkpoint(source, folder, snapshot=partner)
     assert not dest.exists()
     assert not list((tmp_path / "taken").iterdir())
 

@@ -18,7 +18,7 @@ import torch
 from golden_cases import load, weights
 from released_files import SNAPSHOT, STATE, Persistent, recorded_file, write_snapshot, write_state
 
-from tessera.convert.unpickle import Record, StoredTensor, read_container, read_state
+from tessera.convert.unpickle import ClosedObject, StoredTensor, module_state, read_container
 from tessera.errors import CheckpointError, DataError
 
 
@@ -31,7 +31,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recorded_tensors(tmp_path: Path, file: str, entry: str) -> None:
     record = read_container(recorded_file(file, tmp_path))[entry]
     expected = weights(load("edm", "train"), f"out.{entry}.")
-    state = read_state(record)
+    state = module_state(record)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert all(state[name].is_contiguous() for name in state)
@@ -53,7 +53,7 @@ def test_the_source_text_is_dropped_unread(tmp_path: Path) -> None:
         write_snapshot(tmp_path / "a.pkl", Persistent("EDMPrecond", x=1)),
         write_state(tmp_path / "a.pt", Persistent("EDMPrecond", x=1)),
     ):
-        (record,) = (v for v in read_container(path).values() if isinstance(v, Record))
+        (record,) = (v for v in read_container(path).values() if isinstance(v, ClosedObject))
         assert record.state["x"] == 1
         assert "executed" not in str(vars(record))
         assert not (tmp_path / "executed").exists()
@@ -73,8 +73,8 @@ TENSORS = {
 def test_views_and_types(tmp_path: Path, name: str) -> None:
     net = Persistent("Part", _buffers={"weight": TENSORS[name]})
     for path in (write_snapshot(tmp_path / "a.pkl", net), write_state(tmp_path / "a.pt", net)):
-        (record,) = (v for v in read_container(path).values() if isinstance(v, Record))
-        (found,) = read_state(record).values()
+        (record,) = (v for v in read_container(path).values() if isinstance(v, ClosedObject))
+        (found,) = module_state(record).values()
         assert found.dtype == TENSORS[name].dtype
         assert torch.equal(found, TENSORS[name])
 
@@ -83,7 +83,7 @@ def test_buffers_that_are_not_saved(tmp_path: Path) -> None:
     buffers = {"kept": torch.ones(1), "left": torch.ones(1)}
     net = Persistent("Part", _buffers=buffers, _non_persistent_buffers_set={"left"})
     data = read_container(write_snapshot(tmp_path / "a.pkl", net))
-    assert list(read_state(data["ema"])) == ["kept"]
+    assert list(module_state(data["ema"])) == ["kept"]
 
 
 class Call:
@@ -158,7 +158,7 @@ def test_an_attack_within_a_tensor(tmp_path: Path) -> None:
     record = read_container(path)["ema"]
     assert isinstance(record.state["_buffers"]["x"], StoredTensor)
     with pytest.raises(DataError, match="tensor's numbers"):
-        read_state(record)
+        module_state(record)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -180,7 +180,7 @@ def test_tensors_stay_within_their_numbers(
     tensor = Call(rebuild, storage, offset, shape, stride, False, OrderedDict())
     path = write_snapshot(tmp_path / "a.pkl", Persistent("Part", _buffers={"x": tensor}))
     with pytest.raises(DataError, match=r"larger than what is stored|a tensor cannot be read"):
-        read_state(read_container(path)["ema"])
+        module_state(read_container(path)["ema"])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_module_within_itself(tmp_path: Path) -> None:
     children["again"] = Persistent("Part", _modules=children)
     data = read_container(write_snapshot(tmp_path / "a.pkl", net))
     with pytest.raises(DataError, match="no module"):
-        read_state(data["ema"])
+        module_state(data["ema"])
 
 
 @pytest.mark.parametrize("file", [SNAPSHOT, STATE])
@@ -223,7 +223,7 @@ def test_damaged_members(tmp_path: Path) -> None:
     data[data.index(numbers) + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match="CRC"):
-        read_state(read_container(path)["net"])
+        module_state(read_container(path)["net"])
 
 
 def repacked(path: Path, compression: int, **changes: bytes) -> Path:
@@ -243,7 +243,7 @@ def test_other_zips(tmp_path: Path) -> None:
         read_container(repacked(path, zipfile.ZIP_STORED, byteorder=b"big"))
     short = read_container(repacked(path, zipfile.ZIP_STORED, **{"0": b"1234"}))
     with pytest.raises(DataError, match="has 4 bytes"):
-        read_state(short["net"])
+        module_state(short["net"])
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.png", b"")
     with pytest.raises(CheckpointError, match=r"without the one data\.pkl"):
@@ -284,7 +284,7 @@ def test_classes_of_another_family(tmp_path: Path) -> None:
         read_container(path)
     data = read_container(path, {("training.models", "DiTBlock")})
     assert data["ema"].state["_modules"]["0"].class_name == "DiTBlock"
-    assert list(read_state(data["ema"])) == ["0.weight"]
+    assert list(module_state(data["ema"])) == ["0.weight"]
 
 
 def test_the_classes_of_records_stay_as_they_are() -> None:

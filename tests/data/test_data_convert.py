@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tessera.data import convert as module
-from tessera.data.convert import convert
+from tessera.data.convert import convert_images
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.images import png_bytes
@@ -42,7 +42,7 @@ def everything(path):
 def test_output_is_that_of_the_released_tool(tmp_path):
     tensors = golden_cases.load("edm", "dataset")
     files = {name: tensors[f"in.tool.{name}"].numpy() for name in TOOL["source_files"]}
-    report = convert(write_folder(tmp_path / "source", files), tmp_path / "set.zip")
+    report = convert_images(write_folder(tmp_path / "source", files), tmp_path / "set.zip")
     assert report.count == len(files)
     with zipfile.ZipFile(tmp_path / "set.zip") as archive:
         assert archive.namelist() == TOOL["zip_members"]
@@ -82,7 +82,7 @@ def test_chains_of_conversions_lose_nothing(tmp_path, count, channels, kind, for
     suffixes = {"zip": ".zip", "packed": ".safetensors", "folder": ""}
     for step, form in enumerate(forms):
         target = tmp_path / f"{step}{suffixes[form]}"
-        convert(path, target, workers=workers, overwrite=True)
+        convert_images(path, target, workers=workers, overwrite=True)
         path = target
     found, found_labels, found_names = everything(path)
     np.testing.assert_array_equal(found, images)
@@ -97,7 +97,7 @@ def test_same_source_same_bytes(tmp_path):
         results = []
         for workers in (0, 3):
             target = tmp_path / f"{workers}" / f"set{suffix}"
-            convert(source, target, resolution=(6, 6), workers=workers)
+            convert_images(source, target, resolution=(6, 6), workers=workers)
             results.append(target.read_bytes())
             time.sleep(0.01)
         assert results[0] == results[1]
@@ -108,7 +108,7 @@ def test_images_and_labels_are_as_expected_after_a_crop(tmp_path):
     wide[:, 10:30] = 200
     source = write_zip(tmp_path / "a.zip", {"x/1.png": wide, "y/1.png": wide[:, :, 0]})
     target = tmp_path / "set.safetensors"
-    convert(source, target, resolution=(8, 8), transform="center-crop")
+    convert_images(source, target, resolution=(8, 8), transform="center-crop")
     images, labels, names = everything(target)
     assert images.shape == (2, 3, 8, 8)
     assert (images == 200).all()
@@ -117,13 +117,13 @@ def test_images_and_labels_are_as_expected_after_a_crop(tmp_path):
 
 def test_max_images(tmp_path):
     source = write_archive(tmp_path / "a.zip", random_images(20), [0] * 19 + [1], ("a", "b"))
-    report = convert(source, tmp_path / "b.zip", max_images=9)
+    report = convert_images(source, tmp_path / "b.zip", max_images=9)
     assert report.count == len(open_dataset(tmp_path / "b.zip")) == 9
     assert report.notes == ["1 of the 2 classes occur in the set"]
     # The names of the classes keep their number in a part of the set.
     assert open_dataset(tmp_path / "b.zip").num_classes == 2
     with pytest.raises(DataError, match="nothing was written"):
-        convert(source, tmp_path / "c.zip", max_images=0)
+        convert_images(source, tmp_path / "c.zip", max_images=0)
 
 
 def odd_files(tmp_path):
@@ -159,14 +159,14 @@ def test_an_odd_file_stops_the_conversion_by_name(tmp_path, name, message):
         if other != name:
             (source / other).unlink()
     with pytest.raises(DataError, match=message):
-        convert(source, tmp_path / "set.zip")
+        convert_images(source, tmp_path / "set.zip")
     assert sorted(os.listdir(tmp_path)) == ["odd"]
 
 
 def test_skip_bad_leaves_odd_files_out_and_lists_them(tmp_path):
     source = odd_files(tmp_path)
     for target in ("a.zip", "a.safetensors", "a"):
-        report = convert(source, tmp_path / target, skip_bad=True)
+        report = convert_images(source, tmp_path / target, skip_bad=True)
         assert report.count == len(open_dataset(tmp_path / target)) == 2
         assert [name in line for (name, _), line in zip(ODD, report.bad, strict=True)] == [True] * 5
         assert [os.path.basename(name) for name in report.ignored] == ["notes.txt"]
@@ -178,24 +178,26 @@ def test_options_make_odd_files_fit(tmp_path):
     source = odd_files(tmp_path)
     (source / "1.jpg").unlink()
     (source / "5.png").unlink()
-    report = convert(source, tmp_path / "a.zip", resolution=(4, 4), channels=3)
+    report = convert_images(source, tmp_path / "a.zip", resolution=(4, 4), channels=3)
     assert (report.count, report.shape) == (5, (3, 4, 4))
-    report = convert(source, tmp_path / "b.zip", resolution=(4, 4), channels=1)
+    report = convert_images(source, tmp_path / "b.zip", resolution=(4, 4), channels=1)
     assert (report.count, report.shape) == (5, (1, 4, 4))
 
 
 def test_small_pictures_are_counted(tmp_path):
     big, small = last(random_images(1, size=40)[0]), last(random_images(1, size=8)[0])
     source = write_folder(tmp_path / "s", {"0.png": small, "1.png": big})
-    report = convert(source, tmp_path / "a.zip", resolution=(32, 24), transform="center-crop-wide")
+    report = convert_images(
+        source, tmp_path / "a.zip", resolution=(32, 24), transform="center-crop-wide"
+    )
     assert (report.count, report.too_small, report.shape) == (1, 1, (3, 32, 32))
 
 
 def test_the_legacy_wide_crop_differs(tmp_path):
     source = write_folder(tmp_path / "s", {"0.png": last(random_images(1, size=40)[0])})
     options = {"resolution": (32, 16), "transform": "center-crop-wide"}
-    convert(source, tmp_path / "a.zip", **options)
-    convert(source, tmp_path / "b.zip", **options, released_wide_crop=True)
+    convert_images(source, tmp_path / "a.zip", **options)
+    convert_images(source, tmp_path / "b.zip", **options, released_wide_crop=True)
     assert (everything(tmp_path / "a.zip")[0] != everything(tmp_path / "b.zip")[0]).any()
 
 
@@ -204,37 +206,37 @@ def test_one_missing_label_drops_all_and_says_so(tmp_path):
     labels = json.dumps({"labels": [["0.png", 3]]}).encode()
     source = write_folder(tmp_path / "s", {"0.png": image, "1.png": image, "dataset.json": labels})
     for target in ("a.zip", "a.safetensors"):
-        report = convert(source, tmp_path / target)
+        report = convert_images(source, tmp_path / target)
         assert open_dataset(tmp_path / target).labels is None
         assert any("1 of 2 images have no label" in note for note in report.notes)
 
 
 def test_side_that_is_no_power_of_two_is_noted(tmp_path):
     source = write_archive(tmp_path / "s.zip", random_images(1, size=12))
-    assert "power of two" in convert(source, tmp_path / "a.zip").notes[0]
-    assert not convert(source, tmp_path / "a.safetensors").notes
+    assert "power of two" in convert_images(source, tmp_path / "a.zip").notes[0]
+    assert not convert_images(source, tmp_path / "a.safetensors").notes
 
 
 def test_existing_files_stay_unless_told(tmp_path):
     source = write_archive(tmp_path / "s.zip", random_images(3))
     target = write_archive(tmp_path / "t.zip", random_images(1))
     with pytest.raises(DataError, match="`overwrite=True`"):
-        convert(source, target)
+        convert_images(source, target)
     assert len(open_dataset(target)) == 1
-    convert(source, target, overwrite=True)
+    convert_images(source, target, overwrite=True)
     assert len(open_dataset(target)) == 3
     folder = write_folder(tmp_path / "f", {"a/0.png": b"x"})
     with pytest.raises(DataError, match="`overwrite=True`"):
-        convert(source, folder)
+        convert_images(source, folder)
     # What is not a set of ours is not replaced by any means.
     with pytest.raises(DataError, match="holds something else than a data set"):
-        convert(source, folder, overwrite=True)
+        convert_images(source, folder, overwrite=True)
     assert (folder / "a" / "0.png").exists()
     for _ in range(2):
-        convert(source, tmp_path / "set", overwrite=True)
+        convert_images(source, tmp_path / "set", overwrite=True)
     for own in (source, tmp_path):
         with pytest.raises(DataError, match="own source"):
-            convert(source, own, overwrite=True)
+            convert_images(source, own, overwrite=True)
     assert source.exists()
 
 
@@ -242,17 +244,17 @@ def test_existing_files_stay_unless_told(tmp_path):
 def test_names_of_files_make_no_folders(tmp_path, name):
     source = write_archive(tmp_path / "s.zip", random_images(2))
     with pytest.raises(DataError, match=r"cannot be written.*\.zip .*\.safetensors"):
-        convert(source, tmp_path / name)
+        convert_images(source, tmp_path / name)
     assert not (tmp_path / name).exists()
-    convert(source, tmp_path / name, form="folder")
+    convert_images(source, tmp_path / name, form="folder")
     for folder in ("photos-v1.5", "photos.", "photos"):
-        assert convert(source, tmp_path / folder).format == "folder"
+        assert convert_images(source, tmp_path / folder).format == "folder"
 
 
 def test_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_archive(tmp_path / "s.zip", random_images(2))
-    convert("~/s.zip", "~/t.zip")
+    convert_images("~/s.zip", "~/t.zip")
     assert len(open_dataset("~/t.zip")) == 2
     assert (tmp_path / "t.zip").is_file()
 
@@ -263,10 +265,10 @@ def test_an_image_beside_the_class_folders(tmp_path, write):
     names = ["cat/0.png", "cover.png", "dog/1.png"]
     source = write(tmp_path / ("s.zip" if write is write_zip else "s"), dict.fromkeys(names, image))
     with pytest.raises(DataError, match=r"cover.png lies beside .*\n\(--skip-bad leaves"):
-        convert(source, tmp_path / "t.zip")
+        convert_images(source, tmp_path / "t.zip")
     with pytest.raises(DataError, match=r"cover.png lies beside the folders of the classes"):
         open_dataset(source)
-    report = convert(source, tmp_path / "t.zip", skip_bad=True)
+    report = convert_images(source, tmp_path / "t.zip", skip_bad=True)
     assert (report.count, report.class_names, report.num_classes) == (2, ("cat", "dog"), 2)
     assert len(report.bad) == 1
     assert "cover.png" in report.bad[0]
@@ -281,7 +283,7 @@ def test_one_folder_beside_images_is_no_class(tmp_path):
     image = last(random_images(1)[0])
     source = write_folder(tmp_path / "s", dict.fromkeys(["0.png", "1.png", "more/2.png"], image))
     assert open_dataset(source).labels is None
-    assert convert(source, tmp_path / "t.zip").count == 3
+    assert convert_images(source, tmp_path / "t.zip").count == 3
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_one_folder_beside_images_is_no_class(tmp_path):
 def test_names_tell_the_format(tmp_path, name, form, message):
     source = write_packed(tmp_path / "s.safetensors", random_images(1))
     with pytest.raises(DataError, match=message):
-        convert(source, tmp_path / name, form=form)
+        convert_images(source, tmp_path / name, form=form)
 
 
 @pytest.mark.parametrize("target", ["t.zip", "t.safetensors", "t"])
@@ -313,7 +315,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, target, e
 
     monkeypatch.setattr(module, "channels_first", failing)
     with pytest.raises(error):
-        convert(source, tmp_path / target)
+        convert_images(source, tmp_path / target)
     assert os.listdir(tmp_path) == ["s.zip"]
 
 
@@ -330,7 +332,7 @@ def slow(image):
         time.sleep(60)
     return real(image)
 module.channels_first = slow
-module.convert(sys.argv[1], sys.argv[2], workers=1)
+module.convert_images(sys.argv[1], sys.argv[2], workers=1)
 """
 
 
@@ -342,4 +344,4 @@ def test_a_killed_conversion_leaves_no_file_under_the_name(tmp_path, target):
         assert process.stdout.readline() == b"half\n"
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / target).exists()
-    assert convert(source, tmp_path / target).count == 100
+    assert convert_images(source, tmp_path / target).count == 100

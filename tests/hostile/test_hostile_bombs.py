@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
-from tessera.convert.unpickle import Record, read_container, read_state
+from tessera.convert.unpickle import ClosedObject, module_state, read_container
 from tessera.data.dataset import open_dataset
 from tessera.data.members import open_members
 from tessera.data.sources import open_source
@@ -186,14 +186,14 @@ def test_networks_that_repeat_themselves(tmp_path: Path) -> None:
     for _ in range(40):
         part = Persistent("Part", _modules={"a": part, "b": part})
     record = read_container(write_snapshot(tmp_path / "a.pkl", part))["ema"]
-    assert isinstance(record, Record)
+    assert isinstance(record, ClosedObject)
     with pytest.raises(DataError):
-        read_state(record)
+        module_state(record)
     tensor = torch.zeros(1000)
     views = {f"w{i}": tensor.view(1000)[:] for i in range(50)}
     path = write_state(tmp_path / "b.pt", Persistent("Part", _buffers=views))
     with pytest.raises(DataError, match="more numbers than are stored"):
-        read_state(read_container(path)["net"])
+        module_state(read_container(path)["net"])
 
 
 # ------------------------------------------------------------------------------------------ recipes

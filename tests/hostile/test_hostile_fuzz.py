@@ -27,7 +27,7 @@ from hypothesis import given
 from released_files import SNAPSHOT, STATE, recorded_file
 
 import tessera
-from tessera.convert.run import convert
+from tessera.convert.run import convert_checkpoint
 from tessera.data.dataset import open_dataset
 from tessera.data.inspect import count_labels
 from tessera.data.latents import LatentDataset, is_latents
@@ -183,7 +183,7 @@ def test_pickles(folder: Path, random: Random) -> None:
     path.write_bytes(odd_bytes(recorded_file(name, folder).read_bytes(), random))
     shutil.rmtree(folder / "made", ignore_errors=True)
     with refusal_or_not:
-        convert(path, folder / "made")
+        convert_checkpoint(path, folder / "made")
 
 
 @given(seeds)

@@ -16,7 +16,7 @@ from tessera.diffusion.guidance import Guided
 from tessera.diffusion.objectives import EdmObjective
 from tessera.diffusion.skipping import cut_bricks, last_brick_schedule
 from tessera.networks.layers import PositionalEmbedding
-from tessera.networks.lego import Grid, coordinates
+from tessera.networks.lego import Grid, pixel_coordinates
 from tessera.networks.transformer import sincos_table
 from tessera.recipes.schema import EmaConfig, OptimizerConfig
 from tessera.sampling.edm import edm_sampler
@@ -212,7 +212,7 @@ def test_tables() -> None:
             assert_near(table, expected, atol=1e-6, rtol=1e-6)
         elif key.startswith("out.coords."):
             side = int(key.rsplit(".", 1)[1])
-            place = coordinates(torch.zeros(1, 3, side, side), Conditioning())
+            place = pixel_coordinates(torch.zeros(1, 3, side, side), Conditioning())
             assert_near(place.reshape(expected.shape), expected, atol=1e-6, rtol=1e-6)
 
 

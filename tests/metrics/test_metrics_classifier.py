@@ -13,9 +13,9 @@ import torch
 from tessera.errors import DataError
 from tessera.metrics import classifier as module
 from tessera.metrics.classifier import Classifier, ClassifierNetwork, train_classifier
+from tessera.metrics.evaluate import score_images
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import build_reference, load_reference, save_reference
-from tessera.metrics.score import score_images
 
 
 def stripes(n: int, size: int = 8, seed: int = 0, labelled: bool = True) -> ArrayImages:

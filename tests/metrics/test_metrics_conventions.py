@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from tessera.cli import app
 from tessera.images import save_png
-from tessera.metrics import evaluate as scoring
 from tessera.metrics.dinov2 import DinoV2, VisionTransformer
 from tessera.metrics.features import with_float64
 from tessera.metrics.formats import read_measured
 from tessera.metrics.images import ArrayImages
+from tessera.metrics.measure import data_source
 
 N = 6
 SAMPLES = ("samples", "samples.npz")
@@ -151,8 +151,8 @@ def test_other_weights_are_refused_before_the_images_are_read(folder: Path, tmp_
 
 def test_a_subset_is_the_one_that_edms_tool_draws() -> None:
     images = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(1, axis=1)
-    source = scoring.data_source(ArrayImages("set", images), num=7, seed=3, batch=2)
-    found = torch.cat([batch for _, batch in source.batches]).flatten().tolist()
+    source = data_source(ArrayImages("set", images), num=7, seed=3, batch=2)
+    found = torch.cat([batch for _, batch, _ in source.batches]).flatten().tolist()
     order = np.arange(20)
     np.random.RandomState(3).shuffle(order)
     assert found == sorted(order[:7].tolist())

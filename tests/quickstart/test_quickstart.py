@@ -21,7 +21,7 @@ from tessera.metrics.reference import load_reference
 from tessera.quickstart import charts
 from tessera.quickstart.digits import enlarge, write_digits
 from tessera.quickstart.report import render
-from tessera.quickstart.run import Result, run
+from tessera.quickstart.run import QuickstartResult, run
 
 pytest.importorskip("sklearn")
 
@@ -32,12 +32,12 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def result(tmp_path_factory: pytest.TempPathFactory) -> QuickstartResult:
     out = tmp_path_factory.mktemp("quickstart") / "out"
     return run(out, overrides=TINY, digits=80, samples=30, classifier_images=1500)
 
 
-def test_measures_everything_that_the_report_shows(result: Result) -> None:
+def test_measures_everything_that_the_report_shows(result: QuickstartResult) -> None:
     assert result.images_seen == 192
     assert result.samples.shape == (30, 8, 8, 1)
     assert result.labels.tolist() == list(range(10)) * 3
@@ -50,7 +50,7 @@ def test_measures_everything_that_the_report_shows(result: Result) -> None:
     assert set(result.seconds) == {"data", "training", "classifier", "sampling", "scoring"}
 
 
-def test_frames_end_with_the_sample(result: Result) -> None:
+def test_frames_end_with_the_sample(result: QuickstartResult) -> None:
     assert len(result.frames) == 3
     assert [f.sigma for f in result.frames] == sorted(
         (f.sigma for f in result.frames), reverse=True
@@ -59,7 +59,7 @@ def test_frames_end_with_the_sample(result: Result) -> None:
     assert np.abs(last - result.samples[:10]).max() <= 1
 
 
-def test_what_it_leaves_can_be_used(result: Result) -> None:
+def test_what_it_leaves_can_be_used(result: QuickstartResult) -> None:
     images = tessera.load(result.out / "run").sample(range(10), "balanced")
     assert np.abs(images.astype(int) - result.samples[:10]).max() <= 1
     assert load_reference(result.out / "digits.ref.npz").statistics.n == 80
@@ -86,7 +86,7 @@ class Parts(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
+def test_report_is_one_well_formed_file_with_all_parts(result: QuickstartResult) -> None:
     page = render(result)
     parts = Parts()
     parts.feed(page)
@@ -110,7 +110,7 @@ def test_report_is_one_well_formed_file_with_all_parts(result: Result) -> None:
 
 
 def test_the_commands_can_be_typed_as_they_stand(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: QuickstartResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripts = tmp_path / ".venv/bin"
     scripts.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_the_commands_can_be_typed_as_they_stand(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_all_of_it_runs_on_the_gpu(result: Result) -> None:
+def test_all_of_it_runs_on_the_gpu(result: QuickstartResult) -> None:
     assert result.device == torch.cuda.get_device_name()
     assert len(result.samples) == len(result.predicted) == 30
     assert 0 < result.floor < result.ceiling
@@ -142,11 +142,11 @@ def test_the_command_refuses_a_folder_in_use(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_report(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: QuickstartResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, object] = {}
 
-    def recorded(out: Path, **options: object) -> Result:
+    def recorded(out: Path, **options: object) -> QuickstartResult:
         asked.update(options, out=out)
         return result
 

@@ -20,7 +20,7 @@ from training_case import tiny_recipe
 
 from tessera.errors import CheckpointError, TesseraError
 from tessera.files import sha256
-from tessera.training.checkpoints import Checkpoints, inspect, load_tensors, read_state
+from tessera.training.checkpoints import Checkpoints, damage_of, load_tensors, read_state
 from tessera.training.trainer import Trainer
 
 STATE = {
@@ -98,7 +98,7 @@ def test_json_that_is_nested_or_none_is_damage(name: str, content: bytes, tmp_pa
     (folder / name).write_bytes(content)
     if name == "state.json":
         seal(folder)
-    assert name in str(inspect(folder))
+    assert name in str(damage_of(folder))
     assert checkpoints.newest() == tmp_path / "000000000008"
 
 
@@ -120,7 +120,7 @@ def test_checksums_name_files_of_the_checkpoint(listed: dict[str, Any], tmp_path
     save(tmp_path, 8)
     path = tmp_path / "000000000008" / "checksums.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | listed))
-    assert inspect(tmp_path / "000000000008")
+    assert damage_of(tmp_path / "000000000008")
 
 
 def test_files_without_a_checksum_are_damage(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_files_without_a_checksum_are_damage(tmp_path: Path) -> None:
     sums = json.loads(path.read_text())
     del sums["model.safetensors"]
     path.write_text(json.dumps(sums))
-    assert inspect(tmp_path / "000000000008") == "model.safetensors is not in checksums.json"
+    assert damage_of(tmp_path / "000000000008") == "model.safetensors is not in checksums.json"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_states_of_other_values_are_damage(key: str, value: Any, tmp_path: Path)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {key: value}))
     seal(folder)
-    assert f"state.json has a wrong value of {key}" in str(inspect(folder))
+    assert f"state.json has a wrong value of {key}" in str(damage_of(folder))
     assert checkpoints.newest() == tmp_path / "000000000008"
 
 

@@ -17,7 +17,7 @@ from tessera.cli.cost import duration
 from tessera.data.views import FullView, PatchSize, PatchView
 from tessera.training import probe
 from tessera.training.feed import Feed
-from tessera.training.forecast import Measured, course, seconds_per_image
+from tessera.training.forecast import Timings, course, seconds_per_image
 from tessera.training.tracking import StatusLines
 from tessera.training.trainer import Trainer
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 SIZES = [PatchSize(4, 0.5, 4), PatchSize(8, 0.5, 1)]
 
 
-def measured(recipe: Any, seconds: float = 0.05) -> Measured:
+def measured(recipe: Any, seconds: float = 0.05) -> Timings:
     return probe.measure(recipe, Feed(recipe, CPU), CPU, seconds)
 
 
@@ -38,7 +38,7 @@ def test_steps_previews_scores_and_checkpoints_are_added(tmp_path: Path) -> None
         "preview": {"every_images": 40},
     }
     recipe = tiny_recipe(tmp_path, run=run, evaluate={"every_images": 50, "metrics": "fd"})
-    parts = Measured({(8, None): 2.0}, preview=10.0, scores=100.0, checkpoint=1.0, memory_bytes=7)
+    parts = Timings({(8, None): 2.0}, preview=10.0, scores=100.0, checkpoint=1.0, memory_bytes=7)
     whole = parts.forecast(recipe, FullView(8), 0)
     # After 32, 64, 96; 40, 80, 96; 50, 96 of 96 images.
     assert whole.extra_seconds == 3 * 1 + 3 * 10 + 2 * 100
