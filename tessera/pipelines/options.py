@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
+from tessera.recipes.overrides import merge
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
+from tessera.recipes.text import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
@@ -40,9 +42,11 @@ class Option:
 def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
     """The options of a section."""
     for name, field in type(section).model_fields.items():
-        if name != "kind":
-            value = getattr(section, name)
-            yield Option(title, prefix + name, value, field.description or "")
+        value, meaning = getattr(section, name), field.description or ""
+        if isinstance(value, dict) and value:
+            yield from (Option(title, f"{prefix}{name}.{k}", v, meaning) for k, v in value.items())
+        elif name != "kind":
+            yield Option(title, prefix + name, value, meaning)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
@@ -65,7 +69,8 @@ def fill(
 
     Args:
         sections: what the model takes, with its defaults; no name occurs in two of them.
-        given: name to value, which may be text; parts of a nested section as `levels.steps`.
+        given: name to value, which may be text; parts of a nested section as `levels.steps`. Text
+            for an `options.NAME` of an external part, whose type is not known, is YAML.
         refused: names that other models take, and why this one does not.
 
     Raises:
@@ -87,6 +92,8 @@ def fill(
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    if "options" in path[:-1] and isinstance(value, str):
+        value = read_yaml(value, ".".join(path))
     for part in path[:-1]:
         values = values.setdefault(part, {})
     values[path[-1]] = value
@@ -103,15 +110,8 @@ def _refuse(name: str, known: list[str], refused: Mapping[str, str]) -> NoReturn
 def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if not values:
         return section
-    before = section.model_dump()
-    merged = {
-        name: {**before[name], **value}
-        if isinstance(value, Mapping) and isinstance(before.get(name), dict)
-        else value
-        for name, value in values.items()
-    }
     try:
-        return type(section).model_validate({**before, **merged})
+        return type(section).model_validate(merge(section.model_dump(), values))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -124,8 +124,9 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
 def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     """Names that other samplers take, and what to do to use them."""
     own = type(section).model_fields
+    external = "; an own sampler has it as options.{}, if at all" if "options" in own else ""
     return {
-        name: f"belongs to another sampler: add `sampler={kind}`"
+        name: f"belongs to another sampler: add `sampler={kind}`{external.format(name)}"
         for kind, other in SAMPLERS.items()
         for name in other.model_fields
         if name not in own
