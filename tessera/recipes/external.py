@@ -282,7 +282,9 @@ def _checked_solver(solver: Solver) -> Solver:
         levels: Sequence[float],
     ) -> Iterator[SamplerState]:
         state: Any = None
-        for state in solver(denoiser, latents, cond, noise, levels):
+        with in_words("sampler"):  # of options that it does not know
+            states = solver(denoiser, latents, cond, noise, levels)
+        for state in states:
             if not isinstance(state, SamplerState) or state.x.shape != latents.shape:
                 found = (
                     f"x {list(state.x.shape)}" if isinstance(state, SamplerState) else a_kind(state)
@@ -364,7 +366,8 @@ class _Whole:
         return len(self._dataset)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        found = np.asarray(self._dataset.read(indices))
+        with in_words("dataset"):
+            found = np.asarray(self._dataset.read(indices))
         wanted = (len(indices), *self._shape)
         if found.shape != wanted or found.dtype != self._dtype:
             raise DataError(
