@@ -52,7 +52,10 @@ def load(
         TesseraError: a VAE for a model of pixels, or a device that this machine has not.
 
     Example:
-        >>> pipe = tessera.load("runs/a", device="cpu")  # doctest: +SKIP
+        >>> from tessera import load_recipe
+        >>> build_pipeline(load_recipe("quickstart-digits")).save("digits")
+        >>> load("digits", device="cpu").model.num_classes
+        10
     """
     where = distributed.device(None if device is None else str(device))
     pipe = _open(folders.find_folder(source), None if ema is None else str(ema), parts)

@@ -75,12 +75,17 @@ class Trainer:
         TesseraError: recipe, data or run folder do not fit; the message says what to do.
 
     Example:
-        >>> trainer = Trainer(load_recipe("quickstart-digits", ["data.path=digits.zip"]))
-        >>> for report in trainer.steps():  # doctest: +SKIP
-        ...     if report.images >= 100_000:
+        >>> from tessera import Parts, load_recipe
+        >>> from tessera.training.probe import blank_images
+        >>> recipe = load_recipe("quickstart-digits", ["training.images=64", "run.preview=null"])
+        >>> trainer = Trainer(recipe, "runs/blank", parts=Parts(dataset=blank_images))
+        >>> for report in trainer.steps():
+        ...     if report.images >= 32:
         ...         break
-        >>> trainer.save()  # doctest: +SKIP
-        >>> trainer.pipeline().sample(range(16))  # doctest: +SKIP
+        >>> trainer.save().name
+        '000000000032'
+        >>> trainer.pipeline().sample(range(4), steps=2).shape
+        (4, 16, 16, 1)
     """
 
     def __init__(
