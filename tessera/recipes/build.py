@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tessera.conditioning import Conditioning
 from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.views import FullView, PatchView, View, patch_sizes
@@ -19,7 +17,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.experts import sigma_range
-from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective
+from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, Objective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
 from tessera.diffusion.skipping import (
     BrickSchedule,
@@ -32,8 +30,8 @@ from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
-from tessera.randomness import Draws
 from tessera.recipes import schema
+from tessera.recipes.external import own_network, own_objective, own_refine, own_sampler
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.size import check_fits
 from tessera.sampling.ablation import ablation_levels, ablation_sampler
@@ -51,7 +49,8 @@ def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 
         copies: how often numbers as many as its weights are kept in the end.
 
     Raises:
-        RecipeError: they do not fit into memory. Never on the meta device, where nothing is kept.
+        RecipeError: they do not fit into memory (never on the meta device, where nothing is kept),
+            or an external network is missing or does not fit the recipe.
     """
     # A network of the caller's own is made once, and by the caller's own rules.
     external = isinstance(recipe.network, schema.ExternalNetworkConfig)
@@ -94,8 +93,7 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
                 **_options(section),
             )
         case schema.ExternalNetworkConfig():
-            made: nn.Module = parts.need("network", "network.kind")(recipe, **section.options)
-            return made
+            return own_network(recipe, section, parts)
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
@@ -146,14 +144,6 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
 
 
-Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
-"""What training minimises: (model, x [B, C, H, W], conditioning, draws) to terms [B] per image.
-
-"loss" is minimised; "quartile", int64, if it is there, says to which quarter of the noise levels an
-image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`.
-"""
-
-
 def build_objective(
     section: schema.ObjectiveConfig,
     noise_levels: tuple[float, float] = EVERYWHERE,
@@ -182,8 +172,7 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
     """What training a recipe minimises, at the noise levels of its expert if it is one."""
     section = recipe.objective
     if isinstance(section, schema.ExternalObjectiveConfig):
-        made: Objective = parts.need("objective", "objective.kind")(recipe, **section.options)
-        return made
+        return own_objective(recipe, section, parts)
     noise_levels = EVERYWHERE
     if recipe.expert is not None:
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
@@ -237,10 +226,10 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
     """
     options = section.model_dump(exclude={"kind", "levels", "refine"})
     if section.refine is not None:
-        options["refine"] = parts.need("refine", "sampling.refine")(**section.refine.options)
+        options["refine"] = own_refine(section.refine, parts)
     match section:
         case schema.ExternalSamplerConfig():
-            sampler: Sampler = parts.need("sampler", "sampling.kind")(**section.options)
+            sampler = own_sampler(section, parts, options.get("refine"))
         case schema.EdmSamplerConfig():
             sampler = edm_sampler(**options)
         case schema.AblationSamplerConfig():
