@@ -128,7 +128,7 @@ def test_all_options_can_be_given_as_they_are_printed(folders: dict[str, str]) -
         ("lego", ["skip=1.4"], "`skip=1.4`: "),
         ("lego", ["skip=0.4", "bricks=0-inf:1"], "both say which bricks run"),
         ("lego", ["layout=pad"], "give `size`, too"),
-        ("tiny", ["start_from=photos"], "tessera sample` has the option --start-from"),
+        ("tiny", ["start_from=photos"], "has the option --start-from"),
         ("tiny", ["labels=3"], "has the option --class"),
         ("tiny", ["precision=bf16"], "has the option --precision"),
         ("tiny", ["latents=x"], "it is for Python"),
@@ -145,7 +145,7 @@ def test_errors(
     folders: dict[str, str], tmp_path: Path, model: str, arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "s"
-    with pytest.raises(TesseraError, match=message.replace("tessera sample` has", "has")):
+    with pytest.raises(TesseraError, match=message):
         run("sample", folders[model], "--device", "cpu", "--out", out, *arguments)
     assert not out.exists()
 
