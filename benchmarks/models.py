@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks.harness import device
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.objectives import Objective
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import Objective
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, TrainingConfig
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.seeds import SeedNoise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ EVERYWHERE = (0.0, math.inf)
 
 Reduction = Literal["sum", "mean"]
 """How an objective's loss of an image comes from those of its pixels; views weight it by that."""
+
+Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
+"""What training minimises: (model, x [B, C, H, W], conditioning, draws) to terms [B] per image.
+
+"loss" is minimised; "quartile", int64, if it is there, says to which quarter of the noise levels an
+image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`.
+"""
 
 
 def within(range_: tuple[float, float], low: float, high: float) -> tuple[float, float]:

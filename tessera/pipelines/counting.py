@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.diffusion.objectives import Objective
 from tessera.model import Model
 from tessera.precision import autocast, resolve
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import Objective, build_view, recipe_objective
+from tessera.recipes.build import build_view, recipe_objective
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tessera.conditioning import Conditioning
 from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.views import FullView, PatchView, View, patch_sizes
@@ -19,7 +17,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.experts import sigma_range
-from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective
+from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, Objective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
 from tessera.diffusion.skipping import (
     BrickSchedule,
@@ -32,7 +30,6 @@ from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
-from tessera.randomness import Draws
 from tessera.recipes import schema
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.size import check_fits
@@ -144,14 +141,6 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
-
-
-Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
-"""What training minimises: (model, x [B, C, H, W], conditioning, draws) to terms [B] per image.
-
-"loss" is minimised; "quartile", int64, if it is there, says to which quarter of the noise levels an
-image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`.
-"""
 
 
 def build_objective(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tessera.data.dataset import Dataset
-    from tessera.recipes.build import Objective
+    from tessera.diffusion.objectives import Objective
     from tessera.recipes.schema import Recipe
     from tessera.sampling.core import Refine, Sampler
 

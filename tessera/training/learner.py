@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.diffusion.objectives import Objective
 from tessera.errors import CheckpointError
 from tessera.model import Model
 from tessera.precision import autocast, resolve
 from tessera.randomness import Draws, derive_seed
-from tessera.recipes.build import Objective, build_model, recipe_objective
+from tessera.recipes.build import build_model, recipe_objective
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
 from tessera.training import guard, optimizers, parallel
