@@ -90,6 +90,29 @@ def optional_at_top(path: Path, source: str) -> list[str]:
     return wrong
 
 
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that import themselves, by way of others."""
+    reached = {module: set(targets) for module, targets in graph.items()}
+    for through, targets in reached.items():
+        for found in reached.values():
+            if through in found:
+                found |= targets
+    return sorted(module for module, found in reached.items() if module in found)
+
+
+def module_graph(sources: dict[str, tuple[Path, str]]) -> dict[str, set[str]]:
+    """What each module imports of the others, anywhere in it, by their full names."""
+    graph: dict[str, set[str]] = {module: set() for module in sources}
+    for module, (path, source) in sources.items():
+        for _, name in imports(ast.parse(source), path):
+            # A name within a module, or the module itself.
+            target = name if name in sources else name.rpartition(".")[0]
+            # What the package itself exports is at the top, see `upward`.
+            if target in sources and target != "tessera":
+                graph[module].add(target)
+    return graph
+
+
 def test_every_module_has_its_place() -> None:
     assert {part_of(path) for path in MODULES} <= set(LEVEL)
 
@@ -100,6 +123,31 @@ def test_imports_run_downwards() -> None:
 
 def test_optional_packages_are_imported_where_used() -> None:
     assert [line for path in MODULES for line in optional_at_top(path, path.read_text())] == []
+
+
+def test_no_modules_import_one_another() -> None:
+    """Also not within a part, in a function, or for types alone."""
+    names = {
+        ".".join(("tessera", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in MODULES
+    }
+    sources = {
+        name.removesuffix(".__init__"): (path, path.read_text()) for name, path in names.items()
+    }
+    assert circles(module_graph(sources)) == []
+
+
+def test_the_check_of_circles_itself() -> None:
+    texts = {
+        "tessera.data.a": "def f():\n    from tessera.data.b import x",
+        "tessera.data.b": "if TYPE_CHECKING:\n    from tessera.data import c",
+        "tessera.data.c": "from tessera.data import a\nimport tessera.data.d",
+        "tessera.data.d": "import torch",
+    }
+    sources = {name: (PACKAGE / "data/x.py", text) for name, text in texts.items()}
+    assert circles(module_graph(sources)) == ["tessera.data.a", "tessera.data.b", "tessera.data.c"]
+    sources["tessera.data.c"] = (PACKAGE / "data/x.py", "import tessera.data.d")
+    assert circles(module_graph(sources)) == []
 
 
 @pytest.mark.parametrize(
