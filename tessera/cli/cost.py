@@ -63,7 +63,7 @@ def cost(
     rows = _rows(loaded, result, given)
     if forecast is not None:
         blank = "" if loaded.data.path or parts.dataset else "from blank images: "
-        here = described(forecast)
+        here = in_table(forecast)
         rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),
@@ -123,7 +123,7 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
         return measure(recipe, feed, device, parts=parts, show=show).forecast(recipe, feed.view, 0)
 
 
-def described(forecast: Forecast) -> dict[str, str]:
+def in_table(forecast: Forecast) -> dict[str, str]:
     """Time and memory of a run, as rows of a table."""
     extra = forecast.extra_seconds
     parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""

@@ -69,7 +69,7 @@ def train(
 def _describe(trainer: Trainer, own_parts: str | None) -> None:
     """A short table of what is about to happen."""
     from tessera import distributed
-    from tessera.cli.cost import described
+    from tessera.cli.cost import in_table
     from tessera.cli.tables import print_facts
     from tessera.progress import quantity
 
@@ -102,7 +102,7 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
-        rows |= described(trainer.forecast)
+        rows |= in_table(trainer.forecast)
     print_facts(rows)
 
 

@@ -30,7 +30,7 @@ from tessera.errors import DataError, RecipeError
 from tessera.model import Model
 from tessera.randomness import AddressedDraws
 from tessera.recipes import schema
-from tessera.recipes.parts import Parts, a_kind, in_words
+from tessera.recipes.parts import Parts, a_kind, blame
 from tessera.sampling.core import Levels, NoiseSource, Refine, Sampler, SamplerState, Solver
 
 # ---------------------------------------------------------------------------------------- networks
@@ -65,7 +65,7 @@ def _try(recipe: schema.Recipe, network: nn.Module) -> None:
         for side, cond in _occasions(recipe, device):
             shape = recipe.shape[0] * (1 if cond.image is None else 2), side, side
             x, noise = torch.zeros(2, *shape, device=device), torch.zeros(2, device=device)
-            with in_words("network"):
+            with blame("network"):
                 output = network(x, noise, cond)
             _check_output(recipe, output, x, cond)
 
@@ -176,7 +176,7 @@ def check_trained(recipe: schema.Recipe, model: Model, objective: Objective) -> 
     x = torch.zeros(2, recipe.shape[0], side, side, device=device)
     draws = AddressedDraws(recipe.training.seed, torch.arange(2, device=device))
     with _aside(model, gradients=True):
-        with in_words("objective"):
+        with blame("objective"):
             terms = objective(model, x, cond, draws)
         _check_terms(terms)
         if shared:
@@ -259,7 +259,7 @@ def own_refine(section: schema.ExternalRefineConfig, parts: Parts) -> Refine:
 
 def _checked_levels(levels: Levels) -> Levels:
     def checked(denoiser: Denoiser) -> list[float]:
-        with in_words("sampler"):
+        with blame("sampler"):
             found = [float(level) for level in levels(denoiser)]
         if not found or found[-1] <= 0 or any(a <= b for a, b in itertools.pairwise(found)):
             shown = ", ".join(f"{level:g}" for level in found) or "none"
@@ -282,7 +282,7 @@ def _checked_solver(solver: Solver) -> Solver:
         levels: Sequence[float],
     ) -> Iterator[SamplerState]:
         state: Any = None
-        with in_words("sampler"):  # of options that it does not know
+        with blame("sampler"):  # of options that it does not know
             states = solver(denoiser, latents, cond, noise, levels)
         for state in states:
             if not isinstance(state, SamplerState) or state.x.shape != latents.shape:
@@ -318,7 +318,7 @@ def own_dataset(recipe: schema.Recipe, parts: Parts) -> Dataset:
             f"the own part 'dataset' made {a_kind(made)} without {', '.join(missing)}; see "
             "tessera.data.dataset.Dataset"
         )
-    with in_words("dataset"):
+    with blame("dataset"):
         problems = [*_label_problems(made), *_image_problems(recipe, made)]
     if problems:
         raise RecipeError(
@@ -366,7 +366,7 @@ class _Whole:
         return len(self._dataset)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        with in_words("dataset"):
+        with blame("dataset"):
             found = np.asarray(self._dataset.read(indices))
         wanted = (len(indices), *self._shape)
         if found.shape != wanted or found.dtype != self._dtype:

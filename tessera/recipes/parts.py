@@ -89,7 +89,7 @@ class Parts:
         function = getattr(self, kind)
         if function is None:
             raise _missing({kind: key})
-        with in_words(kind):
+        with blame(kind):
             return function(*arguments, **options)
 
     def check(self, recipe: Recipe) -> None:
@@ -137,7 +137,7 @@ def external(recipe: Recipe) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def in_words(kind: str) -> Iterator[None]:
+def blame(kind: str) -> Iterator[None]:
     """Say of what a user's own code raises in the block which part it was, and where.
 
     Raises:
