@@ -261,7 +261,7 @@ class DiT(Trunk):
         output = grid.join(self.final_layer(h, c))
         if not self.learn_variance:
             return output
-        image, variance = output.split(self.channels, dim=1)
+        image, variance = output.chunk(2, dim=1)
         return torch.cat([image, (variance + 1) / 2], dim=1)
 
     def _block(self, block: nn.Module, h: Tensor, c: Tensor, span: int, twice: bool) -> Tensor:
@@ -321,7 +321,7 @@ class EnergyDiT(Trunk):
             side, in_channels, num_classes, augment_dim, patch=patch, layers=layers, width=width
         )
         self.channels = out_channels or in_channels
-        self.multiplier = multiplier
+        self.multiplier, self.recompute = multiplier, recompute
         self.energy_layer = EnergyHead(width, head)
         # Of one element, because FSDP does not shard numbers without axes.
         alpha = torch.full((1,), step_size)
@@ -375,7 +375,8 @@ class EnergyDiT(Trunk):
         """
         _refuse_float16(x.device)
         if want == "energy":
-            return self._energy(x, noise, cond, twice=False)
+            # Blocks that are recomputed are so by the same means as for two derivatives.
+            return self._energy(x, noise, cond, twice=self.recompute and torch.is_grad_enabled())
         twice = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             energy, gradient = self._functional(x, noise, cond)
@@ -405,7 +406,7 @@ class EnergyDiT(Trunk):
 
     def _block(self, block: nn.Module, h: Tensor, c: Tensor, span: int, twice: bool) -> Tensor:
         assert isinstance(block, TwiceBlock)
-        if twice or (block.recompute and torch.is_grad_enabled()):
+        if twice:
             return block.twice(h, c, span)
         return super()._block(block, h, c, span, twice)
 

@@ -39,7 +39,7 @@ _PIECE = 1 << 16
 def attend_twice(qkv: Tensor, kind: AttentionKind) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of qkv [N, n, 3, heads, d], as [N, n, heads, d]."""
     if kind == "recompute" and not torch.compiler.is_compiling():
-        output: Tensor = _Attention.apply(qkv)  # type: ignore[no-untyped-call]
+        output: Tensor = _Attention.apply(qkv)
         return output
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     if kind == "math":
@@ -119,7 +119,7 @@ class _AttentionGradient(Function):
                 dk = (ds.mT @ a).add_(w.mT @ q)
                 _put(of_qkv[part], dq, dk, y.mT @ d)
                 rows = (p @ e).add_(y @ v)
-                of_gradient[part] = rows.unflatten(0, (len(of_gradient[part]), -1)).transpose(1, 2)
+                of_gradient[part] = _spans(rows, d.shape[0] // qkv.shape[3])
         return of_qkv, of_gradient
 
 
@@ -142,10 +142,15 @@ def _matrices(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def _spans(x: Tensor, count: int) -> Tensor:
+    """[N heads, n, d] as [N, n, heads, d]; `_matrices` undone."""
+    return x.reshape(count, -1, *x.shape[1:]).transpose(1, 2)
+
+
 def _put(target: Tensor, *parts: Tensor) -> None:
     """Write q, k and v [N heads, n, d] into [N, n, 3, heads, d]."""
     for index, part in enumerate(parts):
-        target[:, :, index] = part.unflatten(0, (len(target), -1)).transpose(1, 2)
+        target[:, :, index] = _spans(part, len(target))
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:

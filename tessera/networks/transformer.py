@@ -51,7 +51,8 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, noise: Tensor) -> Tensor:
-        embedding: Tensor = self.mlp(self.features(noise))
+        dtype = next(self.mlp.parameters()).dtype
+        embedding: Tensor = self.mlp(self.features(noise).to(dtype))
         return embedding
 
 
