@@ -8,7 +8,7 @@ import importlib
 from benchmarks.harness import device
 from tessera import memory
 
-NAMES = ("unet", "loading", "metrics", "patch", "lego", "pdm")
+NAMES = ("unet", "loading", "metrics", "patch", "lego", "pdm", "energy")
 
 
 def main() -> None:

@@ -342,8 +342,9 @@ class EnergyDiT(Trunk):
     @property
     def step_size(self) -> Tensor:
         """Of energy descent, 0-dim and at least `SMALLEST_STEP`, with a gradient also there."""
-        alpha = self.alpha[0]
-        return alpha + (alpha.clamp(min=SMALLEST_STEP) - alpha).detach()
+        # By way of `forward`, for which FSDP gathers the parameters.
+        size: Tensor = self(self.pos_embed, self.pos_embed, Conditioning(), want="step_size")
+        return size
 
     def energy(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         """E of scaled inputs x [B, C_in, H, W] at noise conditioning [B], float32 [B]."""
@@ -363,16 +364,19 @@ class EnergyDiT(Trunk):
         noise: Tensor,
         cond: Conditioning,
         *,
-        want: Literal["output", "energy", "both"] = "output",
+        want: Literal["output", "energy", "both", "step_size"] = "output",
     ) -> Any:
         """Scaled input x [B, C_in, H, W] and noise conditioning [B] to m dE/dx [B, C, H, W].
 
         Args:
-            want: "energy" for E [B] instead, "both" for (E, m dE/dx).
+            want: "energy" for E [B] instead, "both" for (E, m dE/dx), "step_size" for that alone.
 
         Raises:
             TesseraError: the image does not divide into tokens, or float16 is asked for.
         """
+        if want == "step_size":
+            alpha = self.alpha[0]
+            return alpha + (alpha.clamp(min=SMALLEST_STEP) - alpha).detach()
         _refuse_float16(x.device)
         if want == "energy":
             # Blocks that are recomputed are so by the same means as for two derivatives.
@@ -386,6 +390,9 @@ class EnergyDiT(Trunk):
                 (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=twice)
             energy = energy if twice else energy.detach()
         output = gradient[:, : self.channels] * self.multiplier
+        if twice and self.alpha.requires_grad:
+            # Where no loss trains it, DDP would wait for its gradient and never average any.
+            output = output + 0 * self.alpha
         return (energy, output) if want == "both" else output
 
     def _functional(self, x: Tensor, noise: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ class _AttentionGradient(Function):
                 d = _matrices(gradient[part])
                 q = q * q.shape[-1] ** -0.5
                 p = _weights(q, k)
-                dp = (d @ v.mT).to(torch.float32)
+                dp = _wide(d @ v.mT)
                 ds = _softmax_gradient(p, dp).to(q.dtype)
                 p = p.to(q.dtype)
                 scaled = (ds @ k).mul_(k.shape[-1] ** -0.5)
@@ -106,10 +106,10 @@ class _AttentionGradient(Function):
                 scale = q.shape[-1] ** -0.5
                 q, a = q * scale, a * scale
                 p = _weights(q, k)
-                dp = (d @ v.mT).to(torch.float32)
-                z = (torch.cat([a, q], dim=-1) @ torch.cat([k, b], dim=-1).mT).to(torch.float32)
+                dp = _wide(d @ v.mT)
+                z = _wide(torch.cat([a, q], dim=-1) @ torch.cat([k, b], dim=-1).mT)
                 r = (p * z).sum(dim=-1, keepdim=True)
-                x = (d @ e.mT).to(torch.float32).addcmul_(r, dp, value=-1)
+                x = _wide(d @ e.mT).addcmul_(r, dp, value=-1)
                 ds = dp.sub_((p * dp).sum(dim=-1, keepdim=True))
                 x.addcmul_(z, ds)
                 y = z.sub_(r).mul_(p).to(q.dtype)
@@ -155,8 +155,12 @@ def _put(target: Tensor, *parts: Tensor) -> None:
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T), at least float32."""
-    scores = q @ k.mT
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return _wide(q @ k.mT).softmax(dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as float32 at least; a tensor of its own only if it was not."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _softmax_gradient(p: Tensor, gradient: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ def _gelu_second(x: Tensor) -> Tensor:
     s (1 - s) (2 v' + x (v'' + v'^2 (1 - 2 s))).
     """
     scale, c = 2 * math.sqrt(2 / math.pi), 0.044715
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = _wide(x)
     square = x * x
     s = torch.sigmoid((square * (scale * c)).add_(scale).mul_(x))
     slope = square.mul_(3 * scale * c).add_(scale)  # v'
@@ -285,7 +289,7 @@ def recomputed(run: Run, h: Tensor, c: Tensor, owner: nn.Module) -> Tensor:
     dtype = torch.get_autocast_dtype(h.device.type)
 
     def again(tokens: Tensor, condition: Tensor) -> Tensor:
-        with torch.enable_grad(), torch.autocast(h.device.type, dtype, enabled=autocast):
+        with torch.autocast(h.device.type, dtype, enabled=autocast):
             return run(tokens, condition)
 
     parameters = [p for p in owner.parameters() if p.requires_grad]
@@ -298,7 +302,7 @@ class _Recomputed(Function):
     def forward(ctx: Any, run: Run, h: Tensor, c: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.parameters = run, parameters
         ctx.save_for_backward(h, c)
-        return run(h.detach(), c.detach()).detach()
+        return run(h, c)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -307,7 +311,8 @@ class _Recomputed(Function):
             of_h = _RecomputedGradient.apply(ctx.run, h, c, gradient, *ctx.parameters)
             return None, of_h, None, *(None for _ in ctx.parameters)
         h, c = _leaves(h, c)
-        output = ctx.run(h, c)
+        with torch.enable_grad():
+            output = ctx.run(h, c)
         return None, *_gradients(output, (h, c, *ctx.parameters), gradient)
 
 
@@ -321,7 +326,8 @@ class _RecomputedGradient(Function):
         ctx.run, ctx.parameters = run, parameters
         ctx.save_for_backward(h, c, gradient)
         (h,) = _leaves(h)
-        output = run(h, c.detach())
+        with torch.enable_grad():
+            output = run(h, c.detach())
         return torch.autograd.grad(output, h, gradient)[0]
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from tessera.networks.second_order import attend_twice, gelu_twice, recomputed
 from tessera.networks.transformer import DiTBlock
 from tessera.training.parallel import repeated_blocks
 
-# Millions of parameters on 16 channels, 16 x 16 tokens and 1000 classes: plain, and energies in use.
+# Millions of parameters on 16 channels, 16 x 16 tokens and 1000 classes: plain, then energies.
 PUBLISHED = {
     "S": (32.86, 32.63),
     "B": (130.30, 129.41),
@@ -60,7 +62,7 @@ def test_every_patch_size(patch: int) -> None:
 
 def test_sides_that_do_not_fit() -> None:
     network = random_dit(patch=4)
-    assert network.fits(12) and not network.fits(10) and not network.fits(0)
+    assert [side for side in range(13) if network.fits(side)] == [4, 8, 12]
     with pytest.raises(TesseraError, match="multiples of 4"):
         network(torch.zeros(1, 3, 8, 10), torch.zeros(1), Conditioning())
     with pytest.raises(TesseraError, match="multiple of 4"):
@@ -146,7 +148,8 @@ def test_learned_variances_are_places_between_bounds() -> None:
     network = random_dit(learn_variance=True)
     denoiser = DiscreteDenoiser(network, Discrete(prediction="eps"), (3, 8, 8), 5)
     posterior = denoiser(torch.randn(1, 3, 8, 8), torch.ones(1), Conditioning())
-    assert posterior.log_variance is not None and posterior.log_variance.shape == (1, 3, 8, 8)
+    assert posterior.log_variance is not None
+    assert posterior.log_variance.shape == (1, 3, 8, 8)
 
 
 @given(
@@ -189,18 +192,23 @@ def test_derivatives_of_the_output_by_the_input(attention: Any, recompute: bool)
 )  # fmt: skip
 @settings(max_examples=15, deadline=None)
 def test_attention_twice(spans: int, tokens: int, heads: int, seed: int) -> None:
+    check_attention(spans, tokens, heads, seed)
+
+
+def check_attention(spans: int, tokens: int, heads: int, seed: int) -> None:
+    """Values, gradients and their gradients of attention by all means."""
     torch.manual_seed(seed)
     qkv = torch.randn(spans, tokens, 3, heads, 3, dtype=torch.float64, requires_grad=True)
     expected = attend_twice(qkv, "explicit")
     for kind in ("recompute", "math"):
         torch.testing.assert_close(attend_twice(qkv, kind), expected)
-    assert gradcheck(lambda t: attend_twice(t, "recompute"), (qkv,))
-    assert gradgradcheck(lambda t: attend_twice(t, "recompute"), (qkv,))
+    assert gradcheck(lambda t: attend_twice(t, "recompute"), (qkv,), fast_mode=True)
+    assert gradgradcheck(lambda t: attend_twice(t, "recompute"), (qkv,), fast_mode=True)
 
 
 def test_chunks_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tessera.networks.second_order._CHUNK_CPU", 2 * 2 * 4**2)
-    test_attention_twice.hypothesis.inner_test(3, 4, 2, 0)  # type: ignore[attr-defined]
+    check_attention(3, 4, 2, 0)
 
 
 def test_gelu_twice() -> None:
@@ -212,14 +220,30 @@ def test_gelu_twice() -> None:
 
 def test_recomputed_blocks_keep_their_input_only() -> None:
     block = DiTBlock(16, 2)
-    kept: list[Tensor] = []
     h, c = torch.randn(1, 4, 16, requires_grad=True), torch.randn(1, 16)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+    kept: weakref.WeakSet[Box] = weakref.WeakSet()
+
+    def keep(tensor: Tensor) -> Box:
+        box = Box(tensor)
+        kept.add(box)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.tensor):
         output = recomputed(lambda a, b: block(a, b, 4), h, c, block)
-        assert sum(t.numel() for t in kept) == h.numel() + c.numel()
-        kept.clear()
-        torch.autograd.grad(output.sum(), h, create_graph=True)
-        assert sum(t.numel() for t in kept) <= 3 * h.numel() + c.numel()
+        gc.collect()
+        assert sum(box.tensor.numel() for box in kept) == h.numel() + c.numel()
+        gradient = torch.autograd.grad(output.sum(), h, create_graph=True)
+        gc.collect()
+        # Input and condition for each of two passes, and the gradient that came in.
+        assert sum(box.tensor.numel() for box in kept) <= 3 * h.numel() + 2 * c.numel()
+    del gradient
+
+
+class Box:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def test_modes() -> None:
@@ -227,13 +251,14 @@ def test_modes() -> None:
     network = random_energy()
     x, noise, cond = torch.randn(2, 3, 4, 4), torch.ones(2), Conditioning()
     trained = network(x, noise, cond)
-    assert trained.requires_grad and not x.requires_grad
+    assert trained.requires_grad
+    assert not x.requires_grad
     with torch.no_grad():
         sampled = network(x, noise, cond)
     with torch.inference_mode():
         inferred = network(x.clone(), noise, Conditioning(labels=torch.tensor([-1, -1])))
         assert not network.energy(x, noise, cond).requires_grad
-    assert not sampled.requires_grad and sampled.grad_fn is None
+    assert not sampled.requires_grad
     for output in (sampled, inferred):
         torch.testing.assert_close(output, trained.detach(), atol=1e-6, rtol=1e-5)
     assert all(p.grad is None for p in network.parameters())
@@ -290,20 +315,19 @@ def test_step_sizes_keep_a_gradient_below_the_smallest() -> None:
     for value in (0.5, 1e-6):
         nn.init.constant_(network.alpha, value)
         network.alpha.grad = None
-        assert float(network.step_size) == pytest.approx(max(value, SMALLEST_STEP))
+        assert network.step_size.item() == pytest.approx(max(value, SMALLEST_STEP))
         network.step_size.backward()
-        assert network.alpha.grad is not None and network.alpha.grad.item() == 1
+        assert network.alpha.grad is not None
+        assert network.alpha.grad.item() == 1
     assert "alpha" in dict(random_energy().named_buffers())
 
 
+@pytest.mark.slow
 def test_a_compiled_energy_trains_as_an_eager_one() -> None:
     """Compiled as a whole, inner gradient included; a compiled block has no second derivative."""
     network = random_energy(depth=1)
     assert repeated_blocks(network) == [network]
-    assert (
-        repeated_blocks(random_dit()) == [*random_dit().blocks()]
-        or len(repeated_blocks(random_dit())) == 2
-    )
+    assert len(repeated_blocks(random_dit())) == 2
     x, noise, cond = torch.randn(2, 3, 4, 4), torch.ones(2), Conditioning()
     results = []
     for compiled in (False, True):
