@@ -83,6 +83,7 @@ def random_energy(side: int = 4, channels: int = 3, classes: int = 5, **options:
     torch.manual_seed(0)
     settings = {"depth": 2, "width": 16, "heads": 2, "patch": 1} | options
     network = EnergyDiT(side, channels, classes, **settings)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2)
+    for name, parameter in network.named_parameters():
+        if name != "alpha":
+            nn.init.normal_(parameter, std=0.2)
     return network.eval()

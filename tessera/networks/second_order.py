@@ -39,7 +39,7 @@ _PIECE = 1 << 16
 def attend_twice(qkv: Tensor, kind: AttentionKind) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of qkv [N, n, 3, heads, d], as [N, n, heads, d]."""
     if kind == "recompute" and not torch.compiler.is_compiling():
-        output: Tensor = _Attention.apply(qkv)
+        output: Tensor = _applied(_Attention, qkv)
         return output
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     if kind == "math":
@@ -47,6 +47,12 @@ def attend_twice(qkv: Tensor, kind: AttentionKind) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1).to(v.dtype)
     return torch.matmul(weights, v).transpose(1, 2)
+
+
+def _applied(function: type[Function], *arguments: Any) -> Any:
+    """`function.apply`, which PyTorch leaves without types in some versions."""
+    apply: Callable[..., Any] = function.apply
+    return apply(*arguments)
 
 
 class _Attention(Function):
@@ -62,7 +68,7 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (qkv,) = ctx.saved_tensors
-        return _AttentionGradient.apply(qkv, gradient)  # type: ignore[no-untyped-call]
+        return _applied(_AttentionGradient, qkv, gradient)
 
 
 class _AttentionGradient(Function):
@@ -90,7 +96,7 @@ class _AttentionGradient(Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         """With a, b, e the cotangents of dq, dk and dv: those of qkv and of dO.
 
@@ -173,7 +179,7 @@ def gelu_twice(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
     if torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    output: Tensor = _Gelu.apply(x)  # type: ignore[no-untyped-call]
+    output: Tensor = _applied(_Gelu, x)
     return output
 
 
@@ -186,7 +192,7 @@ class _Gelu(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return _GeluGradient.apply(x, gradient)  # type: ignore[no-untyped-call]
+        return _applied(_GeluGradient, x, gradient)
 
 
 class _GeluGradient(Function):
@@ -197,7 +203,7 @@ class _GeluGradient(Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         x, gradient = ctx.saved_tensors
         of_gradient = torch.ops.aten.gelu_backward(cotangent, x, approximate="tanh")
@@ -285,15 +291,18 @@ def recomputed(run: Run, h: Tensor, c: Tensor, owner: nn.Module) -> Tensor:
     Args:
         run: a function of h and c with the parameters of `owner`.
     """
-    autocast = torch.is_autocast_enabled(h.device.type)
-    dtype = torch.get_autocast_dtype(h.device.type)
+    kind = h.device.type
+    known = torch.amp.is_autocast_available(kind)
+    dtype = torch.get_autocast_dtype(kind) if known else torch.float32
+    enabled = known and torch.is_autocast_enabled(kind)
 
     def again(tokens: Tensor, condition: Tensor) -> Tensor:
-        with torch.autocast(h.device.type, dtype, enabled=autocast):
+        # Backward passes happen outside of the caller's autocast.
+        with torch.autocast(kind, dtype) if enabled else full_precision(h.device):
             return run(tokens, condition)
 
     parameters = [p for p in owner.parameters() if p.requires_grad]
-    output: Tensor = _Recomputed.apply(again, h, c, *parameters)  # type: ignore[no-untyped-call]
+    output: Tensor = _applied(_Recomputed, again, h, c, *parameters)
     return output
 
 
@@ -308,11 +317,11 @@ class _Recomputed(Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         h, c = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient will be differentiated
-            of_h = _RecomputedGradient.apply(ctx.run, h, c, gradient, *ctx.parameters)
+            of_h = _applied(_RecomputedGradient, ctx.run, h, c, gradient, *ctx.parameters)
             return None, of_h, None, *(None for _ in ctx.parameters)
         h, c = _leaves(h, c)
         with torch.enable_grad():
-            output = ctx.run(h, c)
+            output = ctx.run(*_views(h, c))
         return None, *_gradients(output, (h, c, *ctx.parameters), gradient)
 
 
@@ -327,21 +336,26 @@ class _RecomputedGradient(Function):
         ctx.save_for_backward(h, c, gradient)
         (h,) = _leaves(h)
         with torch.enable_grad():
-            output = run(h, c.detach())
+            output = run(*_views(h, c.detach()))
         return torch.autograd.grad(output, h, gradient)[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         h, c, gradient = _leaves(*ctx.saved_tensors)
         with torch.enable_grad():
-            output = ctx.run(h, c)
+            output = ctx.run(*_views(h, c))
             (of_h,) = torch.autograd.grad(output, h, gradient, create_graph=True)
         return None, *_gradients(of_h, (h, c, gradient, *ctx.parameters), cotangent)
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _views(*tensors: Tensor) -> list[Tensor]:
+    """No leaves: hooks on modules' inputs, as of FLOP counters, refuse them inside of backward."""
+    return [tensor.view_as(tensor) for tensor in tensors]
 
 
 def _gradients(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from energy_case import column, conditioning, levels, own_names, recorded, recorded_network
-from golden_cases import RecordedDraws, RecordedSteps, case, load
+from golden_cases import GOLDEN, RecordedDraws, RecordedSteps, case, load
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
@@ -420,3 +421,12 @@ def test_the_gradient_of_a_denoisers_energy_is_its_noise() -> None:
         torch.testing.assert_close(here.energy, energy(model, z, sigma, cond))
         mean = model(z, sigma, cond).mean
         assert_near(here.noise, (z - mean) / column(sigma), 1e-5, 1e-4)
+
+
+def test_parameters_that_decay() -> None:
+    """Those of two axes or more, as in the trainer's optimiser, and so not the step size."""
+    network, *_ = recorded_network("total_loss_all_terms")
+    document = json.loads((GOLDEN / "energy" / "cases.json").read_text(encoding="utf-8"))
+    groups = document["weight_decay_groups"]
+    decayed = own_names({name: torch.empty(0) for name in groups["decay"]})
+    assert decayed.keys() == {n for n, p in network.named_parameters() if p.ndim >= 2}

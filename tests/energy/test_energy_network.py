@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.conditioning import Conditioning, coordinates, full_grid
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
@@ -134,8 +135,7 @@ def test_no_class_is_a_class_of_its_own() -> None:
     plain(x, noise, Conditioning(labels=torch.tensor([3, -1])))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_recomputing_changes_no_gradient(recompute: bool) -> None:
+def test_recomputing_changes_no_gradient() -> None:
     x, noise = torch.randn(2, 3, 8, 8), torch.ones(2)
     gradients = []
     for network in (random_dit(), random_dit(recompute=True)):
@@ -237,6 +237,22 @@ def test_recomputed_blocks_keep_their_input_only() -> None:
         # Input and condition for each of two passes, and the gradient that came in.
         assert sum(box.tensor.numel() for box in kept) <= 3 * h.numel() + 2 * c.numel()
     del gradient
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_of_training_are_counted(recompute: bool) -> None:
+    """On tensors without data; two derivatives are about twice the work of one."""
+    counts = []
+    sizes: dict[str, Any] = {"patch": 1, "depth": 2, "width": 64, "heads": 2}
+    for kind in (DiT, EnergyDiT):
+        with torch.device("meta"):
+            network = kind(4, 3, recompute=recompute and kind is EnergyDiT, **sizes)
+            x, noise = torch.randn(2, 3, 4, 4), torch.ones(2)
+        with FlopCounterMode(display=False) as counter:
+            network(x, noise, Conditioning()).square().mean().backward()
+        counts.append(counter.get_total_flops())
+    low, high = (3, 5) if recompute else (1.9, 2.3)
+    assert low * counts[0] < counts[1] < high * counts[0]
 
 
 class Box:

@@ -293,10 +293,10 @@ def test_terms_teach_weights_and_step_size() -> None:
     for name, terms in {
         "none": EnergyTerms(),
         "contrastive": EnergyTerms(contrastive=1.0, contrastive_steps=2),
-        "all": EnergyTerms(refinement=1.0, refinement_steps=2),
-        "step_size": EnergyTerms(refinement=1.0, refinement_steps=2, refines="step_size"),
+        "all": EnergyTerms(refinement=100.0, refinement_steps=2),
+        "step_size": EnergyTerms(refinement=100.0, refinement_steps=2, refines="step_size"),
     }.items():
-        model = denoiser_of("eps", learn_step_size=True, step_size=1e-3)
+        model = denoiser_of("eps", learn_step_size=True, step_size=0.1)
         terms_of(model, terms)["loss"].mean().backward()
         gradients[name] = {n: p.grad for n, p in model.network.named_parameters()}
     weight = "layers.0.mlp.fc1.weight"
