@@ -30,7 +30,7 @@ products and softmax, all of whose results are kept; math: PyTorch's unfused ker
 are the same.
 """
 
-_CHUNK_CPU, _CHUNK = 1 << 20, 1 << 27
+_CHUNK_CPU, _CHUNK = 1 << 20, 1 << 26
 """Attention weights in memory at a time: as many as caches hold, and as GPUs are busy with."""
 _PIECE = 1 << 16
 """Numbers of an elementwise piece that stays in the cache of a core."""
