@@ -17,14 +17,12 @@ from tessera.diffusion.discrete import Process
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy import (
     adaptive_steps,
-    contrastive,
     descend,
     energy,
     landscape,
-    refinement_energies,
-    refinement_loss,
     time_of,
 )
+from tessera.diffusion.energy_objective import contrastive, refinement_energies, refinement_loss
 from tessera.diffusion.guidance import Guided
 from tessera.networks.dit import DiT, EnergyDiT
 from tessera.sampling.core import NoiseSource

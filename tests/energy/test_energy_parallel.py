@@ -16,7 +16,7 @@ from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
-from tessera.diffusion.energy import EnergyObjective, EnergyTerms
+from tessera.diffusion.energy_objective import EnergyObjective, EnergyTerms
 from tessera.randomness import AddressedDraws
 from tessera.training import parallel
 from tessera.training.learner import TrainStep

@@ -18,15 +18,17 @@ from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy import (
     MOST_STEPS,
-    EnergyObjective,
-    EnergyTerms,
     adaptive_steps,
     descend,
     energy,
     landscape,
+    time_of,
+)
+from tessera.diffusion.energy_objective import (
+    EnergyObjective,
+    EnergyTerms,
     refinement_energies,
     refinement_loss,
-    time_of,
 )
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
