@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
+from tessera.data.codec import Codec
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
-from tessera.images import from_uint8
 from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import Canvas, choose_canvas
@@ -42,14 +42,16 @@ from tessera.recipes.schema import (
     DdimSamplerConfig,
     GuidanceConfig,
     LargerConfig,
-    ProcessSamplerConfig,
     Recipe,
     SamplerConfig,
     Section,
 )
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState
+from tessera.sampling.core import NoiseSource, Sampler, SamplerState, enlarged
 from tessera.sampling.ddpm import encode_ddim
-from tessera.sampling.seeds import SeedNoise
+
+
+Pictures = NDArray[np.uint8] | Tensor
+"""Pictures to start from: images, uint8 [N, h, w, C], or what is in model space, [N, C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class SampleOptions:
         canvas: the part of the picture that is made, or a larger one.
         network: what this kind of network can do while sampling; None for nothing.
         guide: a weaker model to guide by.
-        start_from: uint8 [N, h, w, C], the pictures that a model starts from; seed s takes number
-            s modulo N.
+        start_from: the pictures that a model starts from; seed s takes number s modulo N.
         latents: [N, C, H, W], unit normal numbers in place of the seeds' own; seed s takes number
             s modulo N.
         precision: arithmetic of the network: "bf16" computes it in bfloat16 where that is safe,
@@ -75,7 +76,7 @@ class SampleOptions:
     canvas: LargerConfig
     network: Section | None = None
     guide: Pipeline | Denoiser | None = None
-    start_from: NDArray[np.uint8] | None = None
+    start_from: Pictures | None = None
     latents: Tensor | None = None
     precision: Precision = "auto"
 
@@ -85,7 +86,7 @@ class SampleOptions:
         recipe: Recipe,
         *,
         guide: Pipeline | Denoiser | None = None,
-        start_from: NDArray[np.uint8] | None = None,
+        start_from: Pictures | None = None,
         latents: Tensor | None = None,
         precision: Precision = "auto",
         sampler: str | None = None,
@@ -105,7 +106,12 @@ class SampleOptions:
         refused = foreign_sampler_options(cast(SamplerConfig, sections["sampler"]))
         refused |= _refused(recipe, sections)
         filled: dict[str, Any] = fill(sections, given, refused)
-        filled["sampler"] = _clipping(filled["sampler"], bounded=recipe.codec.of_pixels)
+        try:
+            filled["sampler"] = filled["sampler"].fitted(
+                recipe.objective, bounded=recipe.codec.of_pixels
+            )
+        except ValueError as error:
+            raise TesseraError(str(error)) from None
         return cls(
             **filled, guide=guide, start_from=start_from, latents=latents, precision=precision
         )
@@ -120,13 +126,6 @@ class SampleOptions:
         }
         own = recipe.network.sampling_options
         return sections if own is None else {**sections, "network": own}
-
-
-def _clipping(sampler: SamplerConfig, *, bounded: bool) -> SamplerConfig:
-    """The sampler; estimates that may leave [-1, 1] are clipped only if `clip` says how."""
-    if isinstance(sampler, ProcessSamplerConfig) and sampler.clip == "auto" and not bounded:
-        return sampler.model_copy(update={"clip": "none"})
-    return sampler
 
 
 def _refused(recipe: Recipe, sections: Mapping[str, Section]) -> dict[str, str]:
@@ -146,6 +145,19 @@ def _refused(recipe: Recipe, sections: Mapping[str, Section]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a sampler begins with.
+
+    Attributes:
+        latents: [B, C, H, W], unit normal numbers, or pictures enlarged to the canvas.
+        image: what the network sees of the pictures, [B, C, h, w]; None for nothing.
+    """
+
+    latents: Tensor
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DiffusionPlan:
     """How the images of one call are made; see `Plan`.
 
@@ -153,6 +165,9 @@ class DiffusionPlan:
         canvas: the part of the picture that is made.
         sampler, denoiser: the latter with all wrappers that were asked for.
         autocast: the arithmetic of the network.
+        codec: of the pictures to start from.
+        start_shape: (C, h, w) of the pictures to start from; None to start from noise.
+        seen: the network sees them.
     """
 
     seeds: Sequence[int]
@@ -162,6 +177,9 @@ class DiffusionPlan:
     sampler: Sampler
     denoiser: Denoiser
     autocast: torch.autocast
+    codec: Codec
+    start_shape: tuple[int, int, int] | None = None
+    seen: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -173,34 +191,55 @@ class DiffusionPlan:
         """All networks that run, parts of a network that run alone included."""
         return self.denoiser.networks()
 
-    def noise(self, source: SeedNoise) -> NoiseSource:
+    def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' noise, or the canvas's part of it."""
         return self.canvas.noise(source)
 
-    def start(self, seeds: Sequence[int], noise: NoiseSource) -> Tensor:
-        """Unit normal numbers [B, C, H, W]: the seeds' own, or the latents given."""
-        start = noise.normal(self.canvas.shape)
+    def start(
+        self, seeds: Sequence[int], noise: NoiseSource, pictures: Tensor | None = None
+    ) -> Start:
+        """Unit normal numbers (the seeds' own, or the latents given), or enlarged pictures.
+
+        Args:
+            pictures: [B, *start_shape] in model space, in place of `start_from`.
+        """
+        if pictures is None:
+            pictures = self.pictures(seeds)
+        block, image = self.options.sampler.enlarges, pictures if self.seen else None
+        if block is not None:
+            assert pictures is not None
+            return Start(enlarged(pictures, block), image)
+        latents = noise.normal(self.canvas.shape)
         given = self.options.latents
-        return start if given is None else given[_rows(seeds, given)].to(start)
+        return Start(latents if given is None else given[_rows(seeds, given)].to(latents), image)
 
     def states(
-        self, seeds: Sequence[int], start: Tensor, labels: Tensor | None, noise: NoiseSource
+        self, seeds: Sequence[int], start: Start, labels: Tensor | None, noise: NoiseSource
     ) -> Iterator[SamplerState]:
         """The steps of the sampler."""
-        cond = self.conditioning(seeds, labels, start.device)
+        cond = self._conditioning(labels, start.image, start.latents)
         with self.autocast:
-            yield from self.sampler(self.denoiser, start, cond, noise)
+            yield from self.sampler(self.denoiser, start.latents, cond, noise)
 
-    def conditioning(
-        self, seeds: Sequence[int], labels: Tensor | None, device: torch.device
-    ) -> Conditioning:
-        """What the network is told about the images of `seeds`."""
-        pictures = self.options.start_from
-        image = None
-        if pictures is not None:
-            chosen = torch.from_numpy(pictures[_rows(seeds, pictures)]).to(device)
-            image = from_uint8(chosen.permute(0, 3, 1, 2))
-        return Conditioning(labels, coords=self.canvas.coords(len(seeds), device), image=image)
+    def conditioning(self, seeds: Sequence[int], labels: Tensor | None, x: Tensor) -> Conditioning:
+        """What the network is told about the images x [B, C, H, W] of `seeds`."""
+        return self._conditioning(labels, self.pictures(seeds) if self.seen else None, x)
+
+    def _conditioning(self, labels: Tensor | None, image: Tensor | None, x: Tensor) -> Conditioning:
+        if image is not None:
+            image = image.to(torch.float32)
+        return Conditioning(labels, coords=self.canvas.coords(len(x), x.device), image=image)
+
+    def pictures(self, seeds: Sequence[int]) -> Tensor | None:
+        """The given pictures of these seeds, in model space [B, C, h, w]."""
+        given = self.options.start_from
+        if given is None:
+            return None
+        device = next(self.denoiser.parameters()).device
+        if isinstance(given, Tensor):
+            return given[_rows(seeds, given)].to(device)
+        chosen = torch.from_numpy(given[_rows(seeds, given)]).to(device)
+        return self.codec.encode_mean(chosen.permute(0, 3, 1, 2))
 
     def picture(self, x: Tensor) -> Tensor:
         """The part of the canvas x [B, C, H, W] that is shown."""
@@ -272,8 +311,21 @@ class DiffusionPipeline(Pipeline):
         Raises:
             TesseraError: a class or an option that this model cannot have.
         """
-        chosen = SampleOptions.choose(self.recipe, **options)
-        return self._plan(list_seeds(seeds), labels, chosen)
+        plan = self.open_plan(list_seeds(seeds), labels, **options)
+        check_start(plan)
+        return plan
+
+    def open_plan(
+        self, seeds: Sequence[int], labels: Label | Iterable[Label] | None, **options: Any
+    ) -> DiffusionPlan:
+        """As `plan`, but pictures to start from may come later, see `DiffusionPlan.start`."""
+        return self._plan(seeds, labels, SampleOptions.choose(self.recipe, **options))
+
+    def with_start(self, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("start_from") is not None:
+            return options
+        shape = self.open_plan([0], None, **options).start_shape
+        return options if shape is None else {**options, "start_from": torch.zeros(1, *shape)}
 
     def _plan(
         self,
@@ -289,15 +341,18 @@ class DiffusionPipeline(Pipeline):
             self._warn_if_classes_are_needed()
         canvas = choose_canvas(self.recipe, options.canvas)
         sampler = build_sampler(options.sampler, self.own_parts)
-        _check_start(self.recipe, options.start_from)
-        _check_latents(options.latents, canvas.shape)
+        start_shape = _start_shape(self.recipe, options.sampler, canvas)
+        _check_latents(options, canvas.shape)
         sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
         self.codec.prepare()
         facts = self._facts(options, canvas)
         autocast = autocast_for(self.device, options.precision)
-        return DiffusionPlan(seeds, classes, options, canvas, sampler, model, autocast, facts)
+        return DiffusionPlan(
+            seeds, classes, options, canvas, sampler, model, autocast, self.codec, start_shape,
+            self.recipe.low_resolution is not None, facts,
+        )  # fmt: skip
 
     def check_complete(self) -> None:
         """Check that the model knows all noise levels.
@@ -351,7 +406,7 @@ class DiffusionPipeline(Pipeline):
             "canvas": None if plain else _plain(asdict(canvas)),
             **own,
             "start_from": None if pictures is None else _digest(pictures),
-            **({} if latents is None else {"latents": _digest(latents.cpu().numpy())}),
+            **({} if latents is None else {"latents": _digest(latents)}),
             "sampler": {
                 k: "inf" if v == math.inf else v for k, v in options.sampler.model_dump().items()
             },
@@ -406,6 +461,7 @@ class DiffusionPipeline(Pipeline):
         if labels is None and self.model.num_classes:
             labels = NO_CLASS
         plan = self._plan(range(len(images)), labels, chosen)
+        check_start(plan)
         levels = plan.sampler.levels(plan.denoiser)
         parts: list[Tensor] = []
         for rows in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
@@ -414,7 +470,7 @@ class DiffusionPipeline(Pipeline):
             classes = None
             if plan.classes is not None:
                 classes = torch.from_numpy(plan.classes[rows]).to(self.device)
-            cond = replace(plan.conditioning(rows.tolist(), classes, self.device), coords=None)
+            cond = replace(plan.conditioning(rows.tolist(), classes, x), coords=None)
             with plan.autocast:
                 *_, last = encode_ddim(
                     plan.denoiser, x, cond, levels, clip=section.clip, quantile=section.quantile
@@ -423,7 +479,8 @@ class DiffusionPipeline(Pipeline):
         return torch.cat(parts)
 
 
-def _digest(array: NDArray[Any]) -> str:
+def _digest(values: NDArray[Any] | Tensor) -> str:
+    array = values.cpu().numpy() if isinstance(values, Tensor) else values
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
@@ -440,19 +497,51 @@ def _check_guidance(scale: float, by_weaker: bool, classes: NDArray[np.int64] | 
         )
 
 
-def _check_start(recipe: Recipe, pictures: NDArray[np.uint8] | None) -> None:
-    """Raise unless pictures to start from are given exactly where the model wants some."""
-    shape = recipe.start_shape
+def _start_shape(
+    recipe: Recipe, sampler: SamplerConfig, canvas: Canvas
+) -> tuple[int, int, int] | None:
+    """(C, h, w) of the pictures that the canvas starts from; None if it starts from noise.
+
+    Raises:
+        TesseraError: the canvas cannot be made of enlarged pictures.
+    """
+    block = sampler.enlarges
+    if block is None:
+        return recipe.start_shape
+    if canvas.height % block or canvas.width % block or canvas.shown != canvas.shape[1:]:
+        raise TesseraError(
+            f"pictures of {canvas.shown[0]}x{canvas.shown[1]} pixels (height x width) are not made "
+            f"by enlarging others {block} times. Give sides that are multiples of {block}, and "
+            "leave out `layout=pad`"
+        )
+    return canvas.channels, canvas.height // block, canvas.width // block
+
+
+def fits_start(shape: tuple[int, int, int], pictures: Pictures, codec: Codec) -> bool:
+    """Whether pictures may be started from, by a model that starts from `shape` (C, h, w)."""
+    if isinstance(pictures, Tensor):
+        return tuple(pictures.shape[1:]) == shape and len(pictures) > 0
+    channels, height, width = codec.image_shape(shape)
+    return pictures.shape[1:] == (height, width, channels) and len(pictures) > 0
+
+
+def check_start(plan: DiffusionPlan) -> None:
+    """Check that pictures to start from are given exactly where the model wants some.
+
+    Raises:
+        TesseraError: they are not.
+    """
+    shape, pictures = plan.start_shape, plan.options.start_from
     if shape is None and pictures is not None:
         raise TesseraError(
             "`start_from`: this model starts from noise, not from pictures. Leave it out, or train "
-            "with low_resolution"
+            "with low_resolution or objective.kind=blur"
         )
     if shape is None:
         return
-    channels, height, width = shape
-    if pictures is None or pictures.shape[1:] != (height, width, channels):
-        given = "none were given" if pictures is None else f"these are {pictures.shape[1:]}"
+    if pictures is None or not fits_start(shape, pictures, plan.codec):
+        channels, height, width = plan.codec.image_shape(shape)
+        given = "none were given" if pictures is None else f"these are {tuple(pictures.shape)}"
         raise TesseraError(
             f"this model starts from pictures of shape ({height}, {width}, {channels}), and "
             f"{given}. Give them as `start_from`"
@@ -469,8 +558,13 @@ def _check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> Non
         )
 
 
-def _check_latents(latents: Tensor | None, shape: tuple[int, int, int]) -> None:
+def _check_latents(options: SampleOptions, shape: tuple[int, int, int]) -> None:
     """Raise unless latents, if there are any, are [N, *shape]."""
+    latents = options.latents
+    if latents is not None and options.sampler.enlarges is not None:
+        raise TesseraError(
+            "`latents`: this model starts from pictures; give them as `start_from`"
+        )
     if latents is not None and (latents.shape[1:] != shape or not len(latents)):
         raise TesseraError(
             f"latents of shape {tuple(latents.shape)}: this model begins with [N, "

@@ -109,8 +109,8 @@ class Job:
         return {option.name for option in self.pipe.options() if option.section == "network"}
 
 
-# Options that are tensors or pictures, and change nothing of what is computed.
-_NOT_COUNTED = {"latents", "start_from", "guide"}
+# Options that are tensors or models, and change nothing of what is computed.
+_NOT_COUNTED = {"latents", "guide"}
 
 
 def share(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:

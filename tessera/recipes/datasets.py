@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tessera.data.dataset import Dataset, open_dataset
+from tessera.data.dataset import Dataset, ShrunkDataset, open_dataset
 from tessera.data.latents import LatentDataset, is_latents, open_latents
-from tessera.errors import RecipeError
+from tessera.errors import DataError, RecipeError
 from tessera.randomness import derive_seed
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
@@ -23,9 +23,24 @@ def open_training_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset:
         RecipeError: nothing to train on, or it does not fit; every difference is named.
         DataError: the set is damaged.
     """
-    dataset = _open(recipe, parts)
+    dataset = shrunk(_open(recipe, parts), recipe)
     _check(recipe, dataset)
     return dataset
+
+
+def shrunk(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """The images of `data.path`, as small as the recipe trains on them.
+
+    Raises:
+        RecipeError: they cannot be shrunk so.
+    """
+    factor = recipe.data.shrink
+    if factor == 1:
+        return dataset
+    try:
+        return ShrunkDataset(dataset, factor)
+    except DataError as error:
+        raise RecipeError(f"data.shrink={factor}: {error}") from None
 
 
 def _open(recipe: Recipe, parts: Parts) -> Dataset:
@@ -78,7 +93,8 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
         problems.append(f"its images are {width}x{height} pixels; they must be square")
     elif height != data.resolution:
         problems.append(
-            f"its images are {width}x{height} pixels, but data.resolution is {data.resolution}"
+            f"its images are {width}x{height} pixels{_smaller(data.shrink)}, but data.resolution "
+            f"is {data.resolution}"
         )
     if channels != data.channels:
         problems.append(
@@ -96,6 +112,10 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
             + "\n  ".join(problems)
             + f"\nChange those keys, or {remedy}"
         )
+
+
+def _smaller(factor: int) -> str:
+    return "" if factor == 1 else f" once they are shrunk {factor} times (data.shrink)"
 
 
 def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:

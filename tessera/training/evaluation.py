@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tessera import distributed
 from tessera.data.dataset import open_dataset
@@ -29,7 +27,9 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
+from tessera.pipelines.diffusion import Pictures
 from tessera.recipes.build import build_codec
+from tessera.recipes.datasets import shrunk
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
@@ -55,7 +55,7 @@ class Evaluation:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
-        start_from: NDArray[np.uint8] | None = None,
+        start_from: Pictures | None = None,
         parts: Parts = NO_PARTS,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
@@ -124,7 +124,7 @@ class Evaluation:
         """The extractor and the measured reference."""
         wanted = scoring.needs(scoring.chosen(config.metrics), reference=True)
         path = Path(config.reference or str(self._recipe.data.path))
-        stored = self._run_dir / _stored_name(path, config, wanted)
+        stored = self._run_dir / _stored_name(path, config, wanted, self._recipe.data.shrink)
         if config.features == "classifier":
             return self._open_classifier(path, stored, config, wanted, device)
         extractor = open_extractor(config.features, config.weights, device)
@@ -172,15 +172,19 @@ class Evaluation:
 
     def _images(self, path: Path) -> LabelledImages:
         """Real images; those of the training as the training sees them, without their alpha."""
-        return open_dataset(path) if str(path) == self._recipe.data.path else open_images(path)
+        if str(path) != self._recipe.data.path:
+            return open_images(path)
+        return shrunk(open_dataset(path), self._recipe)
 
 
-def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs) -> str:
+def _stored_name(
+    path: Path, config: EvaluateConfig, wanted: scoring.Needs, shrink: int = 1
+) -> str:
     """File for the statistics of the images at `path`; another for other features of them.
 
     A resumed run may have another section than the one that made the file.
     """
-    facts = (str(path.resolve()), config.features, config.weights, wanted.spatial_moments)
+    facts = (str(path.resolve()), config.features, config.weights, wanted.spatial_moments, shrink)
     return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 
