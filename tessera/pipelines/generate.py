@@ -106,7 +106,7 @@ class Job:
         return 1 - own.sample_flops / full.sample_flops
 
     def _network_options(self) -> set[str]:
-        return {option.name for option in self.pipe.options() if option.section == "network"}
+        return {option.name for option in self.pipe.options() if option.section.endswith("network")}
 
 
 # Options that are tensors or models, and change nothing of what is computed.

@@ -145,7 +145,7 @@ class Trajectory:
             )
         check_writable(self.path)
         self.to_pixels = to_pixels
-        self.frames: list[Image.Image] = []
+        self._steps: list[tuple[tuple[str, str], list[Image.Image]]] = []
 
     def __call__(self, state: SamplerState) -> None:
         """Keep the state as a frame; of very many steps, evenly spaced ones."""
@@ -154,7 +154,7 @@ class Trajectory:
             return
         pictures = [self._picture(images) for images in (state.unit, state.denoised)]
         captions = (f"noisy, sigma {state.sigma:.3g}", "denoised")
-        self.frames.append(_side_by_side(pictures, captions))
+        self._steps.append((captions, pictures))
 
     def _picture(self, x: Tensor) -> Image.Image:
         """A grid of the first images, shrunk where it would be too large to watch."""
@@ -162,9 +162,18 @@ class Trajectory:
         picture.thumbnail((self.MAX_SIDE, self.MAX_SIDE))
         return picture
 
+    def _frames(self) -> list[Image.Image]:
+        """The frames in one size, though a relay's first states are small."""
+        shown = []
+        for captions, pictures in self._steps:
+            size = self._steps[-1][1][0].size
+            large = [p.resize(size, Image.Resampling.NEAREST) for p in pictures]
+            shown.append(_side_by_side(large, captions))
+        return shown
+
     def save(self) -> None:
         """Write the animation; its last frame stays for two seconds."""
-        first, *rest = self.frames
+        first, *rest = self._frames()
         durations = [100] * len(rest) + [2000]
         options: dict[str, Any] = {"save_all": True, "append_images": rest, "loop": 0}
         with atomic_file(self.path) as file:

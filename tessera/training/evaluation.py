@@ -27,7 +27,7 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
-from tessera.pipelines.diffusion import Pictures
+from tessera.pipelines.plans import Pictures
 from tessera.recipes.build import build_codec
 from tessera.recipes.datasets import shrunk
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -177,9 +177,7 @@ class Evaluation:
         return shrunk(open_dataset(path), self._recipe)
 
 
-def _stored_name(
-    path: Path, config: EvaluateConfig, wanted: scoring.Needs, shrink: int = 1
-) -> str:
+def _stored_name(path: Path, config: EvaluateConfig, wanted: scoring.Needs, shrink: int = 1) -> str:
     """File for the statistics of the images at `path`; another for other features of them.
 
     A resumed run may have another section than the one that made the file.

@@ -17,7 +17,7 @@ from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
-from tessera.pipelines.diffusion import Pictures
+from tessera.pipelines.plans import Pictures
 from tessera.randomness import AddressedDraws, Draws, derive_seed
 from tessera.recipes.build import build_augment, build_codec, build_view
 from tessera.recipes.datasets import open_training_set

@@ -15,8 +15,8 @@ from tessera.errors import TesseraError
 from tessera.images import grid, save_png
 from tessera.model import Model, with_tensors
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.diffusion import Pictures
 from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.plans import Pictures
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe

@@ -119,8 +119,8 @@ class SamplerSection(Section):
         """
         if objective.from_pictures and self.starts_from_noise:
             raise ValueError(
-                f"models of objective.kind={objective.kind} start from pictures, not from noise: "
-                "`sampler=relay` (in recipes sampling.kind=relay) samples from them"
+                "models of this objective start from pictures, not from noise: `sampler=relay` "
+                "(in recipes sampling.kind=relay) samples from them"
             )
         return self
 
