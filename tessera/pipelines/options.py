@@ -109,9 +109,8 @@ def assign(
                 "`start_from`"
             )
         if first in takes:
-            values[first].update(
-                value if not rest and isinstance(value, Mapping) else {rest: value}
-            )
+            whole = not rest and isinstance(value, Mapping)
+            values[first].update(value if whole else {rest: value})
             continue
         homes = [model for model, own in takes.items() if first in own]
         if len(homes) > 1:

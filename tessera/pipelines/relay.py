@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -224,7 +225,7 @@ class RelayPipeline(Pipeline):
             for index, given in zip(running, own, strict=True)
         ]
         check_start(plans[0])
-        for place, (before, after) in enumerate(zip(plans, plans[1:], strict=False)):
+        for place, (before, after) in enumerate(itertools.pairwise(plans)):
             if before.shape != after.start_shape:
                 one, other = (self.names[running[place + step]] for step in (0, 1))
                 raise TesseraError(
@@ -321,7 +322,7 @@ def _check(pipes: Sequence[DiffusionPipeline]) -> None:
             "the classes of the stages have different names, so that a class would mean different "
             "things to them. Train them on the same data set"
         )
-    for place, (before, after) in enumerate(zip(pipes, pipes[1:], strict=False)):
+    for place, (before, after) in enumerate(itertools.pairwise(pipes)):
         _check_pair(before, after, STAGES[place], STAGES[place + 1])
 
 
