@@ -17,6 +17,7 @@ from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
+from tessera.cli.relay import relay
 from tessera.cli.sample import sample
 from tessera.cli.train import train
 from tessera.errors import TesseraError
@@ -54,6 +55,7 @@ app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.command()(experts)
+app.command()(relay)
 app.command()(bricks)
 app.command()(convert)
 app.add_typer(eval_app, name="eval")

@@ -118,6 +118,45 @@ class ImageDataset:
         self._reader.close()
 
 
+class ShrunkDataset:
+    """Images that are smaller than those of another set: the means of blocks of pixels.
+
+    Args:
+        dataset: of uint8 images.
+        factor: side of a block.
+
+    Raises:
+        DataError: the blocks do not fill the images.
+    """
+
+    def __init__(self, dataset: Dataset, factor: int) -> None:
+        channels, height, width = dataset.shape
+        if height % factor or width % factor:
+            raise DataError(
+                f"{dataset.name}: its images of {height}x{width} pixels have no whole number of "
+                f"blocks of {factor}x{factor}"
+            )
+        self._dataset, self._factor = dataset, factor
+        self.name, self.shape = dataset.name, (channels, height // factor, width // factor)
+        self.labels, self.class_names = dataset.labels, dataset.class_names
+        self.num_classes = dataset.num_classes
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Images [n, C, H, W], rounded to uint8. Safe to call from several threads."""
+        images, size = self._dataset.read(indices), self._factor
+        blocks = images.reshape(*images.shape[:2], self.shape[1], size, self.shape[2], size)
+        sums = blocks.sum((3, 5), dtype=np.uint32)
+        rounded: NDArray[np.uint8] = ((sums + size**2 // 2) // size**2).astype(np.uint8)
+        return rounded
+
+    def close(self) -> None:
+        """Close the files behind the set."""
+        self._dataset.close()
+
+
 def open_dataset(
     path: str | os.PathLike[str],
     *,

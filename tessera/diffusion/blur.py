@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, within
 from tessera.errors import TesseraError
@@ -33,9 +35,10 @@ def dct_matrix(
 ) -> Tensor:
     """The orthonormal DCT-II as a matrix [size, size] from pixels to coefficients.
 
-    Kept for each device, because a copy from the host would make every call wait.
+    Kept for each device, because a copy from the host would make every call wait; so it must hold
+    numbers, also where it is first made while memory is counted on tensors without any.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), unset_fake_temporarily():
         k = torch.arange(size, dtype=torch.float64, device="cpu")
         matrix = (math.pi / (2 * size) * k[:, None] * (2 * k + 1)).cos() * math.sqrt(2 / size)
         matrix[0] = math.sqrt(1 / size)
@@ -281,13 +284,16 @@ class BlurObjective(DenoisingObjective):
     def _times(self) -> tuple[float, float, float]:
         """First and last blur time that is drawn, and the one that lower ones are raised to."""
         blur = self.corruption.blur
-        ends = torch.tensor(
-            [*self.sigma_range, self.sigma_floor], dtype=torch.float64, device="cpu"
-        )
-        low, high, floor = blur.time(ends).tolist()
+        levels = NormalDist(blur.p_mean, blur.p_std)  # of ln σ
+
+        def time(sigma: float) -> float:
+            return min(levels.cdf(math.log(sigma)) / blur.prob_length, 1.0) if sigma > 0 else 0.0
+
+        low, high, floor = map(time, (*self.sigma_range, self.sigma_floor))
         if self.sigma_range != EVERYWHERE:
-            last = torch.ones((), dtype=torch.float64, device="cpu")
-            within(self.sigma_range, self.sigma_floor, blur.noise_level(last).item())
+            last = blur.prob_length
+            highest = math.exp(levels.inv_cdf(last)) if last < 1 else math.inf
+            within(self.sigma_range, self.sigma_floor, highest)
         return low, high, floor * blur.prob_length**2 if self.released_floor else floor
 
     def weight(self, sigma: Tensor) -> Tensor:

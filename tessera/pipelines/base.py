@@ -271,13 +271,13 @@ class Pipeline(ABC):
             TesseraError: an option that this model cannot have.
         """
         pipe = self.without_weights()
-        plan = pipe.plan([0], None, **{**pipe.blank_start(), **options})
+        plan = pipe.plan([0], None, **pipe.with_start(options))
         calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
         return counting.total_cost(self._training(), calls)
 
-    def blank_start(self) -> dict[str, Any]:
-        """Options that stand for pictures to start from, of models that need some."""
-        return {}
+    def with_start(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options, with blank pictures to start from where they are needed and not given."""
+        return options
 
     def _training(self) -> counting.Training:
         """What training the model costs."""

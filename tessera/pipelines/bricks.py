@@ -58,7 +58,7 @@ def brick_picture(
     ]
     if not steps:
         raise TesseraError("one step leaves no noise level in between to show; give more steps")
-    cond = plan.conditioning([seed], steps[0][0], pipe.device)
+    cond = plan.conditioning([seed], steps[0][0], steps[0][1].x)
     counts = range(1, len(network.bricks) + 1)
     cuts = [
         cut_bricks(pipe.denoiser, BrickSchedule((Range(0.0, math.inf, count),))) for count in counts

@@ -240,7 +240,7 @@ def _inputs(
 ) -> tuple[Tensor, Conditioning, AddressedDraws]:
     """Images, conditioning and draws of a training step."""
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    start = recipe.start_shape
+    start = recipe.start_shape if recipe.low_resolution else None
     cond = Conditioning(
         image=torch.zeros(batch, *start, device=device) if start else None,
         labels=labels if recipe.data.num_classes else None,

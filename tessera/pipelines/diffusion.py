@@ -2,214 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self, cast
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessera.conditioning import NO_CLASS, Conditioning
+from tessera.conditioning import NO_CLASS
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
-from tessera.images import from_uint8
 from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.labels import Label, Seeds, list_seeds
-from tessera.pipelines.options import (
-    Option,
-    Precision,
-    autocast_for,
-    check_batch,
-    choose_sampler,
-    fill,
-    foreign_sampler_options,
-    listed,
+from tessera.pipelines.options import Option, autocast_for, check_batch, listed
+from tessera.pipelines.plans import (
+    DiffusionPlan,
+    SampleOptions,
+    check_latents,
+    check_start,
+    digest,
+    start_shape,
 )
 from tessera.precision import resolve
 from tessera.recipes.build import build_model, build_sampler, wrap_network
-from tessera.recipes.schema import (
-    SAMPLERS,
-    BricksConfig,
-    CanvasConfig,
-    DdimSamplerConfig,
-    GuidanceConfig,
-    LargerConfig,
-    ProcessSamplerConfig,
-    Recipe,
-    SamplerConfig,
-    Section,
-)
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState
+from tessera.recipes.schema import SAMPLERS, DdimSamplerConfig, LargerConfig
 from tessera.sampling.ddpm import encode_ddim
-from tessera.sampling.seeds import SeedNoise
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Everything that decides how a denoiser samples.
-
-    Attributes:
-        sampler: noise levels and solver.
-        guidance: by the model without class, or by `guide`.
-        canvas: the part of the picture that is made, or a larger one.
-        network: what this kind of network can do while sampling; None for nothing.
-        guide: a weaker model to guide by.
-        start_from: uint8 [N, h, w, C], the pictures that a model starts from; seed s takes number
-            s modulo N.
-        latents: [N, C, H, W], unit normal numbers in place of the seeds' own; seed s takes number
-            s modulo N.
-        precision: arithmetic of the network: "bf16" computes it in bfloat16 where that is safe,
-            "auto" only where it is fast, too.
-    """
-
-    sampler: SamplerConfig
-    guidance: GuidanceConfig
-    canvas: LargerConfig
-    network: Section | None = None
-    guide: Pipeline | Denoiser | None = None
-    start_from: NDArray[np.uint8] | None = None
-    latents: Tensor | None = None
-    precision: Precision = "auto"
-
-    @classmethod
-    def choose(
-        cls,
-        recipe: Recipe,
-        *,
-        guide: Pipeline | Denoiser | None = None,
-        start_from: NDArray[np.uint8] | None = None,
-        latents: Tensor | None = None,
-        precision: Precision = "auto",
-        sampler: str | None = None,
-        **given: Any,
-    ) -> SampleOptions:
-        """The recipe's own options, with those given in their place.
-
-        Args:
-            sampler: another kind of sampler, with its own defaults.
-            given: keys of the sections; values may be text.
-
-        Raises:
-            TesseraError: an option is unknown, not for this model, or of a value that it cannot
-                have.
-        """
-        sections: dict[str, Section] = dict(cls.sections(recipe, sampler))
-        refused = foreign_sampler_options(cast(SamplerConfig, sections["sampler"]))
-        refused |= _refused(recipe, sections)
-        filled: dict[str, Any] = fill(sections, given, refused)
-        filled["sampler"] = _clipping(filled["sampler"], bounded=recipe.codec.of_pixels)
-        return cls(
-            **filled, guide=guide, start_from=start_from, latents=latents, precision=precision
-        )
-
-    @staticmethod
-    def sections(recipe: Recipe, sampler: str | None = None) -> dict[str, Section]:
-        """What a model made from `recipe` takes, by name of the attribute."""
-        sections: dict[str, Section] = {
-            "sampler": choose_sampler(recipe.sampling, sampler),
-            "guidance": GuidanceConfig(),
-            "canvas": LargerConfig() if recipe.coord_frequencies is None else CanvasConfig(),
-        }
-        own = recipe.network.sampling_options
-        return sections if own is None else {**sections, "network": own}
-
-
-def _clipping(sampler: SamplerConfig, *, bounded: bool) -> SamplerConfig:
-    """The sampler; estimates that may leave [-1, 1] are clipped only if `clip` says how."""
-    if isinstance(sampler, ProcessSamplerConfig) and sampler.clip == "auto" and not bounded:
-        return sampler.model_copy(update={"clip": "none"})
-    return sampler
-
-
-def _refused(recipe: Recipe, sections: Mapping[str, Section]) -> dict[str, str]:
-    """Names that models of other kinds take, and why this one does not."""
-    blind = (
-        "this model does not know where its pixels lie, so it makes whole pictures only. Leave out "
-        "`{}`, or train with view.kind=patches or coords.frequencies=0"
-    )
-    whole = (
-        "only networks made of bricks (network.kind=lego) can skip any; this one is a "
-        f"{recipe.network.kind}. Leave out `{{}}`"
-    )
-    reasons = {name: blind.format(name) for name in CanvasConfig.model_fields}
-    reasons |= {name: whole.format(name) for name in BricksConfig.model_fields}
-    taken = {name for section in sections.values() for name in type(section).model_fields}
-    return {name: reason for name, reason in reasons.items() if name not in taken}
-
-
-@dataclass(frozen=True)
-class DiffusionPlan:
-    """How the images of one call are made; see `Plan`.
-
-    Attributes:
-        canvas: the part of the picture that is made.
-        sampler, denoiser: the latter with all wrappers that were asked for.
-        autocast: the arithmetic of the network.
-    """
-
-    seeds: Sequence[int]
-    classes: NDArray[np.int64] | None
-    options: SampleOptions
-    canvas: Canvas
-    sampler: Sampler
-    denoiser: Denoiser
-    autocast: torch.autocast
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a sample in model space."""
-        return self.canvas.channels, *self.canvas.shown
-
-    def networks(self) -> list[nn.Module]:
-        """All networks that run, parts of a network that run alone included."""
-        return self.denoiser.networks()
-
-    def noise(self, source: SeedNoise) -> NoiseSource:
-        """The seeds' noise, or the canvas's part of it."""
-        return self.canvas.noise(source)
-
-    def start(self, seeds: Sequence[int], noise: NoiseSource) -> Tensor:
-        """Unit normal numbers [B, C, H, W]: the seeds' own, or the latents given."""
-        start = noise.normal(self.canvas.shape)
-        given = self.options.latents
-        return start if given is None else given[_rows(seeds, given)].to(start)
-
-    def states(
-        self, seeds: Sequence[int], start: Tensor, labels: Tensor | None, noise: NoiseSource
-    ) -> Iterator[SamplerState]:
-        """The steps of the sampler."""
-        cond = self.conditioning(seeds, labels, start.device)
-        with self.autocast:
-            yield from self.sampler(self.denoiser, start, cond, noise)
-
-    def conditioning(
-        self, seeds: Sequence[int], labels: Tensor | None, device: torch.device
-    ) -> Conditioning:
-        """What the network is told about the images of `seeds`."""
-        pictures = self.options.start_from
-        image = None
-        if pictures is not None:
-            chosen = torch.from_numpy(pictures[_rows(seeds, pictures)]).to(device)
-            image = from_uint8(chosen.permute(0, 3, 1, 2))
-        return Conditioning(labels, coords=self.canvas.coords(len(seeds), device), image=image)
-
-    def picture(self, x: Tensor) -> Tensor:
-        """The part of the canvas x [B, C, H, W] that is shown."""
-        return self.canvas.picture(x)
-
-
-def _rows(seeds: Sequence[int], items: Any) -> list[int]:
-    return [seed % len(items) for seed in seeds]
 
 
 class DiffusionPipeline(Pipeline):
@@ -252,13 +77,6 @@ class DiffusionPipeline(Pipeline):
         other.recipe = self.recipe.model_copy(update={"expert": None})
         return other
 
-    def blank_start(self) -> dict[str, Any]:
-        shape = self.recipe.start_shape
-        if shape is None:
-            return {}
-        channels, height, width = shape
-        return {"start_from": np.zeros((1, height, width, channels), np.uint8)}
-
     def options(self, sampler: str | None = None) -> list[Option]:
         sections = SampleOptions.sections(self.recipe, sampler)
         kind = sampler or self.recipe.sampling.kind
@@ -284,8 +102,21 @@ class DiffusionPipeline(Pipeline):
         Raises:
             TesseraError: a class or an option that this model cannot have.
         """
-        chosen = SampleOptions.choose(self.recipe, **options)
-        return self._plan(list_seeds(seeds), labels, chosen)
+        plan = self.open_plan(list_seeds(seeds), labels, **options)
+        check_start(plan)
+        return plan
+
+    def open_plan(
+        self, seeds: Sequence[int], labels: Label | Iterable[Label] | None, **options: Any
+    ) -> DiffusionPlan:
+        """As `plan`, but pictures to start from may come later, see `DiffusionPlan.start`."""
+        return self._plan(seeds, labels, SampleOptions.choose(self.recipe, **options))
+
+    def with_start(self, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("start_from") is not None:
+            return options
+        shape = self.open_plan([0], None, **options).start_shape
+        return options if shape is None else {**options, "start_from": torch.zeros(1, *shape)}
 
     def _plan(
         self,
@@ -301,15 +132,18 @@ class DiffusionPipeline(Pipeline):
             self._warn_if_classes_are_needed()
         canvas = choose_canvas(self.recipe, options.canvas)
         sampler = build_sampler(options.sampler, self.own_parts)
-        _check_start(self.recipe, options.start_from)
-        _check_latents(options.latents, canvas.shape)
+        start = start_shape(self.recipe, options.sampler, canvas)
+        check_latents(options, canvas.shape)
         sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
         self.codec.prepare()
         facts = self._facts(options, canvas)
         autocast = autocast_for(self.device, options.precision)
-        return DiffusionPlan(seeds, classes, options, canvas, sampler, model, autocast, facts)
+        return DiffusionPlan(
+            seeds, classes, options, canvas, sampler, model, autocast, self.codec, start,
+            self.recipe.low_resolution is not None, facts,
+        )  # fmt: skip
 
     def check_complete(self) -> None:
         """Check that the model knows all noise levels.
@@ -362,8 +196,8 @@ class DiffusionPipeline(Pipeline):
             "precision": resolve(options.precision, self.device),
             "canvas": None if plain else _plain(asdict(canvas)),
             **own,
-            "start_from": None if pictures is None else _digest(pictures),
-            **({} if latents is None else {"latents": _digest(latents.cpu().numpy())}),
+            "start_from": None if pictures is None else digest(pictures),
+            **({} if latents is None else {"latents": digest(latents)}),
             "sampler": {
                 k: "inf" if v == math.inf else v for k, v in options.sampler.model_dump().items()
             },
@@ -418,6 +252,7 @@ class DiffusionPipeline(Pipeline):
         if labels is None and self.model.num_classes:
             labels = NO_CLASS
         plan = self._plan(range(len(images)), labels, chosen)
+        check_start(plan)
         levels = plan.sampler.levels(plan.denoiser)
         parts: list[Tensor] = []
         for rows in np.array_split(np.arange(len(images)), math.ceil(len(images) / batch)):
@@ -426,17 +261,13 @@ class DiffusionPipeline(Pipeline):
             classes = None
             if plan.classes is not None:
                 classes = torch.from_numpy(plan.classes[rows]).to(self.device)
-            cond = replace(plan.conditioning(rows.tolist(), classes, self.device), coords=None)
+            cond = replace(plan.conditioning(rows.tolist(), classes, x), coords=None)
             with plan.autocast:
                 *_, last = encode_ddim(
                     plan.denoiser, x, cond, levels, clip=section.clip, quantile=section.quantile
                 )
             parts.append(last.x.to("cpu", torch.float32))
         return torch.cat(parts)
-
-
-def _digest(array: NDArray[Any]) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -452,25 +283,6 @@ def _check_guidance(scale: float, by_weaker: bool, classes: NDArray[np.int64] | 
         )
 
 
-def _check_start(recipe: Recipe, pictures: NDArray[np.uint8] | None) -> None:
-    """Raise unless pictures to start from are given exactly where the model wants some."""
-    shape = recipe.start_shape
-    if shape is None and pictures is not None:
-        raise TesseraError(
-            "`start_from`: this model starts from noise, not from pictures. Leave it out, or train "
-            "with low_resolution"
-        )
-    if shape is None:
-        return
-    channels, height, width = shape
-    if pictures is None or pictures.shape[1:] != (height, width, channels):
-        given = "none were given" if pictures is None else f"these are {pictures.shape[1:]}"
-        raise TesseraError(
-            f"this model starts from pictures of shape ({height}, {width}, {channels}), and "
-            f"{given}. Give them as `start_from`"
-        )
-
-
 def _check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> None:
     """Raise unless there are images, uint8 [N, H, W, C] of `shape` (C, H, W)."""
     channels, height, width = shape
@@ -478,13 +290,4 @@ def _check_images(images: NDArray[np.uint8], shape: tuple[int, int, int]) -> Non
         raise TesseraError(
             f"images of shape {images.shape}, {images.dtype}: this model encodes uint8 images "
             f"[N, {height}, {width}, {channels}]"
-        )
-
-
-def _check_latents(latents: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """Raise unless latents, if there are any, are [N, *shape]."""
-    if latents is not None and (latents.shape[1:] != shape or not len(latents)):
-        raise TesseraError(
-            f"latents of shape {tuple(latents.shape)}: this model begins with [N, "
-            f"{', '.join(map(str, shape))}]"
         )

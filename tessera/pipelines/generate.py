@@ -106,11 +106,11 @@ class Job:
         return 1 - own.sample_flops / full.sample_flops
 
     def _network_options(self) -> set[str]:
-        return {option.name for option in self.pipe.options() if option.section == "network"}
+        return {option.name for option in self.pipe.options() if option.section.endswith("network")}
 
 
-# Options that are tensors or pictures, and change nothing of what is computed.
-_NOT_COUNTED = {"latents", "start_from", "guide"}
+# Options that are tensors or models, and change nothing of what is computed.
+_NOT_COUNTED = {"latents", "guide"}
 
 
 def share_of_seeds(seeds: Sequence[int], batch: int, rank: int, world: int) -> list[int]:

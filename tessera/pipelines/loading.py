@@ -18,13 +18,14 @@ from tessera.pipelines.base import Pipeline
 from tessera.pipelines.counting import Cost
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import ExpertsPipeline
+from tessera.pipelines.relay import RelayPipeline
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
 
 KINDS: dict[str, type[Pipeline]] = {
-    kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline)
+    kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline, RelayPipeline)
 }
 """Every kind of pipeline, by the name that stands in its folder."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
@@ -92,6 +92,45 @@ def _names(section: type[Section]) -> list[str]:
     """Names of the options, those of its own before those that all such sections have."""
     own = [name for name in section.__annotations__ if name in section.model_fields]
     return [n for n in dict.fromkeys([*own, *section.model_fields]) if n != "kind"]
+
+
+def assign(
+    takes: Mapping[str, Collection[str]], given: Mapping[str, Any], absent: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Options of several models, each put where its name belongs.
+
+    Args:
+        takes: the models by name, with the names of the options that each takes.
+        given: name to value, behind a model's name and a dot where others take it, too; or a
+            model's name to a mapping of its options.
+        absent: names of models that take nothing in this call.
+
+    Raises:
+        TesseraError: an option that no model takes, or several do; or one of an absent model.
+    """
+    values: dict[str, dict[str, Any]] = {name: {} for name in takes}
+    for name, value in given.items():
+        first, _, rest = name.partition(".")
+        if first in absent:
+            raise TesseraError(
+                f"`{name}`: {first} does not run here. Leave the option out, or change `stages` or "
+                "`start_from`"
+            )
+        if first in takes:
+            whole = not rest and isinstance(value, Mapping)
+            values[first].update(value if whole else {rest: value})
+            continue
+        homes = [model for model, own in takes.items() if first in own]
+        if len(homes) > 1:
+            shown = ", ".join(f"{model}.{name}=..." for model in homes[:-1])
+            raise TesseraError(
+                f"`{name}`: {' and '.join(homes)} both take it. Say whose: {shown} or "
+                f"{homes[-1]}.{name}=..."
+            )
+        if not homes:
+            _refuse(name, [f"{model}.{n}" for model, own in takes.items() for n in own], {})
+        values[homes[0]][name] = value
+    return values
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

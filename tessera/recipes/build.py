@@ -13,6 +13,7 @@ from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
+from tessera.diffusion.blur import Blur, BlurCorruption, BlurObjective
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
@@ -39,6 +40,7 @@ from tessera.sampling.core import Levels, Sampler
 from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.levels import edm_levels, listed_levels, process_levels
+from tessera.sampling.relay import relay_sampler
 
 
 def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1) -> nn.Module:
@@ -164,8 +166,19 @@ def build_objective(
             return objectives.VeObjective(sigma_range=noise_levels, **_options(section))
         case schema.DiscreteObjectiveConfig():
             return DiscreteObjective(steps, sigma_range=noise_levels, **_options(section))
+        case schema.BlurObjectiveConfig():
+            options = _options(section)
+            noise = {name: options.pop(name) for name in ("block_scale", "unit_variance")}
+            options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
+            corruption = BlurCorruption(blur=build_blur(section), **noise)
+            return BlurObjective(sigma_range=noise_levels, corruption=corruption, **options)
         case schema.ExternalObjectiveConfig():
             raise ValueError("an external objective is made by `recipe_objective`")
+
+
+def build_blur(section: schema.BlurObjectiveConfig | schema.RelaySamplerConfig) -> Blur:
+    """The blur of every noise level, of an objective or of a sampler's fitted section."""
+    return Blur(**{name: getattr(section, name) for name in schema.BLUR_KEYS})
 
 
 def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objective:
@@ -221,6 +234,10 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
 def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sampler:
     """The sampler with its options bound: its own noise levels, or those of `section.levels`.
 
+    Args:
+        section: leaves nothing open that the sampler needs; see `SamplerSection.fitted`.
+        parts: functions that make external parts.
+
     Raises:
         RecipeError: an external part was not handed over.
     """
@@ -238,6 +255,9 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
             sampler = ddpm_sampler(**options)
         case schema.DdimSamplerConfig():
             sampler = ddim_sampler(**options)
+        case schema.RelaySamplerConfig():
+            options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
+            sampler = relay_sampler(blur=build_blur(section), **options)
     if section.levels is None:
         return sampler
     return replace(sampler, levels=build_levels(section.levels))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tessera.data.dataset import Dataset, open_dataset
+from tessera.data.dataset import Dataset, ShrunkDataset, open_dataset
 from tessera.data.latents import LatentDataset, is_latents, open_latents
-from tessera.errors import RecipeError
+from tessera.errors import DataError, RecipeError
 from tessera.randomness import derive_seed
 from tessera.recipes.external import trained_dataset
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -26,14 +26,29 @@ def open_training_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset:
     """
     seed = derive_seed(recipe.training.seed, "subset")
     if parts.dataset is None:
-        dataset = _open(recipe, seed)
+        dataset = shrunk(_open(recipe, seed), recipe)
         _check(
             recipe, dataset, str(recipe.data.path), "convert the images with: tessera data convert"
         )
     else:
-        dataset = trained_dataset(recipe, parts, seed)
+        dataset = shrunk(trained_dataset(recipe, parts, seed), recipe)
         _check(recipe, dataset, f"the own data set {dataset.name}", "the data set")
     return dataset
+
+
+def shrunk(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """The images of `data.path`, as small as the recipe trains on them.
+
+    Raises:
+        RecipeError: they cannot be shrunk so.
+    """
+    factor = recipe.data.shrink
+    if factor == 1:
+        return dataset
+    try:
+        return ShrunkDataset(dataset, factor)
+    except DataError as error:
+        raise RecipeError(f"data.shrink={factor}: {error}") from None
 
 
 def _open(recipe: Recipe, seed: int) -> Dataset:
@@ -82,7 +97,8 @@ def _check(recipe: Recipe, dataset: Dataset, source: str, remedy: str) -> None:
         problems.append(f"its images are {width}x{height} pixels; they must be square")
     elif height != data.resolution:
         problems.append(
-            f"its images are {width}x{height} pixels, but data.resolution is {data.resolution}"
+            f"its images are {width}x{height} pixels{_smaller(data.shrink)}, but data.resolution "
+            f"is {data.resolution}"
         )
     if channels != data.channels:
         problems.append(
@@ -100,6 +116,10 @@ def _check(recipe: Recipe, dataset: Dataset, source: str, remedy: str) -> None:
             + "\n  ".join(problems)
             + f"\nChange those keys, or {remedy}"
         )
+
+
+def _smaller(factor: int) -> str:
+    return "" if factor == 1 else f" once they are shrunk {factor} times (data.shrink)"
 
 
 def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:

@@ -111,6 +111,11 @@ class Sampler:
         return self.solver(denoiser, latents, cond, noise, self.levels(denoiser))
 
 
+def enlarged(images: Tensor, block: int) -> Tensor:
+    """Every pixel of images [..., h, w] as a block of s x s pixels: [..., s h, s w]."""
+    return images.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
+
+
 def state_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that know no float64 (Apple's)."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
+from tessera.errors import TesseraError
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
@@ -41,6 +42,8 @@ def sample_edm(
     s_min: float = 0.0,
     s_max: float = math.inf,
     s_noise: float = 1.0,
+    sde_scale: float = 0.0,
+    reuse_noise: bool = False,
     refine: Refine | None = None,
 ) -> Iterator[SamplerState]:
     """From unit normal `latents` [B, C, H, W] to samples; 2 steps - 1 calls of the denoiser.
@@ -48,34 +51,49 @@ def sample_edm(
     With `s_churn` > 0, noise is drawn at every step, also outside [s_min, s_max], so that a seed's
     image does not jump when the window moves past a step; with 0, none is needed and none drawn.
 
+    With `sde_scale` > 0, a step to noise level σ' goes to √(σ'² - g²) and adds new noise g =
+    `sde_scale` σ', drawn for each step but the last, and for each correction (Teng et al. 2023).
+
     Args:
         levels: noise levels at which the steps begin, falling.
         solver: "euler" leaves out the second-order correction (one call a step).
         s_churn, s_min, s_max, s_noise: amount of added noise, the range of σ in which it is added,
             and its scale.
+        sde_scale: the share of each step's noise that is new.
+        reuse_noise: a correction adds the noise of its step, in place of noise of its own.
         refine: improves x after each step.
+
+    Raises:
+        TesseraError: `sde_scale` is not in [0, 1].
     """
+    if not 0 <= sde_scale <= 1:
+        raise TesseraError(f"`sde_scale={sde_scale:g}`: it is a share of the noise, from 0 to 1")
     steps, t = len(levels), [*levels, 0.0]
     t_hat = churned(denoiser, t[:-1], s_churn, s_min, s_max)
 
-    x = latents.to(state_dtype(latents.device)) * t[0]
+    shape, dtype = tuple(latents.shape[1:]), state_dtype(latents.device)
+    x = latents.to(dtype) * t[0]
     for i in range(steps):
         # Add noise to go from t_i up to t̂_i.
         if s_churn > 0:
-            epsilon = noise.normal(tuple(x.shape[1:]), x.dtype)
+            epsilon = noise.normal(shape, dtype)
             x = x + math.sqrt(max(t_hat[i] ** 2 - t[i] ** 2, 0.0)) * s_noise * epsilon
 
-        # Euler step from t̂_i to t_{i+1}.
+        # Euler step from t̂_i to t_{i+1}, a part of whose noise is new.
         model = denoiser.for_step(t[i])
-        h = t[i + 1] - t_hat[i]
+        added = sde_scale * t[i + 1]
+        h = math.sqrt(1 - sde_scale**2) * t[i + 1] - t_hat[i]
         denoised = denoise(model, x, t_hat[i], cond)
         d = (x - denoised) / t_hat[i]
-        x_next = x + h * d
+        fresh = added * noise.normal(shape, dtype) if added > 0 else 0.0
+        x_next = x + h * d + fresh
 
         # Second-order correction.
         if solver == "heun" and t[i + 1] > 0:
             denoised = denoise(model, x_next, t[i + 1], cond)
-            x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2
+            if added > 0 and not reuse_noise:
+                fresh = added * noise.normal(shape, dtype)
+            x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2 + fresh
 
         x = x_next if refine is None else refine(model, x_next, t[i + 1], cond, noise)
         yield SamplerState(i + 1, steps, t[i + 1], x, denoised)

@@ -145,7 +145,7 @@ class Trajectory:
             )
         check_writable(self.path)
         self.to_pixels = to_pixels
-        self.frames: list[Image.Image] = []
+        self._steps: list[tuple[tuple[str, str], list[Image.Image]]] = []
 
     def __call__(self, state: SamplerState) -> None:
         """Keep the state as a frame; of very many steps, evenly spaced ones."""
@@ -154,17 +154,26 @@ class Trajectory:
             return
         pictures = [self._picture(images) for images in (state.unit, state.denoised)]
         captions = (f"noisy, sigma {state.sigma:.3g}", "denoised")
-        self.frames.append(to_pil(labelled_grid([pictures], column_names=captions, gap=12)))
+        self._steps.append((captions, pictures))
 
-    def _picture(self, x: Tensor) -> NDArray[np.uint8]:
+    def _picture(self, x: Tensor) -> Image.Image:
         """A grid of the first images, shrunk where it would be too large to watch."""
         picture = to_pil(grid(self.to_pixels(x[: self.MAX_IMAGES])))
         picture.thumbnail((self.MAX_SIDE, self.MAX_SIDE))
-        return np.asarray(picture)
+        return picture
+
+    def _frames(self) -> list[Image.Image]:
+        """The frames in one size, though a relay's first states are small."""
+        shown = []
+        for captions, pictures in self._steps:
+            size = self._steps[-1][1][0].size
+            large = [np.asarray(p.resize(size, Image.Resampling.NEAREST)) for p in pictures]
+            shown.append(to_pil(labelled_grid([large], column_names=captions, gap=12)))
+        return shown
 
     def save(self) -> None:
         """Write the animation; its last frame stays for two seconds."""
-        first, *rest = self.frames
+        first, *rest = self._frames()
         durations = [100] * len(rest) + [2000]
         options: dict[str, Any] = {"save_all": True, "append_images": rest, "loop": 0}
         with atomic_file(self.path) as file:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,17 +25,13 @@ from tessera.errors import TesseraError
 from tessera.sampling.core import (
     NoiseSource,
     Refine,
+    Sampler,
     SamplerState,
     churned,
     denoise,
     state_dtype,
 )
 from tessera.sampling.levels import edm_levels
-
-
-def enlarged(images: Tensor, block: int) -> Tensor:
-    """Every pixel of images [..., h, w] as a block of s x s pixels: [..., s h, s w]."""
-    return images.repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
 
 
 def relay_levels(
@@ -63,7 +59,7 @@ def relay_levels(
     if not kept:
         raise TesseraError(
             f"none of the {steps} noise levels from {sigma_max:g} to {sigma_min:g} lies below "
-            f"sigma_start = {sigma_start:g}. Take more steps, or a higher sigma_start"
+            f"`sigma_start={sigma_start:g}`. Take more `steps`, or a higher `sigma_start`"
         )
     return kept
 
@@ -112,7 +108,7 @@ def sample_relay(
         TesseraError: `s_noise` is not in [0, 1], or the images cannot be cut into blocks.
     """
     if not 0 <= s_noise <= 1:
-        raise TesseraError(f"s_noise = {s_noise:g}: it is a share of the noise, from 0 to 1")
+        raise TesseraError(f"`s_noise={s_noise:g}`: it is a share of the noise, from 0 to 1")
     shape, dtype = tuple(latents.shape[1:]), state_dtype(latents.device)
     draw = partial(_draw, noise, shape, dtype, blur.block, s_block, unit_variance)
     t, t_hat = list(levels), churned(denoiser, levels, s_churn, s_min, s_max)
@@ -168,54 +164,23 @@ def _draw(
     return scale * white
 
 
-@torch.no_grad()
-def sample_edm_sde(
-    denoiser: Denoiser,
-    latents: Tensor,
-    cond: Conditioning,
-    noise: NoiseSource,
-    levels: Sequence[float],
+def relay_sampler(
     *,
-    sde_scale: float = 0.05,
-    solver: Literal["heun", "euler"] = "heun",
-    reuse_noise: bool = False,
-    refine: Refine | None = None,
-) -> Iterator[SamplerState]:
-    """EDM's sampler with new noise in every step: the original's first stage of CelebA-HQ.
-
-    A step to noise level σ' goes to √(σ'² - g²) and adds noise g = `sde_scale` σ'; with 0 this is
-    `sample_edm` without churn. From unit normal `latents` [B, C, H, W]; 2 len(levels) - 1
-    evaluations. Noise is drawn for each step but the last, and for each correction.
+    steps: int = 18,
+    sigma_min: float = 0.008,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    sigma_start: float = 0.9,
+    **options: Any,
+) -> Sampler:
+    """The solver of a later stage at its noise levels.
 
     Args:
-        levels: noise levels at which steps begin, falling.
-        sde_scale: the share of each step's noise that is new.
-        solver: "euler" leaves out the second-order correction (one evaluation a step).
-        reuse_noise, refine: see `sample_relay`.
-
-    Raises:
-        TesseraError: `sde_scale` is not in [0, 1].
+        steps, sigma_min, sigma_max, rho, sigma_start: see `relay_levels`.
+        options: those of `sample_relay`.
     """
-    if not 0 <= sde_scale <= 1:
-        raise TesseraError(f"sde_scale = {sde_scale:g}: it is a share of the noise, from 0 to 1")
-    shape, dtype = tuple(latents.shape[1:]), state_dtype(latents.device)
-    t = [*levels, 0.0]
-    x = latents.to(dtype) * t[0]
-    for i in range(len(levels)):
-        model = denoiser.for_step(t[i])
-        h = math.sqrt(1 - sde_scale**2) * t[i + 1] - t[i]
-        added = sde_scale * t[i + 1]
-        denoised = denoise(model, x, t[i], cond)
-        d = (x - denoised) / t[i]
-        fresh = added * noise.normal(shape, dtype) if added > 0 else 0.0
-        x_next = x + h * d + fresh
-
-        # Second-order correction.
-        if solver == "heun" and t[i + 1] > 0:
-            denoised = denoise(model, x_next, t[i + 1], cond)
-            if added > 0 and not reuse_noise:
-                fresh = added * noise.normal(shape, dtype)
-            x_next = x + h * (d + (x_next - denoised) / t[i + 1]) / 2 + fresh
-
-        x = x_next if refine is None else refine(model, x_next, t[i + 1], cond, noise)
-        yield SamplerState(i + 1, len(levels), t[i + 1], x, denoised)
+    levels = partial(
+        relay_levels,
+        steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, sigma_start=sigma_start,
+    )  # fmt: skip
+    return Sampler(levels, partial(sample_relay, **options))

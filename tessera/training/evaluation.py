@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tessera import distributed
 from tessera.data.dataset import open_dataset
@@ -31,8 +29,10 @@ from tessera.metrics.reference import (
     load_reference,
     save_reference,
 )
+from tessera.pipelines.plans import Pictures
 from tessera.pipelines.stream import sample_stream
 from tessera.recipes.build import build_codec
+from tessera.recipes.datasets import shrunk
 from tessera.recipes.external import own_dataset
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
@@ -59,7 +59,7 @@ class Evaluation:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
-        start_from: NDArray[np.uint8] | None = None,
+        start_from: Pictures | None = None,
         parts: Parts = NO_PARTS,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
@@ -123,7 +123,7 @@ class Evaluation:
         """The extractor and the measured reference."""
         wanted = needs(chosen(config.metrics), reference=True)
         path = _reference(self._recipe, config)
-        stored = self._run_dir / _stored_name(path, config, wanted)
+        stored = self._run_dir / _stored_name(path, config, wanted, self._recipe.data.shrink)
         if config.features == "classifier":
             return self._open_classifier(path, stored, config, wanted, device)
         extractor = open_extractor(config.features, config.weights, device)
@@ -171,8 +171,10 @@ class Evaluation:
         None: those of the caller's own data set.
         """
         if path is None:
-            return own_dataset(self._recipe, self._parts)
-        return open_dataset(path) if str(path) == self._recipe.data.path else open_images(path)
+            return shrunk(own_dataset(self._recipe, self._parts), self._recipe)
+        if str(path) != self._recipe.data.path:
+            return open_images(path)
+        return shrunk(open_dataset(path), self._recipe)
 
 
 def _training_images(recipe: Recipe) -> Path | None:
@@ -185,12 +187,13 @@ def _reference(recipe: Recipe, config: EvaluateConfig) -> Path | None:
     return _training_images(recipe) if config.reference is None else Path(config.reference)
 
 
-def _stored_name(path: Path | None, config: EvaluateConfig, wanted: Needs) -> str:
+def _stored_name(path: Path | None, config: EvaluateConfig, wanted: Needs, shrink: int = 1) -> str:
     """File for the statistics of the images at `path`; another for other features of them.
 
     A resumed run may have another section than the one that made the file.
     """
-    facts = (str(path and path.resolve()), config.features, config.weights, wanted.spatial_moments)
+    place = str(path and path.resolve())
+    facts = (place, config.features, config.weights, wanted.spatial_moments, shrink)
     return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 

@@ -17,12 +17,16 @@ from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
+from tessera.pipelines.plans import Pictures
 from tessera.randomness import AddressedDraws, Draws, derive_seed
 from tessera.recipes.build import build_augment, build_codec, build_view
 from tessera.recipes.datasets import open_training_set
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import MicroBatch
+
+_AT_ONCE = 256
+"""Images that are read at once for the pictures to start from."""
 
 Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
 
@@ -104,20 +108,31 @@ class Feed:
             labels = None if batch.labels is None else batch.labels[rows]
             seed = derive_seed(training.seed, "dropout", first + start)
             weight = self.view.loss_weight(batch.plan)
-            yield MicroBatch(
-                x, Conditioning(labels, augment, coords, self._start(x)), draws, seed, weight
-            )
+            image = self._start(x) if self._recipe.low_resolution else None
+            cond = Conditioning(labels, augment, coords, image)
+            yield MicroBatch(x, cond, draws, seed, weight)
 
-    def start_pictures(self, count: int) -> NDArray[np.uint8] | None:
-        """What a model starts from, of the first images, uint8 [N, h, w, C].
+    def start_pictures(self, count: int) -> Pictures | None:
+        """What a model starts from, of the first images: uint8 [N, h, w, C], or latents.
 
         None for models that start from noise, and where none are wanted.
         """
         if self._recipe.start_shape is None or not count:
             return None
-        first = torch.from_numpy(self.dataset.read(np.arange(min(count, len(self.dataset)))))
-        pictures = self._start(from_uint8(first))
-        return None if pictures is None else to_uint8(pictures).permute(0, 2, 3, 1).numpy()
+        numbers = np.arange(min(count, len(self.dataset)))
+        parts = [self._start_of(part) for part in np.split(numbers, numbers[_AT_ONCE::_AT_ONCE])]
+        pictures = torch.cat(parts)
+        if not self._recipe.codec.of_pixels:
+            return pictures
+        return pictures.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def _start_of(self, numbers: NDArray[np.int64]) -> Tensor:
+        """What a model starts from, of the images of these numbers, of pixels as uint8."""
+        draws = AddressedDraws(self._recipe.training.seed, torch.from_numpy(numbers))
+        x = self._codec.train(torch.from_numpy(self.dataset.read(numbers)), draws)
+        start = self._start(from_uint8(x) if x.dtype == torch.uint8 else x)
+        assert start is not None
+        return to_uint8(start) if self._recipe.codec.of_pixels else start
 
     def _start(self, x: Tensor) -> Tensor | None:
         """The pictures that a model starts from: x [B, C, H, W] with averaged pixels."""

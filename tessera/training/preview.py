@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera import distributed
@@ -18,6 +16,7 @@ from tessera.images import grid, save_png
 from tessera.model import Model, with_tensors
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.plans import Pictures
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
@@ -40,7 +39,7 @@ class Preview:
         class_names: Sequence[str] | None,
         run_dir: Path,
         trackers: Sequence[Tracker],
-        start_from: NDArray[np.uint8] | None = None,
+        start_from: Pictures | None = None,
         parts: Parts = NO_PARTS,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names

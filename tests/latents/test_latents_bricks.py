@@ -9,8 +9,8 @@ import torch
 from tiny_vae import latent_recipe, save_vae
 
 from tessera.pipelines.bricks import brick_picture
-from tessera.pipelines.diffusion import SampleOptions
 from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.plans import SampleOptions
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.loading import load_recipe, shipped
 

@@ -30,7 +30,7 @@ from tessera.diffusion.blur import (
 from tessera.diffusion.denoiser import Denoiser, Posterior
 from tessera.errors import TesseraError
 from tessera.randomness import AddressedDraws
-from tessera.sampling.relay import enlarged
+from tessera.sampling.core import enlarged
 
 BLOCKS = st.sampled_from([1, 2, 3, 4, 5, 8, 16])
 SIDES = st.integers(1, 4)

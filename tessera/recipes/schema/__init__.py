@@ -15,6 +15,7 @@ from tessera.recipes.schema.data import (
     ViewSection,
 )
 from tessera.recipes.schema.diffusion import (
+    BlurObjectiveConfig,
     DiscreteObjectiveConfig,
     DiscretePreconditioningConfig,
     EdmObjectiveConfig,
@@ -44,6 +45,7 @@ from tessera.recipes.schema.networks import (
 from tessera.recipes.schema.options import BricksConfig, CanvasConfig, GuidanceConfig, LargerConfig
 from tessera.recipes.schema.recipe import Recipe
 from tessera.recipes.schema.sampling import (
+    BLUR_KEYS,
     SAMPLERS,
     AblationSamplerConfig,
     DdimSamplerConfig,
@@ -58,6 +60,7 @@ from tessera.recipes.schema.sampling import (
     ProcessLevelsConfig,
     ProcessSamplerConfig,
     RefineConfig,
+    RelaySamplerConfig,
     SamplerConfig,
     SamplerSection,
 )
@@ -72,10 +75,12 @@ from tessera.recipes.schema.training import (
 )
 
 __all__ = [
+    "BLUR_KEYS",
     "SAMPLERS",
     "AblationSamplerConfig",
     "AdmUNetConfig",
     "AugmentConfig",
+    "BlurObjectiveConfig",
     "BrickConfig",
     "BricksConfig",
     "CanvasConfig",
@@ -124,6 +129,7 @@ __all__ = [
     "ProcessSamplerConfig",
     "Recipe",
     "RefineConfig",
+    "RelaySamplerConfig",
     "RunConfig",
     "SamplerConfig",
     "SamplerSection",

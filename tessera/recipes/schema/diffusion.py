@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat
 
-from tessera.recipes.schema.base import Options, Probability, Section, Steps
+from tessera.recipes.schema.base import Factor, NonNegative, Options, Probability, Section, Steps
 
 
 class PreconditioningSection(Section):
@@ -95,6 +95,12 @@ class ObjectiveSection(Section):
     trains_variance: ClassVar[bool] = False
     """Has a term for the variance of reverse steps."""
 
+    external: ClassVar[bool] = False
+    """The caller's own: nothing is known of it."""
+
+    from_pictures: ClassVar[bool] = False
+    """Its models do not know pure noise: sampling starts from a picture."""
+
     label_dropout: Probability = Field(
         0.0, description="share of images trained without their class, for guidance"
     )
@@ -156,8 +162,34 @@ class DiscreteObjectiveConfig(ObjectiveSection):
         return self.model_copy(update={"timesteps": "uniform"})
 
 
+class BlurObjectiveConfig(ObjectiveSection):
+    """Deblurring and denoising of a relay's later stages: EDM's weight, blur time uniform."""
+
+    from_pictures = True
+
+    kind: Literal["blur"] = "blur"
+    block: Factor = Field(4, description="how many times larger than those it starts from")
+    blur_sigma_max: NonNegative = Field(3, description="of the blur at the highest noise, pixels")
+    prob_length: float = Field(
+        0.93, gt=0, le=1, description="share of the log-normal noise levels that is trained on"
+    )
+    min_scale: Probability = Field(1e-3, description="what is left of every frequency")
+    p_mean: FiniteFloat = -1.2
+    p_std: PositiveFloat = 1.2
+    block_scale: NonNegative = Field(0.15, description="strength of noise in blocks of pixels")
+    unit_variance: bool = Field(
+        False, description="divide by √(1 + block_scale²), as in the paper; released weights: no"
+    )
+    sigma_data: PositiveFloat = 0.5
+    sigma_floor: PositiveFloat = Field(7.5e-3, description="lower noise levels are raised to it")
+    released_floor: bool = Field(False, description="the floor as the released code computes it")
+    max_weight: PositiveFloat = 1e5
+
+
 class ExternalObjectiveConfig(ObjectiveSection):
     """An objective of the caller's own: `Parts.objective` makes it."""
+
+    external = True
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
@@ -169,6 +201,7 @@ ObjectiveConfig = Annotated[
     | VpObjectiveConfig
     | VeObjectiveConfig
     | DiscreteObjectiveConfig
+    | BlurObjectiveConfig
     | ExternalObjectiveConfig,
     Field(discriminator="kind"),
 ]

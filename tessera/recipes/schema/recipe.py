@@ -74,10 +74,18 @@ class Recipe(Section):
 
     @property
     def start_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of the picture that the model starts from; None if it starts from noise."""
-        if self.low_resolution is None:
-            return None
-        return self.shape[0], self.low_resolution, self.low_resolution
+        """(C, H, W) of the picture that the model starts from; None if it starts from noise.
+
+        The network sees it (`low_resolution`), or the sampler begins with it, enlarged.
+        """
+        block = self.fitted_sampling.enlarges
+        side = self.low_resolution if block is None else self.shape[1] // block
+        return None if side is None else (self.shape[0], side, side)
+
+    @property
+    def fitted_sampling(self) -> SamplerConfig:
+        """The sampler, with what it leaves open taken from the training."""
+        return self.sampling.fitted(self.objective, bounded=self.codec.of_pixels)
 
     @property
     def coord_frequencies(self) -> int | None:
@@ -173,8 +181,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _start_fits(self) -> Self:
+        block = self.fitted_sampling.enlarges
+        if block is not None and (self.shape[1] % block or block == self.shape[1]):
+            raise ValueError(
+                f"objective.block ({block}) must divide the side of the images ({self.shape[1]}) "
+                "into at least two blocks"
+            )
+        if block is not None and self.view.crops:
+            raise ValueError(
+                "objective.kind=blur works on whole images only for now: blocks would have to lie "
+                "on the same grid in all patches. Set view.kind=full"
+            )
         if self.low_resolution is None:
             return self
+        if block is not None and self.low_resolution * block != self.shape[1]:
+            raise ValueError(
+                f"low_resolution ({self.low_resolution}) and objective.block ({block}) speak of "
+                "different pictures to start from; leave out low_resolution"
+            )
         if self.data.resolution % self.low_resolution or self.low_resolution == self.shape[1]:
             raise ValueError(
                 f"low_resolution ({self.low_resolution}) must be a part of data.resolution "

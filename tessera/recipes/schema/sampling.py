@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Options, Probability, Section, Steps
+from tessera.recipes.schema.base import (
+    Factor,
+    Listed,
+    NonNegative,
+    Options,
+    Probability,
+    Section,
+    Steps,
+)
+from tessera.recipes.schema.diffusion import BlurObjectiveConfig, ObjectiveSection
 
 SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
 OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
@@ -97,12 +106,40 @@ class SamplerSection(Section):
     OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
     """Keys of the sampler that place its own noise levels."""
 
+    starts_from_noise: ClassVar[bool] = True
+    """False where a picture is what it starts from, or where nobody but the caller knows."""
+
     levels: LevelsConfig | None = Field(
         None,
         description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
         "process or list, and levels.steps=N or levels.sigmas=80,10,1",
     )
     refine: RefineConfig | None = Field(None, description="improves x after each step")
+
+    @property
+    def enlarges(self) -> int | None:
+        """How many times it enlarges the picture that it starts from; None: it starts from noise.
+
+        Known once the section is `fitted`.
+        """
+        return None
+
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+        """The section with what it leaves open taken from how the model was trained.
+
+        Args:
+            objective: that of the training.
+            bounded: the values of x do not leave [-1, 1].
+
+        Raises:
+            ValueError: it cannot sample from models that were trained so.
+        """
+        if objective.from_pictures and self.starts_from_noise:
+            raise ValueError(
+                "models of this objective start from pictures, not from noise: `sampler=relay` "
+                "(in recipes sampling.kind=relay) samples from them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_set_of_levels(self) -> Self:
@@ -133,11 +170,85 @@ class EdmSamplerConfig(SamplerSection):
     s_min: NonNegative = Field(0, description=CHURN_FROM)
     s_max: NonNegative = Field(math.inf, description=CHURN_TO)
     s_noise: NonNegative = Field(1, description=CHURN_SPREAD)
+    sde_scale: Probability = Field(0, description="share of new noise in every step's")
+    reuse_noise: bool = Field(False, description="corrections add the new noise of their step")
 
     @model_validator(mode="after")
     def _range_falls(self) -> Self:
         _check_range(self.sigma_min, self.sigma_max)
         return self
+
+
+class RelaySamplerConfig(SamplerSection):
+    """Relay diffusion: from an enlarged picture to a sharp one.
+
+    Keys of the blur that are null are those of the training (objective.kind=blur).
+    """
+
+    OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho", "sigma_start")
+    starts_from_noise = False
+
+    kind: Literal["relay"] = "relay"
+    steps: Steps = Field(18, description="from sigma_max on; those above sigma_start are left out")
+    sigma_min: PositiveFloat = 0.008
+    sigma_max: PositiveFloat = 80
+    rho: float = Field(7, ge=0.01, le=1000)
+    sigma_start: PositiveFloat = Field(0.9, description="noise that the enlarged picture may get")
+    s_block: NonNegative = Field(0.15, description="strength of noise in blocks of pixels")
+    s_noise: Probability = Field(0.2, description="share of new noise in every step's")
+    correction: Literal["directions", "estimates", "none"] = Field(
+        "directions", description="as released, of first order; of second order; or none"
+    )
+    reuse_noise: bool = Field(False, description="corrections add the new noise of their step")
+    s_churn: NonNegative = 0
+    s_min: NonNegative = 0
+    s_max: NonNegative = math.inf
+    churn_noise: NonNegative = 1
+    block: Factor | None = Field(None, description="how many times the picture is enlarged")
+    blur_sigma_max: NonNegative | None = Field(None, description="pixels")
+    prob_length: PositiveFloat | None = Field(
+        None, description="ties blur to noise; above that of the training: less blur is assumed"
+    )
+    min_scale: Probability | None = None
+    p_mean: FiniteFloat | None = None
+    p_std: PositiveFloat | None = None
+    unit_variance: bool | None = None
+
+    @model_validator(mode="after")
+    def _range_falls(self) -> Self:
+        _check_range(self.sigma_min, self.sigma_max)
+        return self
+
+    @property
+    def enlarges(self) -> int | None:
+        return self.block
+
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+        if isinstance(objective, BlurObjectiveConfig):
+            if self.block not in (None, objective.block):
+                raise ValueError(
+                    f"`block={self.block}`: the model was trained with objective.block="
+                    f"{objective.block}, which cannot be changed in sampling. Leave it out"
+                )
+            names = (*BLUR_KEYS, "unit_variance")
+            missing = [name for name in names if getattr(self, name) is None]
+            return self.model_copy(update={name: getattr(objective, name) for name in missing})
+        if not objective.external:
+            raise ValueError(
+                "the sampler relay sharpens pictures that were blurred: train with "
+                "objective.kind=blur, or choose another sampler"
+            )
+        left_out = [name for name in BLUR_KEYS if getattr(self, name) is None]
+        if left_out:
+            raise ValueError(
+                "an external objective does not say how pictures were blurred: give sampling's "
+                f"{', '.join(left_out)}"
+            )
+        return self
+
+
+BLUR_KEYS = ("block", "blur_sigma_max", "prob_length", "min_scale", "p_mean", "p_std")
+"""Of the blur, in the objective and in the sampler."""
 
 
 class AblationSamplerConfig(SamplerSection):
@@ -192,6 +303,13 @@ class ProcessSamplerConfig(SamplerSection):
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
 
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+        """Estimates that may leave [-1, 1] are clipped only if `clip` says how."""
+        section = super().fitted(objective, bounded=bounded)
+        if section.clip == "auto" and not bounded:
+            return section.model_copy(update={"clip": "none"})
+        return section
+
 
 class DdpmSamplerConfig(ProcessSamplerConfig):
     """Ancestral sampling (Ho et al. 2020), with learned variances where there are any."""
@@ -212,6 +330,8 @@ class DdimSamplerConfig(ProcessSamplerConfig):
 class ExternalSamplerConfig(SamplerSection):
     """A sampler of the caller's own: `Parts.sampler` makes it."""
 
+    starts_from_noise = False
+
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
     options: Options = Field({}, description="keyword arguments of the function")
@@ -220,6 +340,7 @@ class ExternalSamplerConfig(SamplerSection):
 SamplerConfig = Annotated[
     EdmSamplerConfig
     | AblationSamplerConfig
+    | RelaySamplerConfig
     | DdpmSamplerConfig
     | DdimSamplerConfig
     | ExternalSamplerConfig,
@@ -231,6 +352,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "ablation": AblationSamplerConfig,
     "ddpm": DdpmSamplerConfig,
     "ddim": DdimSamplerConfig,
+    "relay": RelaySamplerConfig,
     "external": ExternalSamplerConfig,
 }
 """The samplers by their kind."""
