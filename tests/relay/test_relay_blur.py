@@ -297,6 +297,45 @@ def test_objective_draws_its_levels() -> None:
     assert torch.bincount(terms["quartile"]).tolist() == pytest.approx([1024] * 4, abs=100)
 
 
+class Gains(Denoiser):
+    """Multiplies each frequency of a block by a gain of its own."""
+
+    def __init__(self, gains: Tensor) -> None:
+        super().__init__()
+        self.gains = torch.nn.Parameter(gains)
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        return Posterior(scale_frequencies(z, self.gains))
+
+
+@pytest.mark.parametrize(("sigma", "block_scale"), [(0.3, 0.0), (0.6, 0.0), (0.6, 0.5)])
+def test_the_minimiser_is_the_mean_of_the_sharp_image(sigma: float, block_scale: float) -> None:
+    # Of white images x, the best gain at a frequency is α s² / (α² s² + σ² v), v that of the noise.
+    count, std, blur = 2**15, 0.5, Blur()
+    x = std * images(count, 1, 4, 4, dtype=torch.float32)
+    objective = BlurObjective(corruption=BlurCorruption(blur=blur, block_scale=block_scale))
+    draws, level = AddressedDraws(0, torch.arange(count)), torch.full((count,), sigma)
+
+    def gradient(gains: Tensor) -> Tensor:
+        denoiser = Gains(gains)
+        terms = objective.elementwise(denoiser, x, Conditioning(), draws, level)
+        terms.mean().backward()
+        assert denoiser.gains.grad is not None
+        return denoiser.gains.grad
+
+    # The loss is a square, so the gradient is a line and its root follows from two of its points.
+    at_zero, at_one = gradient(torch.zeros(4, 4)), gradient(torch.ones(4, 4))
+    best = at_zero / (at_zero - at_one)
+    alpha = blur.factors(torch.tensor(sigma, dtype=torch.float64))
+    noise = torch.ones(4, 4, dtype=torch.float64)
+    if block_scale:
+        # On an image of one block, all of the block noise is at frequency 0, with the power s².
+        noise[0, 0] += block_scale**2 * 16
+    expected = alpha * std**2 / (alpha**2 * std**2 + sigma**2 * noise)
+    torch.testing.assert_close(best.double(), expected, rtol=0, atol=0.03)
+    assert (expected - alpha * expected).abs().max() > 0.1  # a blurred target would be seen
+
+
 def test_objective_weights_and_label_dropout() -> None:
     objective = BlurObjective(label_dropout=0.5, max_weight=20.0)
     sigma = torch.tensor([0.01, 1.0])
