@@ -94,7 +94,7 @@ def _names(section: type[Section]) -> list[str]:
     return [n for n in dict.fromkeys([*own, *section.model_fields]) if n != "kind"]
 
 
-def assign(
+def divide_options(
     takes: Mapping[str, Collection[str]], given: Mapping[str, Any], absent: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """Options of several models, each put where its name belongs.

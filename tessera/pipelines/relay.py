@@ -21,7 +21,7 @@ from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.labels import Label, Seeds, list_seeds
-from tessera.pipelines.options import Option, assign
+from tessera.pipelines.options import Option, divide_options
 from tessera.pipelines.plans import DiffusionPlan, Pictures, Start, check_start, fits_start
 from tessera.sampling.core import NoiseSource, SamplerState
 
@@ -176,7 +176,9 @@ class RelayPipeline(Pipeline):
 
     def options(self, sampler: str | None = None) -> list[Option]:
         takes = {name: ["sampler"] for name in self.names}
-        wanted = assign(takes, {} if sampler is None else {"sampler": sampler})  # says whose
+        wanted = divide_options(
+            takes, {} if sampler is None else {"sampler": sampler}
+        )  # says whose
         every = ", ".join((*self.names, *(["both"] if len(self.pipes) == 2 else []), "all"))
         own = [
             replace(option, section=f"{name}: {option.section}", name=f"{name}.{option.name}")
@@ -249,7 +251,7 @@ class RelayPipeline(Pipeline):
         shared = {key: given.pop(key) for key in ("precision",) if key in given}
         takes = {self.names[index]: self._takes(self.pipes[index]) for index in running}
         resting = [name for name in self.names if name not in takes]
-        divided = [shared | own for own in assign(takes, given, resting).values()]
+        divided = [shared | own for own in divide_options(takes, given, resting).values()]
         if pictures is not None:
             divided[0]["start_from"] = pictures
         return running, divided
