@@ -136,3 +136,13 @@ def test_docstrings_name_no_file_outside_of_the_package(words: str) -> None:
         if (found := re.search(words, text))
     }
     assert wrong == set()
+
+
+@pytest.mark.parametrize(
+    ("call", "home"),
+    [("Table(", "cli/tables.py"), ("Image.new(", "images.py"), ("ImageDraw.Draw(", "images.py")],
+)
+def test_what_is_written_once(call: str, home: str) -> None:
+    """Tables and labelled pictures look the same wherever they are."""
+    users = [path for path in PACKAGE if re.search(rf"(?<!\w){re.escape(call)}", path.read_text())]
+    assert users == [ROOT / "tessera" / home]

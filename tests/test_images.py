@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tessera.images import from_uint8, grid, png_bytes, save_png, to_pil, to_uint8
+from tessera.images import from_uint8, grid, labelled_grid, png_bytes, save_png, to_pil, to_uint8
 
 
 def test_every_grey_level_survives_the_round_trip() -> None:
@@ -58,3 +58,20 @@ def test_grid_enlarges_small_images_and_is_square() -> None:
     canvas = grid(np.zeros((9, 16, 16, 1), np.uint8), gap=0)
     assert canvas.shape == (3 * 64, 3 * 64, 1)
     assert grid(np.zeros((4, 128, 128, 3), np.uint8), gap=0).shape == (256, 256, 3)
+
+
+def test_a_labelled_grid_holds_pictures_of_any_kind_beside_their_names() -> None:
+    grey, colour = np.full((4, 8, 1), 200, np.uint8), np.full((6, 8, 3), (9, 90, 190), np.uint8)
+    bare = labelled_grid([[grey, colour], [colour, colour]], gap=3)
+    assert bare.shape == (6 + 3 + 6, 8 + 3 + 8, 3)
+    assert (bare[:4, :8] == 200).all()
+    assert (bare[4:6, :8] == 255).all()
+    assert (bare[9:, 11:] == (9, 90, 190)).all()
+    named = labelled_grid([[grey, colour]], ["first row"], ["a", "b"], least=20)
+    height, width = named.shape[:2]
+    # Enlarged by 3, the least that gives 20 pixels.
+    pictures = named[height - 18 :, width - (2 * 24 + 2) :]
+    assert (pictures[:12, :24] == 200).all()
+    assert (pictures[:, 26:] == (9, 90, 190)).all()
+    assert (named[: height - 18] < 128).any()
+    assert (named[height - 18 :, : width - 50] < 128).any()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tessera.data.dataset import choose_subset
 from tessera.errors import DataError
 from tessera.metrics import classifier as module
 from tessera.metrics.classifier import Classifier, ClassifierNetwork, train_classifier
@@ -130,6 +131,10 @@ def test_a_subset_is_drawn_over_the_whole_set() -> None:
     drawn = score_images(by_class, reference, num=20, seed=1)
     assert drawn.n == 20
     assert drawn.fd_classifier < first.fd_classifier
+    # The rows that every other score draws, too.
+    rows = choose_subset(100, 20, 1)
+    chosen = ArrayImages("chosen", by_class.images[rows], by_class.labels[rows])
+    assert drawn == score_images(chosen, reference)
     with pytest.raises(DataError, match="101 images asked for, there are 100"):
         score_images(by_class, reference, num=101)
 
