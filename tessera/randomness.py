@@ -28,6 +28,10 @@ PURPOSES = {
     "patch.column": "first column of an image's patch",
     "latent": "sample of an image's posterior in latent space",
     "nll": "noise of a step of a likelihood, nll.<step>",
+    "block_noise": "one number for a block of pixels of an image, while training on blurred ones",
+    "refinement_noise": "noise that refinement begins with, of an image's training on its descent",
+    "contrastive_noise": "noise of the image that an energy is compared with",
+    "contrastive_shift": "size of the error of the image that an energy is compared with",
     "augment": "parameters of an image's augmentation, augment.<transform>",
 }
 """What is drawn for images while training and measuring; every purpose in one place."""

@@ -44,8 +44,6 @@ def test_help_of_every_command_answers_without_torch() -> None:
 import contextlib, io, sys
 from tessera import cli
 from tessera.cli import app
-from tessera.metrics.images import ArrayImages
-from tessera.metrics.reference import build_reference, save_reference
 for path in {COMMANDS!r}:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):

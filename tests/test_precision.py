@@ -10,7 +10,7 @@ from tiny_pipeline import tiny_pipeline
 from training_case import tiny_recipe
 from typer.testing import CliRunner
 
-from tessera import precision
+from tessera import distributed, precision
 from tessera.cli import app
 from tessera.precision import fast_dtype, reason, resolve  # before the tests' own is in its place
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe, shipped
@@ -51,7 +51,7 @@ def test_bfloat16_is_fast_where_the_processor_multiplies_it(
 def test_all_processes_take_what_is_fast_on_all(
     native: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision.distributed, "gather", lambda value: [value, False])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, False])
     assert resolve("auto", CPU) == "bf16"
     assert resolve("auto", CPU, together=True) == "fp32"
 

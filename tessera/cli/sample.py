@@ -106,7 +106,7 @@ def sample(
         pipe = load(pipeline, ema=ema, vae=vae, device="cpu", parts=parts)
         print_options(pipe, given.get("sampler"))
         return
-    if guide is not None and guidance == 1:
+    if guide is not None and guidance in (None, 1):
         raise TesseraError("`guide` does nothing at `guidance=1`. Give a weight, like 1.5")
     kind = output or {".npz": "npz", ".png": "grid"}.get(out.suffix.lower(), "png")
     if kind != "png" and (subdirs or grid):

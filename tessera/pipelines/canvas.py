@@ -158,7 +158,7 @@ def _larger(recipe: Recipe, size: tuple[int, int], layout: Layout, overlap: floa
     elif not (fits(height) and fits(width)):
         raise TesseraError(
             f"a picture of {height}x{width} pixels (height x width) does not fit the network: "
-            f"both must be {recipe.network.sides}. Or choose `layout` windows or pad"
+            f"both must be {recipe.network.sides}. Or choose `layout=windows` or `layout=pad`"
         )
     return Canvas(
         channels, 0, 0, width, height, max(height, width), True, False, False, size,

@@ -137,7 +137,8 @@ class DiffusionPipeline(Pipeline):
         sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
-        self.codec.prepare()
+        if self.device.type != "meta":  # where nothing is decoded
+            self.codec.prepare()
         facts = self._facts(options, canvas)
         autocast = autocast_for(self.device, options.precision)
         return DiffusionPlan(

@@ -184,7 +184,7 @@ def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
                 owners.setdefault(name, []).append(f"`sampler={kind}`")
     return {
         name: f"the sampler {section.kind} has no option `{name}`. It is one of "
-        + " and ".join(kinds)
+        + " and ".join([", ".join(kinds[:-1]), *kinds[-1:]] if kinds[1:] else kinds)
         + external.format(name)
         for name, kinds in owners.items()
     }

@@ -239,13 +239,13 @@ def test_trajectory(pipeline: str, tmp_path: Path, suffix: str) -> None:
     with Image.open(film) as movie:
         assert movie.n_frames == 6
         panel = 4 * 64 + 6
-        assert movie.size == (2 * panel + 12, panel + 16)
+        assert movie.size == (2 * panel + 12, panel + 20)
         movie.seek(5)
         last = np.asarray(movie.convert("RGB")).astype(int)
     # In the last frame the state and the estimate are the finished images.
     corner = np.asarray(Image.open(folder / "000000.png")).astype(int)
     for left in (0, panel + 12):
-        shown = last[16 : 16 + 64 : 8, left : left + 64 : 8]
+        shown = last[20 : 20 + 64 : 8, left : left + 64 : 8]
         assert abs(shown - corner).mean() < 30
 
 

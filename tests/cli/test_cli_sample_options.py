@@ -118,7 +118,11 @@ def test_all_options_can_be_given_as_they_are_printed(folders: dict[str, str]) -
         ("tiny", ["whatever=5"], "no option `whatever`. There are --steps, `solver`, "),
         ("tiny", ["eta=0.5"], "sampler edm has no option `eta`. It is one of `sampler=ddim`$"),
         ("tiny", ["clip=none"], "one of `sampler=ddpm` and `sampler=ddim`$"),
-        ("tiny", ["sampler=ddim", "s_churn=5"], "one of `sampler=edm` and `sampler=ablation`$"),
+        (
+            "tiny",
+            ["sampler=ddim", "s_churn=5"],
+            "`sampler=ablation` and `sampler=relay`$",
+        ),
         ("tiny", ["discretization=vp"], "one of `sampler=ablation`$"),
         ("tiny", ["skip=0.5"], "only networks made of bricks.*Leave out `skip`"),
         ("tiny", ["window=0,0,8,8"], "not know where its pixels lie.*Leave out `window`"),

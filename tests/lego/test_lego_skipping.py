@@ -274,7 +274,10 @@ def test_larger_pictures(options: dict[str, Any], shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": (20, 32)}, "must be a multiple of 16 or 2, 4, 8, 12.*windows or pad"),
+        (
+            {"size": (20, 32)},
+            "must be a multiple of 16 or 2, 4, 8, 12.*windows` or `layout=pad`",
+        ),
         ({"size": (8, 32), "layout": "windows"}, "do not fit into 8x32"),
         ({"size": (32, 32), "resolution": 32}, "give either"),
         ({"size": (32, 32), "layout": "mosaic"}, "'tiles', 'pad' or 'windows'"),

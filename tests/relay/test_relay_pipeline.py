@@ -259,9 +259,9 @@ def test_options_go_to_their_stage(relay: RelayPipeline) -> None:
     [
         ({"steps": 4}, r"first and second both take it.*first\.steps=.* or second\.steps="),
         ({"guidance": 2.0}, "both take it"),
-        ({"third.steps": 4}, "no option 'third.steps'"),
-        ({"sigma_strt": 4}, "Did you mean sigma_start"),
-        ({"first.s_block": 4}, "no option 's_block'|belongs to another sampler"),
+        ({"third.steps": 4}, "no option `third.steps`"),
+        ({"sigma_strt": 4}, "Did you mean `second.sigma_start`"),
+        ({"first.s_block": 4}, "edm has no option `s_block`. It is one of `sampler=relay`$"),
         ({"second.sampler": "edm"}, "start from pictures"),
         ({"stages": "third"}, "Choose first, second, both, all"),
         ({"stages": "first", "second.steps": 4}, "second does not run here"),

@@ -190,9 +190,9 @@ class RelaySamplerConfig(SamplerSection):
 
     kind: Literal["relay"] = "relay"
     steps: Steps = Field(18, description="from sigma_max on; those above sigma_start are left out")
-    sigma_min: PositiveFloat = 0.008
-    sigma_max: PositiveFloat = 80
-    rho: float = Field(7, ge=0.01, le=1000)
+    sigma_min: PositiveFloat = Field(0.008, description=LAST)
+    sigma_max: PositiveFloat = Field(80, description=FIRST)
+    rho: float = Field(7, ge=0.01, le=1000, description=LONG_STEPS)
     sigma_start: PositiveFloat = Field(0.9, description="noise that the enlarged picture may get")
     s_block: NonNegative = Field(0.15, description="strength of noise in blocks of pixels")
     s_noise: Probability = Field(0.2, description="share of new noise in every step's")
@@ -200,19 +200,21 @@ class RelaySamplerConfig(SamplerSection):
         "directions", description="as released, of first order; of second order; or none"
     )
     reuse_noise: bool = Field(False, description="corrections add the new noise of their step")
-    s_churn: NonNegative = 0
-    s_min: NonNegative = 0
-    s_max: NonNegative = math.inf
-    churn_noise: NonNegative = 1
+    s_churn: NonNegative = Field(0, description=CHURN)
+    s_min: NonNegative = Field(0, description=CHURN_FROM)
+    s_max: NonNegative = Field(math.inf, description=CHURN_TO)
+    churn_noise: NonNegative = Field(1, description=CHURN_SPREAD)
     block: Factor | None = Field(None, description="how many times the picture is enlarged")
-    blur_sigma_max: NonNegative | None = Field(None, description="pixels")
+    blur_sigma_max: NonNegative | None = Field(None, description="strongest blur, in pixels")
     prob_length: PositiveFloat | None = Field(
         None, description="ties blur to noise; above that of the training: less blur is assumed"
     )
-    min_scale: Probability | None = None
-    p_mean: FiniteFloat | None = None
-    p_std: PositiveFloat | None = None
-    unit_variance: bool | None = None
+    min_scale: Probability | None = Field(None, description="what is left of any frequency")
+    p_mean: FiniteFloat | None = Field(None, description="of the noise levels of the training")
+    p_std: PositiveFloat | None = Field(None, description="likewise")
+    unit_variance: bool | None = Field(
+        None, description="block noise leaves the noise its variance"
+    )
 
     @model_validator(mode="after")
     def _range_falls(self) -> Self:
