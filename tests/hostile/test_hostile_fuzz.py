@@ -161,7 +161,7 @@ def test_recipes_of_absurd_sizes(random: Random) -> None:
         build_denoiser(recipe)
         recipe_objective(recipe)
         build_view(recipe)
-        build_sampler(recipe.sampling)
+        build_sampler(recipe.fitted_sampling)
 
 
 @given(seeds)
