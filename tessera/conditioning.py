@@ -23,6 +23,11 @@ class Conditioning:
             image is complete.
         image: float32 [B, C, h, w] in model space, a low-resolution version of the image that is to
             be made (super-resolution). None: there is none.
+
+    Example:
+        >>> cond = Conditioning(labels=torch.tensor([3, 1]))
+        >>> cond.drop_labels(torch.tensor([False, True])).labels
+        tensor([ 3, -1])
     """
 
     labels: Tensor | None = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tessera.errors import TesseraError
+
 
 class Model(nn.Module):
     """A network and what surrounds it; a denoiser is one kind of model.
@@ -46,12 +48,34 @@ def tunings(module: nn.Module) -> dict[nn.Parameter, Tuning]:
     """What the modules in `module` say of their parameters, by a method `tuning()`.
 
     It gives a `Tuning` for each name of a parameter (as in `named_parameters`) that needs one.
+
+    Raises:
+        TesseraError: a name is that of no parameter.
+
+    Example:
+        >>> import torch
+        >>> class Scale(nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.gain = nn.Parameter(torch.ones(3, 1))
+        ...
+        ...     def tuning(self) -> dict[str, Tuning]:
+        ...         return {"gain": Tuning(lr=0.1, decay=False)}
+        >>> [*tunings(nn.Sequential(Scale(), nn.Linear(2, 2))).values()]
+        [Tuning(lr=0.1, decay=False)]
     """
     found: dict[nn.Parameter, Tuning] = {}
     for part in module.modules():
         own = getattr(part, "tuning", None)
         if callable(own):
-            found |= {part.get_parameter(name): tuning for name, tuning in own().items()}
+            known = dict(part.named_parameters())
+            for name, tuning in own().items():
+                if name not in known:
+                    raise TesseraError(
+                        f"tuning() of {type(part).__name__} names {name!r}, which is none of its "
+                        f"parameters: {', '.join(known)}"
+                    )
+                found[known[name]] = tuning
     return found
 
 

@@ -76,6 +76,14 @@ class AddressedDraws:
         images: int64 [B], image numbers in the run (images seen before the step + position in the
             global batch), on the device where the draws are wanted.
         images_seen: images before the step.
+
+    Example:
+        >>> draws = AddressedDraws(0, torch.tensor([5, 6]))
+        >>> draws.normal("noise", 3, 4, 4).shape
+        torch.Size([2, 3, 4, 4])
+        >>> again = AddressedDraws(0, torch.tensor([6]))  # what the others are does not matter
+        >>> bool(again.uniform("sigma") == draws.uniform("sigma")[1])
+        True
     """
 
     def __init__(self, seed: int, images: Tensor, images_seen: int = 0) -> None:

@@ -289,10 +289,9 @@ def test_python_gives_options_that_there_are(page: Path) -> None:
     code = [block for language, block in FENCED.findall(page.read_text()) if language == "python"]
     code += [part for part in lines(page)[1] if re.fullmatch(r"pipe\.\w+\(.*\)", part)]
     for node in (node for part in code for node in ast.walk(ast.parse(part))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in methods:
-                used = {keyword.arg for keyword in node.keywords if keyword.arg}
-                assert used <= known, used - known
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in methods:
+            used = {keyword.arg for keyword in node.keywords if keyword.arg}
+            assert used <= known, used - known
 
 
 def test_what_is_wrong_is_found() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.errors import TesseraError
 from tessera.files import check_free
 
@@ -24,6 +25,7 @@ def bricks(
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace a file of that name."),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
+    own_parts: OwnParts = None,
 ) -> None:
     """Show what each brick of a stack makes of a sample, at a few noise levels."""
     from tessera.cli.sample import parse_options, plain_warnings
@@ -36,6 +38,6 @@ def bricks(
     check_free(out, overwrite)
     given = parse_options(overrides or ())
     with plain_warnings():
-        pipe = load(pipeline, ema=ema, device=device)
+        pipe = load(pipeline, ema=ema, device=device, parts=import_parts(own_parts))
         save_png(out, brick_picture(pipe, seed, labels, rows=rows, **given))
     print(f"written to {out}")

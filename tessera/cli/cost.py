@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 
 if TYPE_CHECKING:
     from tessera.pipelines.counting import Cost
+    from tessera.recipes.parts import Parts
     from tessera.recipes.schema import Recipe
     from tessera.training.forecast import Forecast
 
@@ -34,6 +36,7 @@ def cost(
         False, "--probe", help="Train for five seconds to tell the time and memory needed here."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print plain numbers as JSON."),
+    own_parts: OwnParts = None,
 ) -> None:
     """Count parameters, FLOPs and memory of a recipe, without training anything.
 
@@ -45,10 +48,11 @@ def cost(
     from tessera.pipelines.loading import estimate
     from tessera.recipes.loading import load_recipe
 
+    parts = import_parts(own_parts)
     loaded, given = load_recipe(recipe, overrides or ()), parse_options(sample)
     # First, because counting needs memory, too.
-    forecast = _probe(loaded, show=not as_json) if probe else None
-    result = estimate(loaded, **given)
+    forecast = _probe(loaded, parts, show=not as_json) if probe else None
+    result = estimate(loaded, parts, **given)
     if as_json:
         values = dataclasses.asdict(result) | {"train_bytes": result.train_bytes}
         if forecast is not None:
@@ -58,8 +62,8 @@ def cost(
         return
     rows = _rows(loaded, result, given)
     if forecast is not None:
-        blank = "" if loaded.data.path else "from blank images: "
-        here = described(forecast)
+        blank = "" if loaded.data.path or parts.dataset else "from blank images: "
+        here = in_table(forecast)
         rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),
@@ -107,18 +111,19 @@ def _rows(recipe: Recipe, result: Cost, given: Mapping[str, Any]) -> list[tuple[
     ]
 
 
-def _probe(recipe: Recipe, *, show: bool) -> Forecast:
+def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
     """What a run of the recipe takes here, from its beginning to its end."""
     from tessera import distributed
     from tessera.training.feed import Feed
     from tessera.training.probe import blank_images, measure
 
     with distributed.session() as device:
-        feed = Feed(recipe, device, dataset=None if recipe.data.path else blank_images(recipe))
-        return measure(recipe, feed, device, show=show).forecast(recipe, feed.view, 0)
+        real = recipe.data.path is not None or parts.dataset is not None
+        feed = Feed(recipe, device, parts, None if real else blank_images(recipe))
+        return measure(recipe, feed, device, parts=parts, show=show).forecast(recipe, feed.view, 0)
 
 
-def described(forecast: Forecast) -> dict[str, str]:
+def in_table(forecast: Forecast) -> dict[str, str]:
     """Time and memory of a run, as rows of a table."""
     extra = forecast.extra_seconds
     parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.errors import TesseraError
 
 
@@ -19,6 +20,7 @@ def experts(
         metavar="SNR,...",
         help="Signal-to-noise ratios between them, falling. (default: as trained)",
     ),
+    own_parts: OwnParts = None,
 ) -> None:
     """Put experts together into one pipeline, which samples like any other."""
     from tessera.pipelines.experts import assemble
@@ -30,7 +32,9 @@ def experts(
         values = [float(part) for part in (thresholds or "").split(",") if part.strip()]
     except ValueError:
         raise TesseraError(f"--thresholds {thresholds!r}: give numbers like 4,0.25") from None
-    made = assemble([load(source, device="cpu") for source in pipelines], values)
+    parts = import_parts(own_parts)
+    pipes = [load(source, device="cpu", parts=parts) for source in pipelines]
+    made = assemble(pipes, values)
     made.save(out)
     between = ", ".join(f"{threshold:g}" for threshold in made.recipe.snr_splits)
     print(f"{len(pipelines)} experts, SNR thresholds {between}, written to {out}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from tessera.cli.eval_checks import check_destination
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import print_facts
 from tessera.errors import TesseraError
 
@@ -28,6 +29,7 @@ def nll(
     out: Path | None = typer.Option(None, help="NPZ for the terms of every image and step."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the NPZ if it exists."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    own_parts: OwnParts = None,
 ) -> None:
     """Bits per dimension: an upper bound of what a model needs to code real images."""
     import numpy as np
@@ -42,8 +44,9 @@ def nll(
 
     if out is not None:
         check_destination(out, "terms", overwrite=overwrite, source=data)
+    parts = import_parts(own_parts)
     with distributed.session(device) as where:
-        pipe, images = load(pipeline, ema=ema, device=where), open_images(data)
+        pipe, images = load(pipeline, ema=ema, device=where, parts=parts), open_images(data)
         if not isinstance(pipe, DiffusionPipeline):
             raise TesseraError(
                 f"{pipeline} is a pipeline of kind {pipe.kind}, whose likelihood is not known; "

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
 from tessera.files import check_folder_name, check_free
@@ -84,6 +85,7 @@ def sample(
     precision: Precision = typer.Option(
         Precision.auto, help="Arithmetic of the network; auto: bf16 where it is fast, else fp32."
     ),
+    own_parts: OwnParts = None,
 ) -> None:
     """Make images, the same one for a seed whatever the batch size and number of processes.
 
@@ -99,8 +101,10 @@ def sample(
     from tessera.sampling.seeds import parse_seeds
 
     given = parse_options(overrides or (), steps=steps, guidance=guidance)
+    parts = import_parts(own_parts)
     if options:
-        print_options(load(pipeline, ema=ema, vae=vae, device="cpu"), given.get("sampler"))
+        pipe = load(pipeline, ema=ema, vae=vae, device="cpu", parts=parts)
+        print_options(pipe, given.get("sampler"))
         return
     if guide is not None and guidance == 1:
         raise TesseraError("`guide` does nothing at `guidance=1`. Give a weight, like 1.5")
@@ -114,13 +118,13 @@ def sample(
 
     wanted = parse_seeds(seeds)
     with distributed.session(device) as target, plain_warnings():
-        pipe = load(pipeline, ema=ema, vae=vae, device=target)
+        pipe = load(pipeline, ema=ema, vae=vae, device=target, parts=parts)
         wanted_precision = cast("Arithmetic", precision.value)
         given |= {"precision": resolve(wanted_precision, target, together=True)}
         if start_from is not None:
             given["start_from"] = _read_images(start_from)
         if guide is not None:
-            given["guide"] = load(guide, device=target)
+            given["guide"] = load(guide, device=target, parts=parts)
         job = Job(pipe, wanted, "-1" if labels == "none" else labels, batch, given)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
         summary = _write(job, kind, places, subdirs, film)

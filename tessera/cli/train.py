@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tessera.cli.parts import OwnParts, import_parts
+
 if TYPE_CHECKING:
     from tessera.training.trainer import Trainer
 
@@ -23,6 +25,7 @@ def train(
     resume: str | None = typer.Option(
         None, "--resume", metavar="RUN", help="Go on with the run in this folder."
     ),
+    own_parts: OwnParts = None,
 ) -> None:
     """Train a model, or go on with a run.
 
@@ -33,11 +36,13 @@ def train(
     torchrun --nproc_per_node 8 -m tessera train edm-cifar10-cond-vp data.path=c.zip
     """
     from tessera import distributed
+    from tessera.cli.sample import plain_warnings
     from tessera.errors import RecipeError
     from tessera.recipes.loading import load_recipe
     from tessera.training import run_folder
     from tessera.training.trainer import Trainer
 
+    parts = import_parts(own_parts)
     changes = list(overrides or [])
     if resume is not None:
         chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes)
@@ -50,20 +55,21 @@ def train(
     else:
         chosen = load_recipe(recipe, changes)
     with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
-        trainer = Trainer(chosen, resume=resume, probe=True)
+        with plain_warnings():
+            trainer = Trainer(chosen, resume=resume, parts=parts, probe=True)
         if distributed.is_main():
-            _describe(trainer)
+            _describe(trainer, f"{', '.join(parts.names)}, of {own_parts}" if own_parts else None)
         trainer.run()
         if distributed.is_main():
-            _conclude(trainer)
+            _conclude(trainer, f"--with {own_parts} " if own_parts else "")
     if trainer.stopped_by is not None:
         raise typer.Exit(128 + trainer.stopped_by)
 
 
-def _describe(trainer: Trainer) -> None:
+def _describe(trainer: Trainer, own_parts: str | None) -> None:
     """A short table of what is about to happen."""
     from tessera import distributed
-    from tessera.cli.cost import described
+    from tessera.cli.cost import in_table
     from tessera.cli.tables import print_facts
     from tessera.progress import quantity
 
@@ -81,10 +87,13 @@ def _describe(trainer: Trainer) -> None:
     options += ["compiled"] if training.compile else []
     options += [training.parallel.upper()] if processes > 1 else []
     micro = f", {training.micro_batch} at a time" if training.micro_batch else ""
+    # A network of the user's own has a name of its own.
+    network = getattr(recipe.network, "name", "") or recipe.network.kind
     rows = {
         "recipe": recipe.name,
-        "network": f"{recipe.network.kind}, {quantity(count)} parameters",
-        "data": f"{recipe.data.path}: {len(dataset):,} images, {width}x{height}, "
+        **({"own parts": own_parts} if own_parts else {}),
+        "network": f"{network}, {quantity(count)} parameters",
+        "data": f"{recipe.data.path or dataset.name}: {len(dataset):,} images, {width}x{height}, "
         f"{'grey' if channels == 1 else 'colour'}{classes}",
         "device": where,
         "precision": ", ".join(options),
@@ -93,26 +102,26 @@ def _describe(trainer: Trainer) -> None:
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
-        rows |= described(trainer.forecast)
+        rows |= in_table(trainer.forecast)
     print_facts(rows)
 
 
-def _conclude(trainer: Trainer) -> None:
-    """Where things are and what can be done next."""
+def _conclude(trainer: Trainer, own: str) -> None:
+    """Where things are and what can be done next; `own` is the option that brings own parts."""
     run, images = shlex.quote(str(trainer.run_dir)), trainer.recipe.training.images
     if trainer.stopped_by is not None:
         reason = signal.Signals(trainer.stopped_by).name
         print(f"stopped by {reason} after {trainer.images_seen:,} images; saved. To go on:")
-        print(f"  {_launcher()}tessera train --resume {run}")
+        print(f"  {_launcher()}tessera train {own}--resume {run}")
         return
     print(f"trained on {trainer.images_seen:,} images. Next:")
     if trainer.recipe.expert is not None:
         experts = ["..."] * (1 + len(trainer.recipe.snr_splits))
         experts[trainer.recipe.expert] = run
-        print(f"  tessera experts NAME {' '.join(experts)}   # with the other experts' runs")
+        print(f"  tessera experts {own}NAME {' '.join(experts)}   # with the other experts' runs")
     else:
-        print(f"  tessera sample {run} --seeds 0-63 --out samples/")
-    print(f"  tessera train --resume {run} training.images={2 * images}   # to train longer")
+        print(f"  tessera sample {own}{run} --seeds 0-63 --out samples/")
+    print(f"  tessera train {own}--resume {run} training.images={2 * images}   # to train longer")
 
 
 def _launcher() -> str:

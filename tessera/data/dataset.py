@@ -147,9 +147,14 @@ def open_dataset(
         DataError: nothing to read at `path`, or labels that do not fit.
 
     Examples:
-        >>> dataset = open_dataset("photos-64.zip")  # doctest: +SKIP
-        >>> dataset.read(np.arange(4)).shape  # doctest: +SKIP
-        (4, 3, 64, 64)
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> for name in ("cats/a.png", "dogs/b.png"):
+        ...     Path("photos", name).parent.mkdir(parents=True)
+        ...     Image.new("RGB", (64, 64)).save(Path("photos", name))
+        >>> dataset = open_dataset("photos")
+        >>> dataset.read(np.arange(2)).shape, dataset.labels.tolist(), dataset.class_names
+        ((2, 3, 64, 64), [0, 1], ('cats', 'dogs'))
     """
     path = user_path(path)
     reader: ImageReader

@@ -176,6 +176,11 @@ class DiscreteObjective(nn.Module):
         quartile = (index - first) * 4 // count
         return {"loss": loss, "loss_per_pixel": loss, **terms, "quartile": quartile}
 
+    def sigma(self, denoiser: Denoiser, device: torch.device, draws: Draws) -> Tensor:
+        """The noise levels [B] that the loss of these draws is taken at, before it is taken."""
+        tables = self._tables_for(denoiser, device)
+        return tables.sigmas[self._draw(tables, draws)[0]]
+
     def _draw(self, tables: _Tables, draws: Draws) -> tuple[Tensor, Tensor]:
         """Steps [B], and the factors that make up for drawing some more often than others."""
         first, count = tables.owned

@@ -22,16 +22,24 @@ _SQUARE = 2048
 
 
 def sincos_table(width: int, rows: int, columns: int) -> Tensor:
-    """Sines and cosines of a token's place in a grid, float32 [1, rows columns, width].
+    """`sincos` of every place in a grid, row after row, float32 [1, rows columns, width]."""
+    row, column = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in (rows, columns)), indexing="ij"
+    )
+    return sincos(column.flatten(), row.flatten(), width)[None]
+
+
+def sincos(columns: Tensor, rows: Tensor, width: int) -> Tensor:
+    """Sines and cosines of places in a grid, each [...] and not only whole: [..., width], float32.
 
     The first half encodes the column, the second the row; in each, sines at the frequencies
-    10000^(-i / (width / 4)), then cosines. Computed in float64.
+    10000^(-i / (width / 4)), then cosines. Computed in the places' own precision.
     """
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequency for place in (column, row)]
-    table = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
-    return table.to(torch.float32)[None]
+    index = torch.arange(width // 4, dtype=columns.dtype, device=columns.device)
+    frequency = 10000.0 ** -(index / (width // 4))
+    angles = [place[..., None] * frequency for place in (columns, rows)]
+    table = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=-1)
+    return table.to(torch.float32)
 
 
 class TimestepEmbedding(nn.Module):
@@ -43,7 +51,8 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, noise: Tensor) -> Tensor:
-        embedding: Tensor = self.mlp(self.features(noise))
+        dtype = next(self.mlp.parameters()).dtype
+        embedding: Tensor = self.mlp(self.features(noise).to(dtype))
         return embedding
 
 

@@ -115,8 +115,11 @@ class Pipeline(ABC):
         checksum: SHA-256 of the weights file; None for a model that was not loaded from a folder.
 
     Example:
-        >>> pipe = tessera.load("runs/a")  # doctest: +SKIP
-        >>> images = pipe.sample(range(16), labels=3, guidance=1.5)  # doctest: +SKIP
+        >>> from tessera.pipelines.loading import build_pipeline
+        >>> from tessera.recipes.loading import load_recipe
+        >>> pipe = build_pipeline(load_recipe("quickstart-digits"))  # or tessera.load("runs/a")
+        >>> pipe.sample(range(4), labels=3, guidance=1.5, steps=2).shape
+        (4, 16, 16, 1)
     """
 
     kind: ClassVar[str]

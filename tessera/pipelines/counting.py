@@ -187,11 +187,14 @@ def together(trainings: Sequence[Training]) -> Training:
 def _train_flops(recipe: Recipe, model: Model, parts: Parts) -> int:
     """FLOPs of one training image, forward and backward, on meta tensors."""
     x, cond, draws = _inputs(recipe, 1, torch.device("meta"))
+    objective = _objective(recipe, parts)
+    if isinstance(objective, nn.Module):
+        objective.to("meta")
     flops = images = 0.0
     for plan, share in build_view(recipe, parts).shares():
         crop = x if plan.patch is None else x[:, :, : plan.patch, : plan.patch]
         with FlopCounterMode(display=False) as counter:
-            terms = _objective(recipe, parts)(model, crop, cond, draws)
+            terms = objective(model, crop, cond, draws)
             torch.autograd.backward(terms["loss"].sum())
         flops += share * plan.images * counter.get_total_flops()
         images += share * plan.images

@@ -20,7 +20,7 @@ from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import ExpertsPipeline
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
-from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
 
 KINDS: dict[str, type[Pipeline]] = {
@@ -52,7 +52,10 @@ def load(
         TesseraError: a VAE for a model of pixels, or a device that this machine has not.
 
     Example:
-        >>> pipe = tessera.load("runs/a", device="cpu")  # doctest: +SKIP
+        >>> from tessera import load_recipe
+        >>> build_pipeline(load_recipe("quickstart-digits")).save("digits")
+        >>> load("digits", device="cpu").model.num_classes
+        10
     """
     where = distributed.device(None if device is None else str(device))
     pipe = _open(folders.find_folder(source), None if ema is None else str(ema), parts)
@@ -141,6 +144,12 @@ def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
     try:
         return build_pipeline(recipe, model, parts=parts).cost(**options)
     except RuntimeError as error:  # of tensors with more numbers than can be counted
+        if external(recipe):
+            raise TesseraError(
+                f"{recipe.name}: what its own parts compute cannot be counted on tensors without "
+                f"data, for they look at values, or hold tensors that are no buffers: "
+                f"{described(error)}"
+            ) from error
         raise TesseraError(
             f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
             "images or training.micro_batch smaller"

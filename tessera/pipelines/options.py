@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
 from tessera.recipes.messages import describe
+from tessera.recipes.overrides import merge
 from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
 from tessera.recipes.schema.sampling import SamplerSection
+from tessera.recipes.text import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16"]
 Output = Literal["numpy", "pil", "tensor"]
@@ -41,10 +43,12 @@ class Option:
 
 def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
     """The options of a section."""
-    for name, field in type(section).model_fields.items():
-        if name != "kind":
-            value = getattr(section, name)
-            yield Option(title, prefix + name, value, field.description or "")
+    for name in _names(type(section)):
+        value, meaning = getattr(section, name), type(section).model_fields[name].description or ""
+        if isinstance(value, dict) and value:
+            yield from (Option(title, f"{prefix}{name}.{k}", v, meaning) for k, v in value.items())
+        else:
+            yield Option(title, prefix + name, value, meaning)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
@@ -67,7 +71,8 @@ def fill(
 
     Args:
         sections: what the model takes, with its defaults; no name occurs in two of them.
-        given: name to value, which may be text; parts of a nested section as `levels.steps`.
+        given: name to value, which may be text; parts of a nested section as `levels.steps`. Text
+            for an `options.NAME` of an external part, whose type is not known, is YAML.
         refused: names that other models take, and the message that says why this one does not.
 
     Raises:
@@ -90,6 +95,8 @@ def _names(section: type[Section]) -> list[str]:
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    if "options" in path[:-1] and isinstance(value, str):
+        value = read_yaml(value, ".".join(path))
     for part in path[:-1]:
         values = values.setdefault(part, {})
     values[path[-1]] = value
@@ -111,19 +118,14 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if isinstance(section, SamplerSection) and values.get("levels") is not None:
         # Other noise levels take the place of those that the recipe gives the sampler.
         before = {k: v for k, v in before.items() if k not in section.OWN_LEVELS}
-    merged = {
-        name: {**before[name], **value}
-        if isinstance(value, Mapping) and isinstance(before.get(name), dict)
-        else value
-        for name, value in values.items()
-    }
+    merged = merge(before, values)
     try:
-        return type(section).model_validate({**before, **merged})
+        return type(section).model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        nested = first["loc"] and isinstance(merged.get(str(first["loc"][0])), Mapping)
+        nested = first["loc"] and isinstance(values.get(str(first["loc"][0])), Mapping)
         if nested or first["type"].startswith("model_"):
-            text = describe(error, {**before, **merged}, type(section))
+            text = describe(error, merged, type(section))
             raise TesseraError(text.splitlines()[0]) from error
         where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
@@ -134,14 +136,17 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
 
 def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     """Names that other samplers take, and what to do to use them."""
+    own = type(section).model_fields
+    external = "; an own sampler has it as options.{}, if at all" if "options" in own else ""
     owners: dict[str, list[str]] = {}
     for kind, other in SAMPLERS.items():
         for name in _names(other):
-            if name not in type(section).model_fields and kind != "external":
+            if name not in own and kind != "external":
                 owners.setdefault(name, []).append(f"`sampler={kind}`")
     return {
         name: f"the sampler {section.kind} has no option `{name}`. It is one of "
         + " and ".join(kinds)
+        + external.format(name)
         for name, kinds in owners.items()
     }
 

@@ -31,6 +31,7 @@ from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
+from tessera.recipes.external import own_network, own_objective, own_refine, own_sampler
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.size import check_fits
 from tessera.sampling.ablation import ablation_levels, ablation_sampler
@@ -48,7 +49,8 @@ def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 
         copies: how often numbers as many as its weights are kept in the end.
 
     Raises:
-        RecipeError: they do not fit into memory. Never on the meta device, where nothing is kept.
+        RecipeError: they do not fit into memory (never on the meta device, where nothing is kept),
+            or an external network is missing or does not fit the recipe.
     """
     # A network of the caller's own is made once, and by the caller's own rules.
     external = isinstance(recipe.network, schema.ExternalNetworkConfig)
@@ -91,8 +93,7 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
                 **_options(section),
             )
         case schema.ExternalNetworkConfig():
-            made: nn.Module = parts.need("network", "network.kind")(recipe, **section.options)
-            return made
+            return own_network(recipe, section, parts)
         case schema.SongUNetConfig():
             network = SongUNet
         case schema.AdmUNetConfig():
@@ -171,8 +172,7 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
     """What training a recipe minimises, at the noise levels of its expert if it is one."""
     section = recipe.objective
     if isinstance(section, schema.ExternalObjectiveConfig):
-        made: Objective = parts.need("objective", "objective.kind")(recipe, **section.options)
-        return made
+        return own_objective(recipe, section, parts)
     noise_levels = EVERYWHERE
     if recipe.expert is not None:
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
@@ -226,10 +226,10 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
     """
     options = section.model_dump(exclude={"kind", "levels", "refine"})
     if section.refine is not None:
-        options["refine"] = parts.need("refine", "sampling.refine")(**section.refine.options)
+        options["refine"] = own_refine(section.refine, parts)
     match section:
         case schema.ExternalSamplerConfig():
-            sampler: Sampler = parts.need("sampler", "sampling.kind")(**section.options)
+            sampler = own_sampler(section, parts, options.get("refine"))
         case schema.EdmSamplerConfig():
             sampler = edm_sampler(**options)
         case schema.AblationSamplerConfig():

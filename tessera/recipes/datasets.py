@@ -9,6 +9,7 @@ from tessera.data.dataset import Dataset, open_dataset
 from tessera.data.latents import LatentDataset, is_latents, open_latents
 from tessera.errors import RecipeError
 from tessera.randomness import derive_seed
+from tessera.recipes.external import trained_dataset
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
 
@@ -17,23 +18,30 @@ def open_training_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset:
     """The data set that a recipe trains on, checked against the recipe.
 
     Args:
-        parts: of which `dataset`, if it is given, makes the set in place of `data.path`.
+        parts: of which `dataset`, if it is there, makes the set in place of `data.path`.
 
     Raises:
         RecipeError: nothing to train on, or it does not fit; every difference is named.
         DataError: the set is damaged.
     """
-    dataset = _open(recipe, parts)
-    _check(recipe, dataset)
+    seed = derive_seed(recipe.training.seed, "subset")
+    if parts.dataset is None:
+        dataset = _open(recipe, seed)
+        _check(
+            recipe, dataset, str(recipe.data.path), "convert the images with: tessera data convert"
+        )
+    else:
+        dataset = trained_dataset(recipe, parts, seed)
+        _check(recipe, dataset, f"the own data set {dataset.name}", "the data set")
     return dataset
 
 
-def _open(recipe: Recipe, parts: Parts) -> Dataset:
-    if parts.dataset is not None:
-        return parts.dataset(recipe)
+def _open(recipe: Recipe, seed: int) -> Dataset:
     if recipe.data.path is None:
         raise RecipeError(
-            "data.path is not set: give the images to train on, for example data.path=photos.zip"
+            "data.path is not set: give the images to train on, for example data.path=photos.zip, "
+            "or a `dataset` of your own (--with MODULE on the command line, parts=Parts(dataset="
+            "...) in Python)"
         )
     path, max_images, xflip = recipe.data.path, recipe.data.max_images, recipe.data.xflip
     if not Path(path).exists():
@@ -41,7 +49,6 @@ def _open(recipe: Recipe, parts: Parts) -> Dataset:
             f"data.path: there is nothing at {path} (seen from {Path.cwd()}). Say where the images "
             "are with data.path=...; a run that is resumed takes it too"
         )
-    seed = derive_seed(recipe.training.seed, "subset")
     if not isinstance(recipe.codec, VaeCodecConfig):
         if is_latents(path):
             raise RecipeError(
@@ -60,19 +67,16 @@ def _open(recipe: Recipe, parts: Parts) -> Dataset:
     return open_latents(path, max_images=max_images, seed=seed, xflip=xflip)
 
 
-def _check(recipe: Recipe, dataset: Dataset) -> None:
+def _check(recipe: Recipe, dataset: Dataset, source: str, remedy: str) -> None:
     """Compare the data with the recipe; every difference is named."""
-    data, problems, remedy = (
-        recipe.data,
-        list[str](),
-        "convert the images with: tessera data convert",
-    )
+    data, problems = recipe.data, list[str]()
+    shape = dataset.shape
+    if not recipe.codec.of_pixels:
+        # Of the images that the latents were made of.
+        shape = data.channels, data.resolution, data.resolution
     if isinstance(dataset, LatentDataset):
         problems += _latent_problems(recipe, dataset)
         remedy = "make the latents anew with: tessera data latents"
-        shape: tuple[int, int, int] = (data.channels, data.resolution, data.resolution)
-    else:
-        shape = dataset.shape
     channels, height, width = shape
     if height != width:
         problems.append(f"its images are {width}x{height} pixels; they must be square")
@@ -92,7 +96,7 @@ def _check(recipe: Recipe, dataset: Dataset) -> None:
         )
     if problems:
         raise RecipeError(
-            f"{data.path} does not fit the recipe:\n  "
+            f"{source} does not fit the recipe:\n  "
             + "\n  ".join(problems)
             + f"\nChange those keys, or {remedy}"
         )

@@ -35,6 +35,10 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     Raises:
         RecipeError: no such recipe or file, or a key or value that does not fit; the message names
             every such key.
+
+    Example:
+        >>> load_recipe("cifar10-small", ["training.batch=8", "view.kind=patches"]).patch_sizes
+        (8, 16, 32)
     """
     source = os.fspath(name_or_path)
     return parse_recipe(apply_overrides(_read(source), overrides), source)

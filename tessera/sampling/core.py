@@ -94,6 +94,11 @@ class Sampler:
     Attributes:
         levels: where the steps begin, of the denoiser at hand.
         solver: makes the steps.
+
+    Example:
+        >>> from tessera.sampling.edm import sample_edm
+        >>> Sampler(lambda denoiser: [80.0, 10.0, 1.0], sample_edm).levels(Denoiser())
+        [80.0, 10.0, 1.0]
     """
 
     levels: Levels

@@ -33,6 +33,7 @@ from tessera.metrics.reference import (
 )
 from tessera.pipelines.stream import sample_stream
 from tessera.recipes.build import build_codec
+from tessera.recipes.external import own_dataset
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
@@ -121,14 +122,14 @@ class Evaluation:
     ) -> tuple[FeatureExtractor, Measured]:
         """The extractor and the measured reference."""
         wanted = needs(chosen(config.metrics), reference=True)
-        path = Path(config.reference or str(self._recipe.data.path))
+        path = _reference(self._recipe, config)
         stored = self._run_dir / _stored_name(path, config, wanted)
         if config.features == "classifier":
             return self._open_classifier(path, stored, config, wanted, device)
         extractor = open_extractor(config.features, config.weights, device)
-        if is_measured(path) or (stored.is_file() and not wanted.features):
-            file = path if is_measured(path) else stored
-            known = read_measured(file, config.features)
+        given = path is not None and is_measured(path)
+        if given or (stored.is_file() and not wanted.features):
+            known = read_measured(path if path is not None and given else stored, config.features)
             _check_known(known, config, wanted)
             return extractor, complete(known, wanted, lambda: extractor)
         measured = measure_images(
@@ -142,20 +143,20 @@ class Evaluation:
 
     def _open_classifier(
         self,
-        path: Path,
+        path: Path | None,
         stored: Path,
         config: EvaluateConfig,
         wanted: Needs,
         device: torch.device,
     ) -> tuple[FeatureExtractor, Measured]:
-        file = path if has_classifier(path) else stored
+        file = path if path is not None and has_classifier(path) else stored
         with distributed.main_first():
             if not file.is_file():
                 save_reference(file, build_reference(self._images(path), device=device))
         reference = load_reference(file, device)
         extractor, measured = reference.extractor, reference.measured()
         if wanted.features:
-            images = self._images(path if file == stored else Path(str(self._recipe.data.path)))
+            images = self._images(path if file == stored else _training_images(self._recipe))
             made = measure_images(
                 data_source(images, batch=config.batch),
                 extractor,
@@ -164,21 +165,36 @@ class Evaluation:
             measured = replace(measured, features=made.features)
         return extractor, measured
 
-    def _images(self, path: Path) -> LabelledImages:
-        """Real images; those of the training as the training sees them, without their alpha."""
+    def _images(self, path: Path | None) -> LabelledImages:
+        """Real images; those of the training as the training sees them, without their alpha.
+
+        None: those of the caller's own data set.
+        """
+        if path is None:
+            return own_dataset(self._recipe, self._parts)
         return open_dataset(path) if str(path) == self._recipe.data.path else open_images(path)
 
 
-def _stored_name(path: Path, config: EvaluateConfig, wanted: Needs) -> str:
+def _training_images(recipe: Recipe) -> Path | None:
+    """Where the training images are; None for a data set that the caller handed over."""
+    return None if recipe.data.path is None else Path(recipe.data.path)
+
+
+def _reference(recipe: Recipe, config: EvaluateConfig) -> Path | None:
+    """What samples are compared with; None for a data set that the caller handed over."""
+    return _training_images(recipe) if config.reference is None else Path(config.reference)
+
+
+def _stored_name(path: Path | None, config: EvaluateConfig, wanted: Needs) -> str:
     """File for the statistics of the images at `path`; another for other features of them.
 
     A resumed run may have another section than the one that made the file.
     """
-    facts = (str(path.resolve()), config.features, config.weights, wanted.spatial_moments)
+    facts = (str(path and path.resolve()), config.features, config.weights, wanted.spatial_moments)
     return f"evaluation-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.ref.npz"
 
 
-def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
+def check_reference(recipe: Recipe, config: EvaluateConfig, parts: Parts = NO_PARTS) -> None:
     """Say before the training, not at the first score, that there is nothing to compare with.
 
     Raises:
@@ -187,19 +203,25 @@ def check_reference(recipe: Recipe, config: EvaluateConfig) -> None:
         CheckpointError: the autoencoder that decodes the samples cannot be had.
     """
     build_codec(recipe.codec).prepare()
-    path = Path(config.reference or str(recipe.data.path))
-    if not path.exists():
+    path = _reference(recipe, config)
+    if path is None and parts.dataset is None:
+        raise RecipeError("evaluate.reference is not set, and there are no images at data.path")
+    if path is not None and not path.exists():
         raise RecipeError(f"evaluate.reference: there is nothing at {path}")
-    if is_latents(path):
+    own_latents = path is None and not recipe.codec.of_pixels
+    if own_latents or (path is not None and is_latents(path)):
         raise RecipeError(
-            f"{path} holds latents, but scores compare decoded samples with real images: set "
-            "evaluate.reference to a reference file or to the images that the latents were made of"
+            f"{path or 'the own data set'} holds latents, but scores compare decoded samples with "
+            "real images: set evaluate.reference to a reference file or to the images that the "
+            "latents were made of"
         )
     wanted = needs(chosen(config.metrics), reference=True)
     if config.features != "classifier":
         find_extractor(config.features, config.weights)
-        if is_measured(path):
+        if path is not None and is_measured(path):
             _check_known(read_measured(path, config.features), config, wanted)
+        return
+    if path is None:
         return
     classifier = has_classifier(path)
     if is_measured(path) and not classifier:

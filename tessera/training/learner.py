@@ -19,6 +19,7 @@ from tessera.model import Model
 from tessera.precision import autocast, resolve
 from tessera.randomness import Draws, derive_seed
 from tessera.recipes.build import build_model, recipe_objective
+from tessera.recipes.external import check_trained
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EmaConfig, OptimizerConfig, Recipe, TrainingConfig
 from tessera.training import guard, optimizers, parallel
@@ -268,8 +269,14 @@ def fresh_model(recipe: Recipe, device: torch.device, parts: Parts = NO_PARTS) -
 def learner_of(
     recipe: Recipe, model: Model, device: torch.device, parts: Parts = NO_PARTS
 ) -> Learner:
-    """What trains `model` as the recipe says."""
-    step = TrainStep(model, recipe_objective(recipe, parts))
+    """What trains `model` as the recipe says.
+
+    Raises:
+        RecipeError: an external part is missing, or does not fit the recipe.
+    """
+    objective = recipe_objective(recipe, parts)
+    check_trained(recipe, model, objective)
+    step = TrainStep(model, objective)
     return Learner(step, recipe.optimizer, recipe.ema, recipe.training, device)
 
 

@@ -33,7 +33,8 @@ def compile_blocks(module: nn.Module, device: torch.device) -> None:
     Blocks of one class share their compiled code when their shapes agree.
 
     Raises:
-        TrainingError: the CPU needs a C++ compiler, and there is none.
+        TrainingError: the CPU needs a C++ compiler, and there is none; or the network names no
+            blocks.
     """
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise TrainingError(
@@ -41,6 +42,11 @@ def compile_blocks(module: nn.Module, device: torch.device) -> None:
             "Install one (Debian, Ubuntu: apt install g++), or set training.compile=false"
         )
     blocks = repeated_blocks(module)
+    if not blocks:
+        raise TrainingError(
+            "training.compile compiles the blocks that a network names, and this one names none: "
+            "give it a method blocks(), a list of modules, or set training.compile=false"
+        )
     # Every block and every image size that a block sees is a version of the same code to PyTorch,
     # which by default gives up after 8.
     limit = max(64, 8 * len(blocks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,17 @@ class Trainer:
         TesseraError: recipe, data or run folder do not fit; the message says what to do.
 
     Example:
-        >>> trainer = Trainer(load_recipe("quickstart-digits", ["data.path=digits.zip"]))
-        >>> for report in trainer.steps():  # doctest: +SKIP
-        ...     if report.images >= 100_000:
+        >>> from tessera import Parts, load_recipe
+        >>> from tessera.training.probe import blank_images
+        >>> recipe = load_recipe("quickstart-digits", ["training.images=64", "run.preview=null"])
+        >>> trainer = Trainer(recipe, "runs/blank", parts=Parts(dataset=blank_images))
+        >>> for report in trainer.steps():
+        ...     if report.images >= 32:
         ...         break
-        >>> trainer.save()  # doctest: +SKIP
-        >>> trainer.pipeline().sample(range(16))  # doctest: +SKIP
+        >>> trainer.save().name
+        '000000000032'
+        >>> trainer.pipeline().sample(range(4), steps=2).shape
+        (4, 16, 16, 1)
     """
 
     def __init__(
@@ -106,13 +112,16 @@ class Trainer:
         chosen = precision.resolve(recipe.training.precision, self.device, together=True)
         training = recipe.training.model_copy(update={"precision": chosen})
         recipe = recipe.model_copy(update={"training": training})
-        self.recipe = recipe = run_folder.anchored(recipe)
         # What can be refused is, before the folder of a new run is made.
+        parts.check(recipe)
         self._parts = parts
+        if parts.dataset is not None:
+            recipe = _without_path(recipe)
+        self.recipe = recipe = run_folder.anchored(recipe)
         self._feed = Feed(recipe, self.device, parts)
         tracking.check(recipe)
         if recipe.evaluate is not None and recipe.expert is None:
-            check_reference(recipe, recipe.evaluate)
+            check_reference(recipe, recipe.evaluate, parts)
         measured = measure(recipe, self._feed, self.device, parts=parts) if probe else None
         model = fresh_model(recipe, self.device, parts)
         if recipe.training.initial_weights is not None and resume is None:
@@ -418,6 +427,18 @@ class Trainer:
         for tracker in trackers:
             stack.callback(tracker.close)
         return trackers
+
+
+def _without_path(recipe: Recipe) -> Recipe:
+    """The recipe of a run on the caller's own data set: none can take its place unnoticed."""
+    if recipe.data.path is None:
+        return recipe
+    warnings.warn(
+        f"data.path={recipe.data.path} is not read, because an own data set was handed over",
+        stacklevel=3,
+    )
+    data = recipe.data.model_copy(update={"path": None})
+    return recipe.model_copy(update={"data": data})
 
 
 class Due:

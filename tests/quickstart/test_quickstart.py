@@ -192,3 +192,17 @@ def test_scale_draws_longer_bars_for_larger_values() -> None:
     marks = [charts.Mark("a", 0.01, "floor"), charts.Mark("b", 3.0, "ceiling")]
     widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="16"', charts.scale(marks))]
     assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluate.reference=nowhere.npz", "there is nothing at"),
+        ("training.initial_weights=nowhere", "no pipeline"),
+        ("data.num_classes=0", "samples of each class"),
+    ],
+)
+def test_what_cannot_begin_leaves_nothing(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TesseraError, match=message):
+        run(tmp_path / "out", overrides=[*TINY, change], digits=20)
+    assert not list(tmp_path.iterdir())

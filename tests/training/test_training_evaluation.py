@@ -66,7 +66,7 @@ def test_models_that_start_from_pictures_get_those_of_the_training_images(
     plan = DiffusionPipeline.plan
 
     def noted(self: Any, seeds: Any, labels: Any = None, **options: Any) -> Any:
-        asked.append((list(seeds), options["start_from"]))
+        asked.append((list(seeds), options.get("start_from")))
         return plan(self, seeds, labels, **options)
 
     monkeypatch.setattr(DiffusionPipeline, "plan", noted)

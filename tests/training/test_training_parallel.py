@@ -139,6 +139,23 @@ def test_sharded_checkpoints_change_hands(
     assert_close_runs(alone, run_dir)
 
 
+def test_a_resumed_sharded_run_is_equal_bit_for_bit(folder: Path) -> None:
+    """With the usual epsilon, by which Adam makes whole steps of any difference."""
+    changes = {"training": {"images": 64, "parallel": "fsdp"}, "run": CHANGES["run"]}
+    in_processes(2, train, folder, folder / "unbroken", changes)
+    in_processes(2, stop_after, folder, folder / "broken", changes, 6)
+    in_processes(2, resume, folder / "broken")
+    assert read_metrics(folder / "unbroken") == read_metrics(folder / "broken")
+    shards = Path("checkpoints") / "000000000064" / "shards"
+    files = sorted((folder / "unbroken" / shards).iterdir())
+    assert len(files) == 2
+    for file in files:
+        expected, found = load_file(file), load_file(folder / "broken" / shards / file.name)
+        assert {name.split("/")[0] for name in expected} == {"model", "ema-0", "optimizer"}
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), name
+
+
 def stop_after(folder: Path, run_dir: Path, changes: dict[str, Any], count: int) -> None:
     steps = Trainer(tiny_recipe(folder, **changes), run_dir).steps()
     for _ in range(count):

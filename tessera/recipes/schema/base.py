@@ -24,7 +24,29 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _plain(value: Any, name: str = "options") -> Any:
+    """A value that files can hold: as it comes back from there."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{name} is {value}: files hold finite numbers only; null may stand for it"
+        )
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name}: numbers of over 18 digits are too large")
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ValueError(
+        f"{name} is a {type(value).__name__}: options are what recipe files can hold, which is "
+        "numbers, text, true, false, null, lists and sections"
+    )
+
+
 Listed = BeforeValidator(_listed)
+Options = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""Keyword arguments of a function that makes an external part."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]

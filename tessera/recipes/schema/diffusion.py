@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat
 
-from tessera.recipes.schema.base import Probability, Section, Steps
+from tessera.recipes.schema.base import Options, Probability, Section, Steps
 
 
 class PreconditioningSection(Section):
@@ -161,7 +161,7 @@ class ExternalObjectiveConfig(ObjectiveSection):
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
-    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    options: Options = Field({}, description="keyword arguments of the function")
 
 
 ObjectiveConfig = Annotated[

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from tessera.networks.sides import halved, tiled
-from tessera.recipes.schema.base import Factor, Listed, Probability, Section, Side, Width
+from tessera.recipes.schema.base import Factor, Listed, Options, Probability, Section, Side, Width
 from tessera.recipes.schema.options import BricksConfig
 
 Levels = Annotated[tuple[Factor, ...], Listed, Field(min_length=1, max_length=16)]
@@ -249,7 +249,7 @@ class ExternalNetworkConfig(NetworkSection):
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
-    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    options: Options = Field({}, description="keyword arguments of the function")
     multiple: Side = Field(1, description="height and width must be a multiple of it")
 
     def fits(self, side: int) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, Steps
+from tessera.recipes.schema.base import Listed, NonNegative, Options, Probability, Section, Steps
 
 SPACING = "number, list (90,60,60,20,20) or ddimN; empty for all of the process"
 OF_CONTINUOUS = "noise levels for models of a continuous range, like linear or cosine"
@@ -85,7 +85,7 @@ class ExternalRefineConfig(Section):
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
-    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    options: Options = Field({}, description="keyword arguments of the function")
 
 
 RefineConfig = ExternalRefineConfig
@@ -186,8 +186,8 @@ class ProcessSamplerConfig(SamplerSection):
     steps: str = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
-        description="estimates of x: none, static, dynamic; auto: dynamic if guided, static if not, none "
-        "of latents",
+        description="estimates of x: none, static or dynamic; auto: dynamic if guided, else "
+        "static, and none of latents",
     )
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
@@ -214,7 +214,7 @@ class ExternalSamplerConfig(SamplerSection):
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
-    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    options: Options = Field({}, description="keyword arguments of the function")
 
 
 SamplerConfig = Annotated[
