@@ -15,6 +15,7 @@ from rich.text import Text
 from tessera.cli.app import App
 from tessera.cli.tables import facts_table, make_table
 from tessera.errors import DataError
+from tessera.files import check_free
 
 if TYPE_CHECKING:
     from tessera.data.convert import Format, Report
@@ -211,6 +212,9 @@ def inspect(
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples and the subset.")] = 0,
     skip_bad: SkipBad = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file of --out.")
+    ] = False,
 ) -> None:
     """Print what is in a set, and write a picture of samples (of images, not of latents)."""
     from tessera.data.latents import is_latents
@@ -222,11 +226,13 @@ def inspect(
     from tessera.data.inspect import sample_grid, summarise
     from tessera.images import save_png
 
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise DataError(f"{out}: the picture of samples is a PNG file; end its name in .png")
+        check_free(out, overwrite)
     dataset = open_dataset(path, max_images=max_images, seed=seed, skip_bad=skip_bad)
     _print_summary(dataset, summarise(dataset, path))
     out = out or Path(f"{dataset.name}-samples.png")
-    if out.suffix.lower() != ".png":
-        raise DataError(f"{out}: the picture of samples is a PNG file; end its name in .png")
     save_png(out, sample_grid(dataset, columns, seed=seed))
     print(f"samples: {out}")
 

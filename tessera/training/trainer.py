@@ -298,7 +298,9 @@ class Trainer:
         Raises:
             TrainingError: the weights are not finite, or the disk is full.
         """
-        with faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved):
+        # Between steps, the folder is this run's already.
+        held = contextlib.nullcontext() if self._clock is not None else run_lock.hold(self.run_dir)
+        with held, faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved):
             self._settled(finished=True)
             return self._save()
 

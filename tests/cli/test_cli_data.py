@@ -48,6 +48,13 @@ def test_all_options(photos, tmp_path):
     out = tmp_path / "grid.png"
     run("inspect", tmp_path / "out.safetensors", "--out", out, "--max-images", "2", "--seed", "3")
     assert out.exists()
+    before = out.read_bytes()
+    again = ("inspect", tmp_path / "out.safetensors", "--out", out, "--seed", "4")
+    with pytest.raises(DataError, match="exists already"):
+        run(*again)
+    assert out.read_bytes() == before
+    run(*again, "--overwrite")
+    assert out.read_bytes() != before
 
 
 @pytest.mark.parametrize(

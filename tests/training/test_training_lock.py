@@ -141,3 +141,18 @@ def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
     process.communicate()
     waiting.run()
     assert not (run_dir / run_lock.LOCK).exists()
+
+
+def test_a_run_is_not_saved_while_another_job_has_its_folder(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path, training={"images": 16}), tmp_path / "run")
+    trainer.run()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    process = holder(tmp_path / "run")
+    with pytest.raises(TrainingError, match=f"process {process.pid}"):
+        trainer.save()
+    process.communicate()
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert {path: time for path, time in after.items() if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+    trainer.save()
