@@ -42,6 +42,7 @@ def resolve(precision: Precision, device: torch.device, *, together: bool = Fals
         together: bf16 only if it is fast on the devices of all processes, which all must ask.
 
     Example:
+        >>> import torch
         >>> resolve("fp16", torch.device("cpu"))
         'fp16'
     """

@@ -19,7 +19,9 @@ from pydantic import BaseModel
 from tessera.cli import app
 from tessera.cli.sample import parse_options
 from tessera.errors import TesseraError
-from tessera.pipelines.diffusion import SampleOptions
+from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.plans import SampleOptions
+from tessera.pipelines.relay import STAGES, assemble_relay
 from tessera.recipes.loading import load_recipe, shipped
 from tessera.recipes.schema import Recipe
 
@@ -188,6 +190,12 @@ def sampling(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_sampling(given: dict[str, Any]) -> None:
     """Raise unless a model of some shipped recipe takes these options, of these values."""
+    stages = "cifar10-small-relay-first", "cifar10-small-relay-second"
+    if given.keys() & {"stages", *(key for key in given if key.split(".")[0] in STAGES)}:
+        relay = assemble_relay([build_pipeline(load_recipe(stage)) for stage in stages])
+        counted = relay.without_weights()
+        counted.plan([0], None, **counted.with_start(given))
+        return
     errors = []
     for recipe in ("cifar10-small", "cifar10-small-lego", "cifar10-small-pdm", "patch-ffhq64"):
         try:

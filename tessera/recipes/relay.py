@@ -48,7 +48,7 @@ def celebahq_second() -> Recipe:
     """CelebA-HQ from 64x64 to 256x256: ADM, batch 1024; its sampler assumes less blur."""
     return Recipe(
         name="relay-celebahq-second",
-        description="RDM, CelebA-HQ, 64x64 to 256x256",
+        description="RDM, CelebA-HQ, 64x64 to 256",
         data=DataConfig(resolution=256),
         network=AdmUNetConfig(dropout=0.2, **_ADM256),
         augment=AugmentConfig(p=0.2),
@@ -82,7 +82,7 @@ def imagenet_second() -> Recipe:
     """
     return Recipe(
         name="relay-imagenet-second",
-        description="RDM, ImageNet, 64x64 to 256x256",
+        description="RDM, ImageNet, 64x64 to 256",
         data=DataConfig(resolution=256, num_classes=1000),
         network=AdmUNetConfig(dropout=0.1, **_ADM256),
         augment=AugmentConfig(p=0.12),
@@ -121,7 +121,7 @@ def cifar10_second() -> Recipe:
     return whole.model_copy(
         update={
             "name": "cifar10-small-relay-second",
-            "description": "CIFAR-10, small, 8x8 to 32x32",
+            "description": "CIFAR-10, small, 8x8 to 32",
             "objective": BlurObjectiveConfig(label_dropout=0.1),
             "training": TrainingConfig(images=80_000, batch=32),
             "sampling": RelaySamplerConfig(steps=40, correction="estimates"),

@@ -154,7 +154,7 @@ def elsewhere(folder: Path) -> None:
         (edit(format="other"), "not the configuration of a tessera pipeline"),
         (edit(version=3), "format version 3.*Install a newer"),
         (edit(version=0), "format version 0.*Save the pipeline again"),
-        (edit(kind="relay"), "kind 'relay'.*Install a newer"),
+        (edit(kind="unheard"), "kind 'unheard'.*Install a newer"),
         (edit(weights=...), "incomplete or damaged.*weights"),
         (edit(recipe={"name": "x"}), "data"),
         (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors is missing"),

@@ -14,7 +14,7 @@ from tessera.randomness import AddressedDraws
 from tessera.recipes import build, schema
 from tessera.recipes.loading import load_recipe, shipped
 
-# Counted from the released code, but for the laptop's.
+# Counted from the released code, but for those of the laptop and of relays, which are as today.
 PARAMETERS = {
     "quickstart-digits": None,
     "cifar10-small": None,
@@ -29,6 +29,12 @@ PARAMETERS = {
     "edm-afhqv2-64-vp": 61_805_571,
     "edm-afhqv2-64-ve": 62_761_091,
     "edm-imagenet64-adm": 295_899_267,
+    "cifar10-small-relay-first": None,
+    "cifar10-small-relay-second": None,
+    "relay-celebahq-first": 295_132_995,
+    "relay-celebahq-second": 552_809_475,
+    "relay-imagenet-first": 295_900_995,
+    "relay-imagenet-second": 553_833_475,
     "pdm-ffhq1024": 162_645_344,
     "pdm-imagenet256-expert0": 202_148_704,
     "pdm-imagenet256-expert1": 202_148_704,
@@ -131,7 +137,7 @@ def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> N
 
     from tessera.sampling.seeds import SeedNoise
 
-    sampler = build.build_sampler(recipe.sampling)
+    sampler = build.build_sampler(recipe.fitted_sampling)
     noise = SeedNoise([0, 1])
     *_, last = sampler(denoiser, noise.normal(denoiser.shape), Conditioning(labels), noise)
     assert last.x.shape == (2, *denoiser.shape)

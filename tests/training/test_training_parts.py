@@ -188,7 +188,7 @@ def test_costs_are_counted_and_measured(tmp_path: Path) -> None:
     assert cost.evaluations == 3
     assert cost.sample_flops == 3 * cost.forward_flops
     assert estimate(recipe, ALL, **{"options.steps": "5"}).evaluations == 5
-    measured = probe.measure(recipe, Feed(recipe, CPU, ALL), CPU, ALL, 0.01, show=False)
+    measured = probe.measure(recipe, Feed(recipe, CPU, ALL), CPU, 0.01, parts=ALL, show=False)
     assert measured.steps.keys() == {(8, None)}
 
 
