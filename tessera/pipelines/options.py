@@ -41,14 +41,14 @@ class Option:
     meaning: str
 
 
-def listed(title: str, section: Section, prefix: str = "") -> Iterator[Option]:
+def listed(title: str, section: Section) -> Iterator[Option]:
     """The options of a section."""
     for name in _names(type(section)):
         value, meaning = getattr(section, name), type(section).model_fields[name].description or ""
         if isinstance(value, dict) and value:
-            yield from (Option(title, f"{prefix}{name}.{k}", v, meaning) for k, v in value.items())
+            yield from (Option(title, f"{name}.{k}", v, meaning) for k, v in value.items())
         else:
-            yield Option(title, prefix + name, value, meaning)
+            yield Option(title, name, value, meaning)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
