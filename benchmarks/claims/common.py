@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +114,50 @@ def trained(recipe: Recipe, folder: Path, minutes: float) -> tuple[Pipeline, Tra
         flush=True,
     )
     return averaged(trainer), trainer
+
+
+def start_arm(module: str, arm: str, threads: int, folder: Path) -> subprocess.Popen[str]:
+    """The program of a claim again, as one arm (options `--arm` and `--folder`)."""
+    again = ["-m", f"benchmarks.claims.{module}", *sys.argv[1:]]
+    return subprocess.Popen(
+        [sys.executable, *again, "--arm", arm, "--folder", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_arm(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    """Its lines of JSON, once it has ended."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def run_arms(
+    module: str, arms: Sequence[str], options: argparse.Namespace, folder: Path
+) -> tuple[list[dict[str, Any]], int]:
+    """All arms, in turn or with `--parallel` at once; their lines, and the threads of each."""
+    at_once = max(1, len(arms)) if options.parallel else 1
+    threads = max(1, options.threads // at_once)
+    results: list[dict[str, Any]] = []
+    running: list[subprocess.Popen[str]] = []
+    for arm in arms:
+        running.append(start_arm(module, arm, threads, folder))
+        if not options.parallel:
+            results += finish_arm(running.pop())
+    for process in running:
+        results += finish_arm(process)
+    return results, threads
+
+
+def add_arm_options(parser: argparse.ArgumentParser, arms: Sequence[str]) -> None:
+    """The options of claims whose arms are processes."""
+    parser.add_argument("--parallel", action="store_true", help="all at once, sharing the threads")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--arm", choices=arms, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
 
 
 def averaged(trainer: Trainer) -> Pipeline:

@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
@@ -53,46 +49,24 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
         print(json.dumps(line), flush=True)
 
 
-def start(arm: str, threads: int, folder: Path) -> subprocess.Popen[str]:
-    """This program again, as one arm."""
-    module = ["-m", "benchmarks.claims.patch_vs_full", *sys.argv[1:]]
-    return subprocess.Popen(
-        [sys.executable, *module, "--arm", arm, "--folder", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def main() -> None:
     """Train both arms, print and keep the table, and draw the picture."""
     parser = common.parser_for("patch_vs_full", __doc__)
     parser.add_argument("--minutes", type=float, default=20, help="training time of each arm")
     parser.add_argument("--evaluations", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8, help="sampler steps, both arms")
-    parser.add_argument("--parallel", action="store_true", help="both at once, half the threads")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    common.add_arm_options(parser, [*ARMS])
     parser.set_defaults(samples=500)
     options = parser.parse_args()
     if options.arm is not None:
         train(options.arm, options, options.folder)
         return
 
-    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         real = open_reference(options.reference or options.data, device=device())
         save_reference(folder / "reference.npz", real)
-        threads = max(1, options.threads // 2) if options.parallel else options.threads
-        running: list[subprocess.Popen[str]] = []
-        for arm in ARMS:
-            running.append(start(arm, threads, folder))
-            if not options.parallel:
-                results += _finish(running.pop())
-        for process in running:
-            results += _finish(process)
+        results, threads = common.run_arms("patch_vs_full", [*ARMS], options, folder)
 
     columns = ["arm", "seconds", "images", "steps", "Fréchet distance", "recognised"]
     rows = [
@@ -116,13 +90,6 @@ def main() -> None:
             f"![picture]({picture.name})"
         )
         record(TITLE, f"{note}\n\n{markdown(columns, rows)}")
-
-
-def _finish(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    output, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 if __name__ == "__main__":
