@@ -110,8 +110,10 @@ def block_noise(white: Tensor, block: int, *, wraps: bool = True) -> Tensor:
     height, width = white.shape[-2:]
     planes = white.reshape(-1, height, width)
     noise = white.new_empty(len(planes), height - further, width - further)
-    count = len(planes) if white.device.type != "cpu" else _AT_ONCE // (height * width)
-    for part, made in zip(planes.split(max(count, 1)), noise.split(max(count, 1)), strict=True):
+    on_cpu = white.device.type == "cpu"
+    count = max(_AT_ONCE // (height * width) if on_cpu else len(planes), 1)
+    pairs = zip(torch.split(planes, count), torch.split(noise, count), strict=True)
+    for part, made in pairs:
         sums = _window_sums(_window_sums(part, block, -2), block, -1)
         torch.div(sums[:, further:, further:], block, out=made)
     return noise.reshape(*white.shape[:-2], *noise.shape[-2:])

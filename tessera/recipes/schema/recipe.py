@@ -231,13 +231,13 @@ class Recipe(Section):
             raise ValueError(
                 f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
             )
+        self._check_alignment(sizes)
         for size in sizes:
             if not self.network.fits(size):
                 raise ValueError(
                     f"patches of {size} pixels do not fit the network: their side must be "
                     f"{self.network.sides}. Set view.sizes, or change the network"
                 )
-        self._check_alignment(sizes)
         for name in ("probabilities", "multipliers"):
             values = getattr(view, name)
             if values is not None and len(values) != len(sizes):
