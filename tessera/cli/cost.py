@@ -121,9 +121,8 @@ def _rows(
 
     training = recipe.training
     asked = f" with {', '.join(f'{k}={v}' for k, v in given.items())}" if given else ""
-    skipped = (
-        0 if several else 1 - result.sample_flops / (result.evaluations * result.forward_flops)
-    )
+    whole = result.evaluations * result.forward_flops
+    skipped = 0.0 if several else 1 - result.sample_flops / whole
     asked += f", {skipped:.1%} skipped" if skipped >= 0.0005 else ""
     per_image = human(result.activation_bytes / result.micro_batch, "B")
     precision = resolve(training.precision, distributed.device())

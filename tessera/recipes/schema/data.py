@@ -26,7 +26,7 @@ class DataConfig(Section):
     resolution: Side = Field(description="height and width of the images, pixels")
     shrink: Factor = Field(
         1,
-        description="train on means of blocks of so many pixels (latents) a side of the set at path",
+        description="train on means of blocks of so many pixels or latents a side",
     )
     channels: Literal[1, 3] = 3
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
