@@ -151,11 +151,11 @@ def test_two_processes(folder: Path, trained: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_relays_and_scores_take_parts(trained: Path, tmp_path: Path) -> None:
-    for arguments in (["score", trained, trained.parent / "tiny.safetensors", "--metrics", "fd"],
-                      ["features", trained, tmp_path / "f.npz"]):  # fmt: skip
+    images = trained.parent / "tiny.safetensors"
+    for arguments in (["score", trained, images], ["features", trained, tmp_path / "f.npz"]):
         with pytest.raises(RecipeError, match="--with MODULE"):
-            run("eval", *arguments, "--features", "inception", "--num", "4", "--device", "cpu")
-    score = ["eval", "score", *WITH, trained, trained.parent / "tiny.safetensors"]
+            run("eval", *arguments, "--num", "4", "--device", "cpu")
+    score = ["eval", "score", *WITH, trained, images]
     told = run(*score, "--features", "classifier", "--num", "8", "--training-images", "64",
                "--device", "cpu", "--json")  # fmt: skip
     assert json.loads(told[told.index("{") :])
