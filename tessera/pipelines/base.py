@@ -29,7 +29,7 @@ from tessera.pipelines.options import Option, Output, check_batch, check_output
 from tessera.progress import quantity
 from tessera.recipes.build import build_codec
 from tessera.recipes.loading import dump_recipe
-from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
 from tessera.sampling.core import NoiseSource, SamplerState
 from tessera.sampling.seeds import SeedNoise
@@ -268,12 +268,36 @@ class Pipeline(ABC):
         """What the model costs; sampling with these options of `sample_batches`.
 
         Raises:
-            TesseraError: an option that this model cannot have.
+            TesseraError: an option that this model cannot have, or it cannot be counted.
         """
-        pipe = self.without_weights()
-        plan = pipe.plan([0], None, **pipe.with_start(options))
-        calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
-        return counting.total_cost(self._training(), calls)
+        name = self.recipe.name
+        try:
+            pipe = self.without_weights()
+            plan = pipe.plan([0], None, **pipe.with_start(options))
+            calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
+            return counting.total_cost(self._training(), calls)
+        except RuntimeError as error:  # of tensors with more numbers than can be counted
+            if external(self.recipe):
+                raise TesseraError(
+                    f"{name}: what its own parts compute cannot be counted on tensors without "
+                    f"data, for they look at values, or hold tensors that are no buffers: "
+                    f"{described(error)}"
+                ) from error
+            raise TesseraError(
+                f"{name}: what it computes is too large to be counted. Make the network, the "
+                "images or training.micro_batch smaller"
+            ) from error
+
+    def costs(self, **options: Any) -> dict[str, counting.Cost]:
+        """What each of several models in a row costs, by name; nothing of a single one.
+
+        Args:
+            options: those of `cost`, which is the sum.
+
+        Raises:
+            TesseraError: those of `cost`.
+        """
+        return {}
 
     def with_start(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with blank pictures to start from where they are needed and not given."""

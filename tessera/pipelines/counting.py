@@ -48,6 +48,7 @@ class Training:
     """What training costs; see `Cost`."""
 
     parameters: int
+    images: int
     train_flops: int
     run_flops: int
     micro_batch: int
@@ -64,6 +65,7 @@ class Cost(Training):
 
     Attributes:
         parameters: trained numbers.
+        images: of the whole training run.
         forward_flops: one evaluation of the network for one image.
         train_flops: one training image, forward and backward; the mean over the sizes of patches.
         run_flops: the whole training run.
@@ -155,6 +157,7 @@ def training(recipe: Recipe, model: Model, parts: Parts = NO_PARTS) -> Training:
     micro_batch = recipe.training.micro_batch or recipe.training.batch
     return Training(
         parameters=sum(p.numel() for p in parameters),
+        images=recipe.training.images,
         train_flops=train,
         run_flops=train * recipe.training.images,
         micro_batch=micro_batch,
@@ -169,10 +172,11 @@ def training(recipe: Recipe, model: Model, parts: Parts = NO_PARTS) -> Training:
 def together(trainings: Sequence[Training]) -> Training:
     """Models that are trained one after the other: sums, but the largest memory of one."""
     largest = max(trainings, key=lambda t: t.activation_bytes + t.weight_bytes)
-    images = sum(t.run_flops / max(t.train_flops, 1) for t in trainings)
+    images = sum(t.images for t in trainings)
     run_flops = sum(t.run_flops for t in trainings)
     return Training(
         parameters=sum(t.parameters for t in trainings),
+        images=images,
         train_flops=round(run_flops / images),
         run_flops=run_flops,
         micro_batch=largest.micro_batch,

@@ -21,7 +21,7 @@ from tessera.pipelines.experts import ExpertsPipeline
 from tessera.pipelines.relay import RelayPipeline
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
-from tessera.recipes.parts import NO_PARTS, Parts, described, external
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 
 KINDS: dict[str, type[Pipeline]] = {
@@ -142,16 +142,4 @@ def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
     """
     with torch.device("meta"):
         model = build_model(recipe, parts)
-    try:
-        return build_pipeline(recipe, model, parts=parts).cost(**options)
-    except RuntimeError as error:  # of tensors with more numbers than can be counted
-        if external(recipe):
-            raise TesseraError(
-                f"{recipe.name}: what its own parts compute cannot be counted on tensors without "
-                f"data, for they look at values, or hold tensors that are no buffers: "
-                f"{described(error)}"
-            ) from error
-        raise TesseraError(
-            f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
-            "images or training.micro_batch smaller"
-        ) from error
+    return build_pipeline(recipe, model, parts=parts).cost(**options)

@@ -258,6 +258,11 @@ def start_shape(
             f"by enlarging others {block} times. Give sides that are multiples of {block}, and "
             "leave out `layout=pad`"
         )
+    if canvas.x % block or canvas.y % block:
+        raise TesseraError(
+            f"the window begins at column {canvas.x} and row {canvas.y}, between the pixels that "
+            f"are enlarged {block} times. Let it begin at multiples of {block}"
+        )
     return canvas.channels, canvas.height // block, canvas.width // block
 
 

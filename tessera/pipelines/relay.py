@@ -174,6 +174,14 @@ class RelayPipeline(Pipeline):
     def _training(self) -> counting.Training:
         return counting.together([pipe._training() for pipe in self.pipes])
 
+    def costs(self, **options: Any) -> dict[str, counting.Cost]:
+        """What each stage that runs costs, by its name."""
+        running, own = self._divide(options)
+        return {
+            self.names[index]: self.pipes[index].cost(**given)
+            for index, given in zip(running, own, strict=True)
+        }
+
     def options(self, sampler: str | None = None) -> list[Option]:
         takes = {name: ["sampler"] for name in self.names}
         wanted = divide_options(

@@ -150,12 +150,14 @@ def build_objective(
     section: schema.ObjectiveConfig,
     noise_levels: tuple[float, float] = EVERYWHERE,
     steps: int = 0,
+    side: int | None = None,
 ) -> DenoisingObjective | DiscreteObjective:
     """What training minimises.
 
     Args:
         noise_levels: low <= σ < high, of an expert.
         steps: number of the denoiser's noise levels, for the objective of discrete processes.
+        side: of whole images, where parts of them are trained on.
     """
     match section:
         case schema.EdmObjectiveConfig():
@@ -170,7 +172,7 @@ def build_objective(
             options = _options(section)
             noise = {name: options.pop(name) for name in ("block_scale", "unit_variance")}
             options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
-            corruption = BlurCorruption(blur=build_blur(section), **noise)
+            corruption = BlurCorruption(blur=build_blur(section), side=side, **noise)
             return BlurObjective(sigma_range=noise_levels, corruption=corruption, **options)
         case schema.ExternalObjectiveConfig():
             raise ValueError("an external objective is made by `recipe_objective`")
@@ -191,7 +193,7 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
     scaling = build_preconditioning(recipe.preconditioning)
     steps = len(scaling.levels) if isinstance(scaling, Iddpm | Discrete) else 0
-    return build_objective(section, noise_levels, steps)
+    return build_objective(section, noise_levels, steps, recipe.shape[1])
 
 
 def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
@@ -201,6 +203,7 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
         case schema.FullViewConfig():
             return FullView(training.batch)
         case schema.PatchViewConfig():
+            objective = recipe_objective(recipe, parts)
             return PatchView(
                 side,
                 training.batch,
@@ -211,7 +214,8 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
                 progressive=view.schedule == "progressive",
                 total_images=training.images,
                 per_pixel=view.per_pixel,
-                reduction=getattr(recipe_objective(recipe, parts), "reduction", "sum"),
+                reduction=getattr(objective, "reduction", "sum"),
+                align=getattr(objective, "alignment", 1),
             )
 
 

@@ -46,6 +46,10 @@ def shrunk(dataset: Dataset, recipe: Recipe) -> Dataset:
     if factor == 1:
         return dataset
     try:
+        if isinstance(dataset, LatentDataset):
+            return dataset.shrunk(factor)
+        if not recipe.codec.of_pixels:
+            raise DataError(f"{dataset.name} is an own set of latents; let it shrink them itself")
         return ShrunkDataset(dataset, factor)
     except DataError as error:
         raise RecipeError(f"data.shrink={factor}: {error}") from None

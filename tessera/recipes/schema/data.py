@@ -25,7 +25,8 @@ class DataConfig(Section):
     )
     resolution: Side = Field(description="height and width of the images, pixels")
     shrink: Factor = Field(
-        1, description="train on means of blocks of so many pixels a side of the images at path"
+        1,
+        description="train on means of blocks of so many pixels or latents a side",
     )
     channels: Literal[1, 3] = 3
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
@@ -89,10 +90,6 @@ class VaeCodecConfig(CodecSection):
     def check(self, data: DataConfig) -> None:
         if data.channels != 3:
             raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
-        if data.shrink != 1:
-            raise ValueError(
-                "data.shrink works on images and not on latents; make latents of smaller images"
-            )
         if data.resolution % self.downsample:
             raise ValueError(
                 f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "

@@ -105,6 +105,11 @@ class ObjectiveSection(Section):
         0.0, description="share of images trained without their class, for guidance"
     )
 
+    @property
+    def alignment(self) -> int:
+        """Images are cut on a grid of so many pixels only; 1: anywhere."""
+        return 1
+
     def simplest(self) -> Self:
         """The same with noise levels that are drawn without looking at tensors' values."""
         return self
@@ -184,6 +189,10 @@ class BlurObjectiveConfig(ObjectiveSection):
     sigma_floor: PositiveFloat = Field(7.5e-3, description="lower noise levels are raised to it")
     released_floor: bool = Field(False, description="the floor as the released code computes it")
     max_weight: PositiveFloat = 1e5
+
+    @property
+    def alignment(self) -> int:
+        return self.block
 
 
 class ExternalObjectiveConfig(ObjectiveSection):

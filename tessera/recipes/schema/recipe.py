@@ -187,11 +187,6 @@ class Recipe(Section):
                 f"objective.block ({block}) must divide the side of the images ({self.shape[1]}) "
                 "into at least two blocks"
             )
-        if block is not None and self.view.crops:
-            raise ValueError(
-                "objective.kind=blur works on whole images only for now: blocks would have to lie "
-                "on the same grid in all patches. Set view.kind=full"
-            )
         if self.low_resolution is None:
             return self
         if block is not None and self.low_resolution * block != self.shape[1]:
@@ -236,6 +231,7 @@ class Recipe(Section):
             raise ValueError(
                 f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
             )
+        self._check_alignment(sizes)
         for size in sizes:
             if not self.network.fits(size):
                 raise ValueError(
@@ -259,6 +255,26 @@ class Recipe(Section):
             )
         return self
 
+    def _check_alignment(self, sizes: tuple[int, ...]) -> None:
+        """Raise for patches that the objective cannot cut out."""
+        grid, side = self.objective.alignment, self.shape[1]
+        wrong = [size for size in sizes if size % grid]
+        if not wrong:
+            return
+        fitting = [size for size in range(grid, side + 1, grid) if self.network.fits(size)]
+        raise ValueError(
+            f"patches of {wrong[0]} pixels cannot be cut into the objective's blocks of "
+            f"{grid}x{grid}: their side must be a multiple of {grid} that fits the network: "
+            f"{_shortened(fitting)}. Set view.sizes"
+        )
+
 
 def _text(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
+
+
+def _shortened(values: list[int]) -> str:
+    """Numbers for a message, the middle of many left out."""
+    if len(values) <= 8:
+        return _text(tuple(values)) or "none does"
+    return f"{_text(tuple(values[:4]))}, ..., {_text(tuple(values[-2:]))}"
