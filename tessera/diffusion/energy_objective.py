@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.corruption import GAUSSIAN
-from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.denoiser import Denoiser, column
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy import (
     Clamp,
     adaptive_steps,
-    column,
     descend,
     energy,
     energy_network,
-    time_of,
 )
 from tessera.diffusion.objectives import DenoisingObjective, Reduction
 from tessera.errors import TesseraError
@@ -214,7 +212,7 @@ class EnergyObjective(nn.Module):
             draws.normal("contrastive_noise", *x.shape[1:]),
             draws.normal("contrastive_shift", *x.shape[1:]),
             step_size=energy_network(denoiser).step_size.detach(),
-            steps=adaptive_steps(time_of(denoiser, sigma), 5) if steps is None else steps,
+            steps=adaptive_steps(denoiser.time(sigma), 5) if steps is None else steps,
             clamp=self.terms.clamp,
         )
 
@@ -230,7 +228,7 @@ class EnergyObjective(nn.Module):
         z = x + column(sigma, x) * draws.normal("refinement_noise", *x.shape[1:])
         steps: int | Tensor | None = self.terms.refinement_steps
         if steps is None:
-            steps = adaptive_steps(time_of(denoiser, sigma), 2)
+            steps = adaptive_steps(denoiser.time(sigma), 2)
         path = refinement_energies(
             denoiser, z, sigma, cond, step_size=alpha, steps=steps, clamp=self.terms.clamp
         )

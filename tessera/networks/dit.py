@@ -335,7 +335,9 @@ class EnergyDiT(Trunk):
     @property
     def step_size(self) -> Tensor:
         """Of energy descent, 0-dim and at least `SMALLEST_STEP`, with a gradient also there."""
-        # By way of `forward`, for which FSDP gathers the parameters.
+        if not hasattr(self.alpha, "full_tensor"):
+            return _at_least(self.alpha[0], SMALLEST_STEP)
+        # A shard; by way of `forward`, for which FSDP gathers the parameters.
         size: Tensor = self(self.pos_embed, self.pos_embed, Conditioning(), want="step_size")
         return size
 
@@ -368,8 +370,7 @@ class EnergyDiT(Trunk):
             TesseraError: the image does not divide into tokens, or float16 is asked for.
         """
         if want == "step_size":
-            alpha = self.alpha[0]
-            return alpha + (alpha.clamp(min=SMALLEST_STEP) - alpha).detach()
+            return _at_least(self.alpha[0], SMALLEST_STEP)
         _refuse_float16(x.device)
         if want == "energy":
             # Blocks that are recomputed are so by the same means as for two derivatives.
@@ -444,6 +445,11 @@ def _differentiable(
         x, noise = _outside_inference(x), _outside_inference(noise)
         cond = cond.map(_outside_inference)
         yield x if inherited else x.detach().requires_grad_(), noise, cond
+
+
+def _at_least(value: Tensor, least: float) -> Tensor:
+    """The larger one, with the gradient of `value` also where it is smaller."""
+    return value + (value.clamp(min=least) - value).detach()
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:

@@ -304,6 +304,7 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
         case schema.RelaySamplerConfig():
             options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
             sampler = relay_sampler(blur=build_blur(section), **options)
+    sampler = replace(sampler, refine=options.get("refine"))
     if section.levels is None:
         return sampler
     return replace(sampler, levels=build_levels(section.levels))

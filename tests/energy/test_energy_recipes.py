@@ -82,6 +82,10 @@ def test_sizes_in_part_of_ones_own() -> None:
         (["network.kind=energy_dit", "energy.contrastive_steps=2"], "set contrastive above 0"),
         (["network.kind=energy_dit", "energy.refines=step_size"], "set refinement above 0"),
         (["network.kind=energy_dit", "energy.refinement_steps=1"], "must be at least 2"),
+        (
+            ["network.kind=energy_dit", "network.recompute=true", "training.compile=true"],
+            "a compiled energy keeps",
+        ),
         (["network.kind=energy_dit", "training.precision=fp16"], "float16 loses its small values"),
         (
             ["network.kind=energy_dit", "energy.contrastive=1", "objective.kind=blur",

@@ -47,6 +47,11 @@ class NetworkSection(Section):
         return False
 
     @property
+    def recomputes(self) -> bool:
+        """Whether it computes blocks again going back, for less memory."""
+        return False
+
+    @property
     def learns_variance(self) -> bool:
         """Whether it has an output for the variance of reverse steps."""
         return False
@@ -296,6 +301,10 @@ class TransformerSection(NetworkSection):
         return Preset(
             self.depth or named.depth, self.width or named.width, self.heads or named.heads
         )
+
+    @property
+    def recomputes(self) -> bool:
+        return self.recompute
 
     def fits(self, side: int) -> bool:
         return side > 0 and side % self.token == 0

@@ -89,7 +89,16 @@ class Recipe(Section):
     @property
     def fitted_sampling(self) -> SamplerConfig:
         """The sampler, with what it leaves open taken from the training."""
-        return self.sampling.fitted(self.objective, bounded=self.codec.of_pixels)
+        return self.fit(self.sampling)
+
+    def fit(self, sampler: SamplerConfig) -> SamplerConfig:
+        """A sampler, with what it leaves open taken from the training.
+
+        Raises:
+            ValueError: it cannot sample from models that are trained so.
+        """
+        energy = self.network.has_energy or self.network.external
+        return sampler.fitted(self.objective, bounded=self.codec.of_pixels, energy=energy)
 
     @property
     def coord_frequencies(self) -> int | None:
@@ -205,6 +214,11 @@ class Recipe(Section):
             raise ValueError(
                 "network.learn_step_size: nothing would train the step size. Set energy.refinement,"
                 " its weight in the loss, like 0.1"
+            )
+        if network.has_energy and network.recomputes and self.training.compile:
+            raise ValueError(
+                "network.recompute: a compiled energy keeps what it computes. Set network.recompute"
+                "=false, or training.compile=false"
             )
         if network.has_energy and self.training.precision == "fp16":
             raise ValueError(
