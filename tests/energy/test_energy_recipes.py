@@ -60,8 +60,8 @@ def test_published_sizes(kind: str, size: str, patch: int, shape: tuple[int, int
 
 
 def test_sizes_in_part_of_ones_own() -> None:
-    recipe = load_recipe("cifar10-small", ["network.kind=dit", "network.size=B/8", "network.patch=4",
-                                           "network.depth=3", "network.mlp_ratio=2"])  # fmt: skip
+    keys = ["size=B/8", "patch=4", "depth=3", "mlp_ratio=2"]
+    recipe = load_recipe("cifar10-small", ["network.kind=dit", *(f"network.{k}" for k in keys)])
     with torch.device("meta"):
         network = build_denoiser(recipe).network
     assert (network.patch, len(network.layers), network.width) == (4, 3, 768)

@@ -88,7 +88,7 @@ def test_a_recipe_refines_by_itself() -> None:
 def test_models_without_an_energy_are_refused_in_words() -> None:
     with pytest.raises(TesseraError, match=r"refine\.kind=mcmc descends .* has none"):
         tiny_pipeline().sample([0], **MCMC)
-    with pytest.raises(RecipeError, match="train with network.kind=energy_dit"):
+    with pytest.raises(RecipeError, match=r"train with network\.kind=energy_dit"):
         load_recipe("cifar10-small", ["sampling.refine.kind=mcmc"])
     pipe = energy_pipeline()
     with pytest.raises(TesseraError, match="network is a SongUNet"):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_parallel import averaged, in_processes
+from processes_case import in_processes
+from safetensors.torch import load_file
 from torch import nn
 from training_case import read_metrics, tiny_recipe
 
@@ -28,6 +29,10 @@ ALL_TERMS: dict[str, Any] = {
 
 def train(folder: Path, run_dir: Path, changes: dict[str, Any]) -> None:
     Trainer(tiny_recipe(folder, **merge(ALL_TERMS, changes)), run_dir).run()
+
+
+def averaged(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "pipeline" / "model.safetensors")
 
 
 def assert_same_runs(one: Path, other: Path, rtol: float = 1e-4) -> None:
