@@ -10,7 +10,7 @@ A step of descent is x_t - α (noise), as in iterative reasoning by energies (Du
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -90,6 +90,14 @@ class Descent(NamedTuple):
     z: Tensor
     energies: Tensor
     accepted: Tensor
+
+
+class DescentOptions(TypedDict, total=False):
+    """The keyword arguments of `descend` that all who descend pass on."""
+
+    step_size: Required[float | Tensor]
+    steps: Required[int | Tensor]
+    clamp: Clamp
 
 
 def descend(

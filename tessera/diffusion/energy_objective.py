@@ -7,7 +7,7 @@ images and of what descent makes of disturbed ones, and of how a descent goes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from tessera.diffusion.denoiser import Denoiser, column
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy import (
     Clamp,
+    DescentOptions,
     adaptive_steps,
     descend,
     energy,
@@ -37,10 +38,8 @@ def contrastive(
     noise: Tensor,
     shift: Tensor,
     *,
-    step_size: float | Tensor,
-    steps: int | Tensor,
-    clamp: Clamp = "none",
     reject: bool = True,
+    **descent: Unpack[DescentOptions],
 ) -> Tensor:
     """softplus(E⁺ - E⁻), [B]: clean images x must have less energy than what descent makes.
 
@@ -49,21 +48,12 @@ def contrastive(
 
     Args:
         noise, shift: unit normal, like x.
-        step_size, steps, clamp, reject: see `descend`.
+        reject, descent: see `descend`.
     """
     level = column(sigma, x)
     with torch.no_grad():
         start = x + 3 * shift + level * noise
-        path = descend(
-            denoiser,
-            start,
-            sigma,
-            cond,
-            step_size=step_size,
-            steps=steps,
-            clamp=clamp,
-            reject=reject,
-        )
+        path = descend(denoiser, start, sigma, cond, reject=reject, **descent)
         end = path.z.clamp(-2, 2)
     both = torch.cat([x, end]) + torch.cat([level * noise] * 2)
     twice = cond.map(lambda tensor: torch.cat([tensor, tensor]))
@@ -77,27 +67,17 @@ def refinement_energies(
     z: Tensor,
     sigma: Tensor,
     cond: Conditioning,
-    *,
-    step_size: float | Tensor,
-    steps: int | Tensor,
-    clamp: Clamp = "none",
+    **descent: Unpack[DescentOptions],
 ) -> Tensor:
     """E before each step of a descent from z, and after the last one, [S + 1, B].
 
     Every step is taken. The path can be differentiated, also by the step size. E is in the
     network's own scale, V / m.
+
+    Args:
+        descent: see `descend`.
     """
-    path = descend(
-        denoiser,
-        z,
-        sigma,
-        cond,
-        step_size=step_size,
-        steps=steps,
-        clamp=clamp,
-        reject=False,
-        final=True,
-    )
+    path = descend(denoiser, z, sigma, cond, reject=False, final=True, **descent)
     return path.energies / energy_network(denoiser).multiplier
 
 
