@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tessera.cli.eval_checks import check_destination
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.errors import TesseraError
+from tessera.files import check_free
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ def energy(
 
     sigmas = _levels(noise)
     if grid is not None:
-        check_destination(grid, "grid", overwrite=overwrite, source=images)
+        check_free(grid, overwrite)
     parts = import_parts(own_parts)
     with distributed.session(device) as where:
         pipe = _open(pipeline, ema, where, parts)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tessera.conditioning import Conditioning
 from tessera.data.codec import Codec
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.energy import energy, energy_network
+from tessera.diffusion.energy import energy
 from tessera.errors import TesseraError
 from tessera.metrics.classifier import LabelledImages
 from tessera.metrics.images import batches
@@ -76,8 +76,7 @@ def image_energies(
     Example:
         >>> image_energies(pipe.denoiser, photos, 100, [0.1, 1], pipe.codec)  # doctest: +SKIP
     """
-    for sigma in sigmas:
-        energy_network(denoiser, sigma)
+    denoiser.check_energy()
     shape = codec.image_shape(denoiser.shape)
     if tuple(data.shape) != tuple(shape):
         raise TesseraError(

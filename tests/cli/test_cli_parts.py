@@ -67,7 +67,7 @@ def test_every_command_that_opens_a_model_takes_parts() -> None:
         for name, command in [*root.commands.items(), *root.commands["eval"].commands.items()]
         if any("--with" in parameter.opts for parameter in command.params)
     }
-    assert takes == {"train", "sample", "cost", "experts", "bricks", "nll"}
+    assert takes == {"train", "sample", "cost", "experts", "bricks", "energy", "nll"}
 
 
 def test_a_resumed_run_names_its_parts_again(trained: Path, tmp_path: Path) -> None:
