@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COLUMNS, _MOST_SHOWN = 10, 100
 
 
-def energy(
+def energies(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
     images: Path = typer.Argument(help="Images: archive, packed set, folder or NPZ."),
     others: Path | None = typer.Argument(
