@@ -13,6 +13,7 @@ from tessera.cli.bricks import bricks
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
+from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.quickstart import quickstart
@@ -57,6 +58,7 @@ app.command()(sample)
 app.command()(experts)
 app.command()(relay)
 app.command()(bricks)
+app.command("energy")(energies)
 app.command()(convert)
 app.add_typer(eval_app, name="eval")
 

@@ -281,6 +281,8 @@ def _report(summary: JobSummary, where: list[Path]) -> None:
         console.print(
             f"skipped parts saved {summary.saved_flops:.1%} of the network's FLOPs, {time}"
         )
+    for name, value in summary.reported.items():
+        console.print(f"{name.replace('_', ' ')} {value:.4g}")
     if summary.skipped:
         console.print(f"{summary.skipped} images were there already")
     for path in where:

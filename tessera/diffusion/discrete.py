@@ -284,6 +284,11 @@ class DiscreteDenoiser(Preconditioned):
     def levels(self) -> Tensor:
         return self.preconditioning.levels
 
+    def time(self, sigma: Tensor) -> Tensor:
+        scaling = self.preconditioning
+        steps = torch.tensor(scaling.steps, dtype=torch.float64, device=sigma.device)
+        return steps[scaling.index(sigma)] / scaling.timesteps
+
     def for_levels(self, levels: Tensor) -> DiscreteDenoiser:
         preconditioning = self.preconditioning.visit(levels)
         return DiscreteDenoiser(self.network, preconditioning, self.shape, self.num_classes)

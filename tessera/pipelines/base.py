@@ -31,7 +31,7 @@ from tessera.recipes.build import build_codec
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
-from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.core import NoiseSource, Report, SamplerState, means
 from tessera.sampling.seeds import SeedNoise
 
 
@@ -99,6 +99,10 @@ class Plan(Protocol):
         """The part of a state's `x` that is shown, in model space."""
         ...
 
+    def report(self) -> Report:
+        """What refinements say about all samples of the plan so far; waits for the device."""
+        ...
+
 
 class Pipeline(ABC):
     """A model ready to make images; every kind of pipeline is one.
@@ -113,6 +117,8 @@ class Pipeline(ABC):
         ema: name of the average, its half-life in images; one of `emas`.
         emas: names of the averages that the folder holds, the default first.
         checksum: SHA-256 of the weights file; None for a model that was not loaded from a folder.
+        reported: what refinements say about the samples of the last call, such as the
+            "acceptance_rate" of descent on energies.
 
     Example:
         >>> from tessera.pipelines.loading import build_pipeline
@@ -151,6 +157,7 @@ class Pipeline(ABC):
         self._others: dict[str, Mapping[str, Tensor]] = dict(other_emas or {})
         self.emas = tuple(emas) or (self.ema, *self._others)
         self.checksum = checksum
+        self.reported: dict[str, float] = {}
 
     def __repr__(self) -> str:
         names = f": {shortened(self.class_names)}" if self.class_names else ""
@@ -397,6 +404,7 @@ class Pipeline(ABC):
             rows: numbers of the images among the plan's.
             batch, on_step: see `sample_batches`.
         """
+        self.reported = {}
         if not len(rows):
             return
         for part in np.array_split(np.asarray(rows), math.ceil(len(rows) / batch)):
@@ -407,6 +415,7 @@ class Pipeline(ABC):
                     if on_step is not None:
                         on_step(ours, done[1])
             labels, state = done
+            self.reported = means(plan.report())
             yield SampledBatch(
                 ours,
                 None if labels is None else labels.cpu().numpy(),

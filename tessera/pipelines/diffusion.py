@@ -134,9 +134,10 @@ class DiffusionPipeline(Pipeline):
         sampler = build_sampler(options.sampler, self.own_parts)
         start = start_shape(self.recipe, options.sampler, canvas)
         check_latents(options, canvas.shape)
-        sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
+        sampler.levels(self.denoiser)  # by which networks may decide what they leave out
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
+        sampler.check(model)
         if self.device.type != "meta":  # where nothing is decoded
             self.codec.prepare()
         facts = self._facts(options, canvas)

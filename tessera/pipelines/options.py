@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import torch
@@ -47,6 +47,10 @@ def listed(title: str, section: Section) -> Iterator[Option]:
         value, meaning = getattr(section, name), type(section).model_fields[name].description or ""
         if isinstance(value, dict) and value:
             yield from (Option(title, f"{name}.{k}", v, meaning) for k, v in value.items())
+        elif isinstance(value, Section):
+            yield Option(title, f"{name}.kind", getattr(value, "kind", None), meaning)
+            for option in listed(title, value):
+                yield replace(option, name=f"{name}.{option.name}")
         else:
             yield Option(title, name, value, meaning)
 

@@ -33,7 +33,7 @@ from tessera.recipes.schema import (
     SamplerConfig,
     Section,
 )
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState, enlarged
+from tessera.sampling.core import NoiseSource, Report, Sampler, SamplerState, enlarged
 
 Pictures = NDArray[np.uint8] | Tensor
 """Pictures to start from: images, uint8 [N, h, w, C], or what is in model space, [N, C, h, w]."""
@@ -92,9 +92,7 @@ class SampleOptions:
         refused |= _refused(recipe, sections)
         filled: dict[str, Any] = fill(sections, given, refused)
         try:
-            filled["sampler"] = filled["sampler"].fitted(
-                recipe.objective, bounded=recipe.codec.of_pixels
-            )
+            filled["sampler"] = recipe.fit(filled["sampler"])
         except ValueError as error:
             raise TesseraError(str(error)) from None
         return cls(
@@ -166,6 +164,10 @@ class DiffusionPlan:
     start_shape: tuple[int, int, int] | None = None
     seen: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def report(self) -> Report:
+        """What the refinement says about all samples so far."""
+        return self.sampler.report()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.labels import Label, Seeds, list_seeds
 from tessera.pipelines.options import Option, divide_options
 from tessera.pipelines.plans import DiffusionPlan, Pictures, Start, check_start, fits_start
-from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.core import NoiseSource, Report, SamplerState
 
 STAGES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 """What the stages are called in options."""
@@ -87,6 +87,11 @@ class RelayPlan:
     def picture(self, x: Tensor) -> Tensor:
         """The part of a state's `x` that is shown."""
         return self.plans[-1].picture(x)
+
+    def report(self) -> Report:
+        """What the refinements of the stages say about all samples so far, behind their names."""
+        stages = zip(self.facts["stages"], self.plans, strict=True)
+        return {f"{s}.{name}": v for s, plan in stages for name, v in plan.report().items()}
 
 
 class RelayPipeline(Pipeline):

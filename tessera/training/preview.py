@@ -63,6 +63,9 @@ class Preview:
         save_png(self._folder / f"{images_seen:012d}.png", picture)
         for tracker in self._trackers:
             tracker.picture("samples", picture, images_seen)
+            if pipeline.reported:
+                reported = {f"samples_{name}": v for name, v in pipeline.reported.items()}
+                tracker.log({"images": images_seen, **reported})
 
     def _decodes(self) -> bool:
         """Whether samples can be made visible; if not, that is said once and training goes on."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveFloat, model_validator
 
 from tessera.recipes.schema.base import (
+    Clamp,
     Factor,
     Listed,
     NonNegative,
@@ -89,7 +91,33 @@ LevelsConfig = Annotated[
 ]
 
 
-class ExternalRefineConfig(Section):
+class RefineSection(Section):
+    """What every refinement says of itself."""
+
+    needs_energy: ClassVar[bool] = False
+    """Works with denoisers whose estimates are the gradient of an energy."""
+
+
+class McmcRefineConfig(RefineSection):
+    """Descent on the model's energy after each step, which a sample rejects where it rises."""
+
+    needs_energy = True
+
+    kind: Literal["mcmc"] = "mcmc"
+    step_size: PositiveFloat | None = Field(None, description="of descent; none: the model's own")
+    steps: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="of descent; none: 5 to 10, more at higher noise"
+    )
+    clamp: Clamp = Field(
+        "none", description="of samples while they descend: none, clean (as released) or noisy"
+    )
+    reject: bool = Field(True, description="leave out steps that raise a sample's energy")
+    level: Literal["state", "step"] = Field(
+        "state", description="noise level of the energy: that of the sample; step: as released"
+    )
+
+
+class ExternalRefineConfig(RefineSection):
     """A hook of the caller's own, that improves x after each step: `Parts.refine` makes it."""
 
     kind: Literal["external"] = "external"
@@ -97,7 +125,26 @@ class ExternalRefineConfig(Section):
     options: Options = Field({}, description="keyword arguments of the function")
 
 
-RefineConfig = ExternalRefineConfig
+def _usual_kind(value: Any) -> Any:
+    """Keys of descent say so by themselves; others are those of the caller's own hook."""
+    if not isinstance(value, Mapping) or "kind" in value:
+        return value
+    own = value.keys() & (McmcRefineConfig.model_fields.keys() - {"kind"})
+    return {"kind": "mcmc" if own else "external", **value}
+
+
+RefineConfig = Annotated[
+    Annotated[McmcRefineConfig | ExternalRefineConfig, Field(discriminator="kind")],
+    BeforeValidator(_usual_kind),
+]
+
+
+def _check_refine(refine: RefineConfig | None, energy: bool) -> None:
+    if refine is not None and refine.needs_energy and not energy:
+        raise ValueError(
+            f"refine.kind={refine.kind} descends on the energy of a model, and this one has none: "
+            "choose another refinement, or train with network.kind=energy_dit"
+        )
 
 
 class SamplerSection(Section):
@@ -114,7 +161,11 @@ class SamplerSection(Section):
         description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
         "process or list, and levels.steps=N or levels.sigmas=80,10,1",
     )
-    refine: RefineConfig | None = Field(None, description="improves x after each step")
+    refine: RefineConfig | None = Field(
+        None,
+        description="improves x after each step: refine.kind=mcmc, of energies, and "
+        "refine.steps=N, refine.step_size=0.01, ...",
+    )
 
     @property
     def enlarges(self) -> int | None:
@@ -124,16 +175,18 @@ class SamplerSection(Section):
         """
         return None
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
         """The section with what it leaves open taken from how the model was trained.
 
         Args:
             objective: that of the training.
             bounded: the values of x do not leave [-1, 1].
+            energy: the network has an energy, or may have one.
 
         Raises:
             ValueError: it cannot sample from models that were trained so.
         """
+        _check_refine(self.refine, energy)
         if objective.from_pictures and self.starts_from_noise:
             raise ValueError(
                 "models of this objective start from pictures, not from noise: `sampler=relay` "
@@ -225,7 +278,8 @@ class RelaySamplerConfig(SamplerSection):
     def enlarges(self) -> int | None:
         return self.block
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
+        _check_refine(self.refine, energy)
         if isinstance(objective, BlurObjectiveConfig):
             if self.block not in (None, objective.block):
                 raise ValueError(
@@ -305,9 +359,9 @@ class ProcessSamplerConfig(SamplerSection):
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
         """Estimates that may leave [-1, 1] are clipped only if `clip` says how."""
-        section = super().fitted(objective, bounded=bounded)
+        section = super().fitted(objective, bounded=bounded, energy=energy)
         if section.clip == "auto" and not bounded:
             return section.model_copy(update={"clip": "none"})
         return section
