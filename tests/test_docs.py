@@ -197,7 +197,8 @@ def check_sampling(given: dict[str, Any]) -> None:
         counted.plan([0], None, **counted.with_start(given))
         return
     errors = []
-    for recipe in ("cifar10-small", "cifar10-small-lego", "cifar10-small-pdm", "patch-ffhq64"):
+    small = (f"cifar10-small{kind}" for kind in ("", "-lego", "-pdm", "-energy"))
+    for recipe in (*small, "patch-ffhq64"):
         try:
             SampleOptions.choose(load_recipe(recipe), **given)
         except TesseraError as error:

@@ -36,7 +36,7 @@ _BATCH, _EPOCHS = 256, 20
 Method = Literal["dit", "energy"]
 
 
-def imagenet_transformer(method: Method, size: Literal["B", "L", "XL"], resolution: int) -> Recipe:
+def transformer_imagenet(method: Method, size: Literal["B", "L", "XL"], resolution: int) -> Recipe:
     """ImageNet at 64x64 or 256x256 by class, on latents of 1/16 of the side, a token each.
 
     20 epochs of the readme's command (its text says 80). Energies are refined by 5 to 10 steps of
@@ -119,7 +119,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "cifar10-small-energy": cifar10_small_energy,
     **{
         f"{method}-{size.lower()}-imagenet{resolution}-latent": partial(
-            imagenet_transformer, method, size, resolution
+            transformer_imagenet, method, size, resolution
         )
         for method in ("dit", "energy")
         for size in ("B", "L", "XL")
