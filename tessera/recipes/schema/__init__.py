@@ -1,6 +1,6 @@
 """The configuration of everything, as frozen, validated models; `kind` selects from a union."""
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import Epoch, Listed, NonNegative, Probability, Section, UserPath
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -72,6 +72,7 @@ from tessera.recipes.schema.training import (
     PreviewConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "EdmPreconditioningConfig",
     "EdmSamplerConfig",
     "EmaConfig",
+    "Epoch",
     "EvaluateConfig",
     "ExternalNetworkConfig",
     "ExternalObjectiveConfig",
@@ -139,6 +141,7 @@ __all__ = [
     "UNetSection",
     "UserPath",
     "VaeCodecConfig",
+    "ValidationConfig",
     "VeObjectiveConfig",
     "VePreconditioningConfig",
     "ViewConfig",

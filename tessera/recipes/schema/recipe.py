@@ -31,6 +31,7 @@ from tessera.recipes.schema.training import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 
@@ -65,6 +66,7 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplerConfig = EdmSamplerConfig()
     evaluate: EvaluateConfig | None = None
+    validation: ValidationConfig = ValidationConfig()
     run: RunConfig = RunConfig()
 
     @property
