@@ -24,8 +24,9 @@ _NOTE = b"\nfinishing the step and saving; press Ctrl-C again to stop at once wi
 class StopRequest:
     """Context in which SIGTERM, SIGINT and SIGUSR1 are remembered instead of followed at once.
 
-    Slurm sends SIGUSR1 as a warning that time is running out (`--signal=USR1@300`). A second Ctrl-C ends the process in the ordinary way. Outside of the main thread, where Python
-    delivers no signals, nothing is installed.
+    Slurm sends SIGUSR1 as a warning that time is running out (`--signal=USR1@300`). A second
+    Ctrl-C ends the process in the ordinary way. Outside of the main thread, where Python delivers
+    no signals, nothing is installed.
 
     Attributes:
         signal: number of the signal that all processes agreed to follow; None so far.
