@@ -84,7 +84,12 @@ def test_recipe_files_and_own_data_sets(data: Path, tmp_path: Path) -> None:
     )
     assert load_recipe(path).training.images == 90
     own = Parts(dataset=own_dataset)
-    changes = ["data.channels=3", "data.num_classes=2", "training.images=2 epochs"]
+    changes = [
+        "data.resolution=8",
+        "data.channels=3",
+        "data.num_classes=2",
+        "training.images=2 epochs",
+    ]
     recipe = load_recipe("quickstart-digits", changes, own)
     assert recipe.training.images == 2 * len(own_dataset(recipe))
 

@@ -164,7 +164,7 @@ def test_a_run_with_a_share_held_out(tmp_path: Path) -> None:
 
 
 DISCRETE = {
-    "preconditioning": {"kind": "discrete", "timesteps": 8},
+    "preconditioning": {"kind": "discrete", "schedule": "cosine", "timesteps": 8},
     "objective": {"kind": "discrete", "timesteps": "loss_second_moment"},
 }
 
