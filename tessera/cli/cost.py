@@ -60,7 +60,7 @@ def cost(
         pipe = _open(recipe, parts, [*(overrides or ()), *(["--probe"] if probe else [])])
         loaded, result, stages = pipe.recipe, pipe.cost(**given), pipe.costs(**given)
     else:
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = load_recipe(recipe, overrides or (), parts)
         # First, because counting needs memory, too.
         forecast = _probe(loaded, parts, show=not as_json) if probe else None
         result = estimate(loaded, parts, **given)
@@ -178,11 +178,15 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
     from tessera import distributed
     from tessera.training.feed import Feed
     from tessera.training.probe import blank_images, measure
+    from tessera.training.validation import validation_images
 
     with distributed.session() as device:
         real = recipe.data.path is not None or parts.dataset is not None
         feed = Feed(recipe, device, parts, None if real else blank_images(recipe))
-        return measure(recipe, feed, device, parts=parts, show=show).forecast(recipe, feed.view, 0)
+        images = validation_images(recipe, device, feed.dataset, parts) if real else None
+        validated = 0 if images is None else images.count
+        timings = measure(recipe, feed, device, parts=parts, validated=validated, show=show)
+        return timings.forecast(recipe, feed.view, 0)
 
 
 def in_table(forecast: Forecast) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The configuration of everything, as frozen, validated models; `kind` selects from a union."""
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import Epoch, Listed, NonNegative, Probability, Section, UserPath
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -78,6 +78,7 @@ from tessera.recipes.schema.training import (
     PreviewConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -106,6 +107,7 @@ __all__ = [
     "EmaConfig",
     "EnergyConfig",
     "EnergyDiTConfig",
+    "Epoch",
     "EvaluateConfig",
     "ExternalNetworkConfig",
     "ExternalObjectiveConfig",
@@ -151,6 +153,7 @@ __all__ = [
     "UNetSection",
     "UserPath",
     "VaeCodecConfig",
+    "ValidationConfig",
     "VeObjectiveConfig",
     "VePreconditioningConfig",
     "ViewConfig",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 from tessera.recipes.schema.base import (
     Factor,
@@ -32,6 +32,12 @@ class DataConfig(Section):
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
     xflip: bool = Field(False, description="double the set by mirrored copies")
     max_images: PositiveInt | None = Field(None, description="train on a random subset")
+    validation: UserPath | None = Field(
+        None, description="set like that at path, on which the loss is measured"
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the images at path that is measured on and not trained on"
+    )
     order: Literal["epochs", "windowed"] = Field(
         "epochs", description="a fresh shuffle each epoch, or EDM's windowed shuffle"
     )
@@ -39,6 +45,17 @@ class DataConfig(Section):
     workers: int = Field(
         2, ge=0, le=1024, description="threads that read ahead; 0 reads in the training step"
     )
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> Self:
+        if self.validation is not None and self.held_out is not None:
+            raise ValueError("give validation, another set, or held_out, a share of this one")
+        return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images that are not trained on."""
+        return self.validation is not None or self.held_out is not None
 
 
 class CodecSection(Section):

@@ -32,6 +32,7 @@ from tessera.recipes.schema.training import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 
@@ -69,6 +70,7 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplerConfig = EdmSamplerConfig()
     evaluate: EvaluateConfig | None = None
+    validation: ValidationConfig = ValidationConfig()
     run: RunConfig = RunConfig()
 
     @property
