@@ -10,7 +10,6 @@ checkpoints, but that `diffloss.net` is `head` here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,6 @@ from tessera.errors import TesseraError
 from tessera.networks.diffusion_head import DiffusionHead
 from tessera.networks.lego import Grid
 from tessera.networks.transformer import ViTBlock, tokens_at
-
-
-class MarSize(NamedTuple):
-    """A published size: width, depth and heads of encoder and decoder, which are alike; the head."""
-
-    width: int
-    depth: int
-    heads: int
-    head_width: int
-    head_depth: int
-
-
-MAR_SIZES = {
-    "base": MarSize(768, 12, 12, 1024, 6),
-    "large": MarSize(1024, 16, 16, 1280, 8),
-    "huge": MarSize(1280, 20, 16, 1536, 12),
-}
-"""The heads are those of the released models."""
 
 
 class Mar(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
 from tessera.progress import quantity
-from tessera.recipes.build import build_codec
+from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
@@ -123,7 +124,10 @@ class Pipeline(ABC):
     """
 
     kind: ClassVar[str]
+    of_model: ClassVar[type[Model] | None] = None
+    """What it samples from if that is trained as one; None where it is put together."""
     model: Model
+    _warned = False
 
     def __init__(
         self,
@@ -169,9 +173,22 @@ class Pipeline(ABC):
     # ------------------------------------------------------------------ what each kind is made of
 
     @classmethod
-    @abstractmethod
     def open(cls, opened: folders.Opened) -> Self:
         """The pipeline of a folder whose configuration and parts were read."""
+        model = build_model(opened.recipe, opened.own_parts)
+        entry = opened.load_weights(model.network)
+        if opened.recipe.training.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(
+            opened.recipe,
+            model,
+            images_seen=opened.config.images_seen,
+            class_names=opened.config.class_names,
+            ema=entry.name,
+            emas=[weights.name for weights in opened.config.weights],
+            checksum=entry.sha256,
+            parts=opened.own_parts,
+        )
 
     @abstractmethod
     def options(self, sampler: str | None = None) -> list[Option]:
@@ -456,6 +473,18 @@ class Pipeline(ABC):
             **plan.facts,
             **({} if codec is None else {"codec": codec}),
         }
+
+    def _warn_if_classes_are_needed(self) -> None:
+        """Say, once, that the model has not learned to do without a class."""
+        if self.recipe.objective.label_dropout > 0 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this model was trained without label dropout, so it has not learned to do without a "
+            "class, which guidance relies on; expect poor images. Train with "
+            "objective.label_dropout=0.1, or guide by a weaker model",
+            stacklevel=5,
+        )
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
