@@ -46,10 +46,12 @@ class MaskedModel(Model):
         super().__init__()
         self.network, self.process = network, process
         self.shape, self.num_classes = shape, num_classes
+        # Not a part: of the model's networks there is one.
+        self._of_tokens = (DiscreteDenoiser(nn.Identity(), process, (network.token_size, 1, 1)),)
 
     def denoiser(self, told: ToldHead) -> DiscreteDenoiser:
         """The denoiser of tokens, as images [N, d, 1, 1]."""
-        return DiscreteDenoiser(told, self.process, (self.network.token_size, 1, 1))
+        return self._of_tokens[0].around(told)
 
 
 class ToldHead(nn.Module):

@@ -9,7 +9,7 @@ checkpoints, but that `diffloss.net` is `head` here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -137,8 +137,6 @@ class Mar(nn.Module):
         known: Tensor,
         wanted: Tensor,
         cond: Conditioning,
-        make: Callable[..., Tensor] | None = None,
-        *others: Tensor | None,
     ) -> Tensor:
         """The vectors of the places `wanted`, given the tokens at the places `known`.
 
@@ -149,14 +147,11 @@ class Mar(nn.Module):
             known: int64 [B, K], numbers of places.
             wanted: int64 [B, n], numbers of places.
             cond: of it the classes.
-            make: what becomes of the vectors, a function of them and of `others`; None: nothing.
 
         Returns:
-            z [B, n, D_d] in the network's precision, or what `make` makes of it.
+            z [B, n, D_d] in the network's precision.
         """
-        h = self.encode(tokens, known, cond)
-        z = self.decode(h, known, wanted)
-        return z if make is None else make(z, *others)
+        return self.decode(self.encode(tokens, known, cond), known, wanted)
 
     def encode(self, tokens: Tensor, known: Tensor, cond: Conditioning) -> Tensor:
         """The buffer and the known tokens after the encoder, [B, b + K, D_e]."""

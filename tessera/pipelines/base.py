@@ -82,6 +82,10 @@ class Plan(Protocol):
         """All networks that run, parts of a network that run alone included."""
         ...
 
+    def helpers(self) -> list[nn.Module]:
+        """Other modules that run, by the way; they count as no evaluations."""
+        ...
+
     def noise(self, source: SeedNoise) -> NoiseSource:
         """The source that the sampler draws from."""
         ...
@@ -289,7 +293,9 @@ class Pipeline(ABC):
         """
         pipe = self.without_weights()
         plan = pipe.plan([0], None, **pipe.with_start(options))
-        calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
+        calls = counting.sampling(
+            plan.networks(), lambda: [*pipe.states(plan, [0])], plan.helpers()
+        )
         return counting.total_cost(self._training(), calls)
 
     def with_start(self, options: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tessera.precision import resolve
 from tessera.recipes.build import build_masked_sampler
 from tessera.recipes.schema import MarSamplerConfig
 from tessera.sampling.core import NoiseSource, SamplerState
-from tessera.sampling.masked import MaskedSampler
+from tessera.sampling.masked import MaskedSampler, TokenMaker
 
 _REFUSED = {
     "steps": "this model has two kinds of steps: `num_iter`, the iterations in which tokens are "
@@ -49,7 +49,7 @@ class MarPlan:
     """How the images of one call are made; see `Plan`.
 
     Attributes:
-        model, sampler: what makes tokens.
+        model, sampler, maker: what makes tokens.
         autocast: the arithmetic of the network.
     """
 
@@ -57,6 +57,7 @@ class MarPlan:
     classes: NDArray[np.int64] | None
     model: MaskedModel
     sampler: MaskedSampler
+    maker: TokenMaker
     autocast: torch.autocast
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +69,10 @@ class MarPlan:
     def networks(self) -> list[nn.Module]:
         """The network."""
         return [self.model.network]
+
+    def helpers(self) -> list[nn.Module]:
+        """What makes tokens of vectors."""
+        return [self.maker]
 
     def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' own."""
@@ -84,7 +89,9 @@ class MarPlan:
         network = self.model.network
         tokens = torch.zeros(len(start), network.tokens, network.token_size, device=start.device)
         with self.autocast:
-            yield from self.sampler(self.model, tokens, start, network.tokens, labels, noise)
+            yield from self.sampler(
+                self.model, tokens, start, network.tokens, labels, noise, self.maker
+            )
 
     def picture(self, x: Tensor) -> Tensor:
         """All of it."""
@@ -136,7 +143,7 @@ class MarPipeline(Pipeline):
         section = self._section(sampler, options)
         section = self._guided(section, classes, "guidance" in options)
         made = build_masked_sampler(section)
-        made.levels(self.masked)  # what the process does not have is said before anything is made
+        maker = made.maker(self.masked)  # says what the process does not have
         if self.device.type != "meta":  # where nothing is decoded
             self.codec.prepare()
         facts = {
@@ -144,7 +151,7 @@ class MarPipeline(Pipeline):
             "sampler": section.model_dump(mode="json"),
         }
         autocast = autocast_for(self.device, precision)
-        return MarPlan(rows, classes, self.masked, made, autocast, facts)
+        return MarPlan(rows, classes, self.masked, made, maker, autocast, facts)
 
     def _section(self, sampler: str | None, options: dict[str, Any]) -> MarSamplerConfig:
         """The recipe's sampler with the options given."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS, Conditioning
 from tessera.diffusion.discrete import spaced_steps
@@ -93,6 +92,14 @@ class MaskedSampler:
             raise TesseraError(f"`head_steps`: {error}") from error
         return kept
 
+    def maker(self, model: MaskedModel) -> TokenMaker:
+        """What makes tokens of vectors.
+
+        Raises:
+            TesseraError: see `levels`.
+        """
+        return TokenMaker(model, self.levels(model), self.temperature)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -102,6 +109,7 @@ class MaskedSampler:
         unknown: int,
         labels: Tensor | None,
         noise: NoiseSource,
+        maker: TokenMaker | None = None,
     ) -> Iterator[SamplerState]:
         """Make the unknown tokens; the last state's x is the image.
 
@@ -111,15 +119,15 @@ class MaskedSampler:
             unknown: number of them.
             labels: [B] classes, -1 for none; None for a model without.
             noise: one draw an iteration.
+            maker: of tokens; None: one of its own.
         """
-        levels, network = self.levels(model), model.network
+        network, maker = model.network, maker or self.maker(model)
         guided = self.guidance != 1 and labels is not None
         plan = rounds(unknown, self.num_iter)
-        make = partial(_make, model, levels, self.temperature)
         for step, (before, after) in enumerate(plan, 1):
             known = order[:, before:].sort(dim=1).values
             wanted = order[:, after:before].sort(dim=1).values
-            draws = noise.normal((len(levels), before - after, tokens.shape[2]))
+            draws = noise.normal((len(maker.levels), before - after, tokens.shape[2]))
             # A tensor, of which the counting of costs sees the shape only: one kind of call.
             scale = torch.tensor(self.scale(after, network.tokens)) if guided else None
             inputs, cond = (tokens, known, wanted), Conditioning(labels)
@@ -127,34 +135,40 @@ class MaskedSampler:
                 assert labels is not None
                 inputs = tuple(torch.cat([t, t]) for t in inputs)  # type: ignore[assignment]
                 cond = Conditioning(torch.cat([labels, torch.full_like(labels, NO_CLASS)]))
-            made = network(*inputs, cond, make, draws, scale)
+            made = maker(network(*inputs, cond), draws, scale)
             places = wanted[:, :, None].expand(-1, -1, tokens.shape[2])
             tokens = tokens.scatter(1, places, made.to(tokens.dtype))
             x = network.join(tokens)
             yield SamplerState(step, len(plan), 0.0, x, x)
 
 
-def _make(
-    model: MaskedModel,
-    levels: Sequence[float],
-    temperature: float,
-    z: Tensor,
-    draws: Tensor,
-    scale: Tensor | None,
-) -> Tensor:
-    """Tokens [B, n, d] from vectors z [B, n, D], by the diffusion of the head.
+class TokenMaker(nn.Module):
+    """Tokens from vectors, by the diffusion of the head.
 
     Args:
-        draws: [B, S, n, d], what it begins with and the noise of its steps but the last.
-        scale: of guidance; z then has the vectors without class behind those with, [2 B, n, D].
+        model: whose head it is.
+        levels: noise levels of the diffusion, falling.
+        temperature: factor of the noise that its steps add.
     """
-    head = model.network.head
-    told = ToldHead(head, head.cond_embed(z.flatten(0, 1)), scale=scale)
-    first, *others = draws.transpose(0, 1).flatten(1, 2)[..., None, None]
-    noise = _Given([temperature * draw for draw in others])
-    denoiser = model.denoiser(told)
-    *_, last = sample_ddpm(denoiser, first, Conditioning(), noise, levels, clip="none")
-    return last.x.reshape(len(draws), -1, draws.shape[3])
+
+    def __init__(self, model: MaskedModel, levels: Sequence[float], temperature: float) -> None:
+        super().__init__()
+        self.model, self.levels, self.temperature = model, levels, temperature
+
+    def forward(self, z: Tensor, draws: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Tokens [B, n, d] from vectors z [B, n, D].
+
+        Args:
+            draws: [B, S, n, d], what it begins with and the noise of its steps but the last.
+            scale: of guidance; z then has the vectors without class behind the others, [2 B, n, D].
+        """
+        head = self.model.network.head
+        told = ToldHead(head, head.cond_embed(z.flatten(0, 1)), scale=scale)
+        first, *others = draws.transpose(0, 1).flatten(1, 2)[..., None, None]
+        noise = _Given([self.temperature * draw for draw in others])
+        denoiser = self.model.denoiser(told)
+        *_, last = sample_ddpm(denoiser, first, Conditioning(), noise, self.levels, clip="none")
+        return last.x.reshape(len(draws), -1, draws.shape[3])
 
 
 class _Given:
@@ -168,4 +182,3 @@ class _Given:
 
     def integers(self, high: int) -> Tensor:
         raise NotImplementedError
-
