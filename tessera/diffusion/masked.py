@@ -163,7 +163,7 @@ class MaskedObjective(nn.Module):
     def losses(
         self, model: MaskedModel, tokens: Tensor, wanted: Tensor, z: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
-        """The terms of images, [B], from the vectors z [B, n, D_d] of the places `wanted` [B, n]."""
+        """The terms of images, [B], from vectors z [B, n, D_d] of the places `wanted` [B, n]."""
         head, (batch, count) = model.network.head, wanted.shape
         shape = (batch, self.repeats, count)
         told = ToldHead(head, head.cond_embed(z)[:, None], shape, steps=len(model.process.process))

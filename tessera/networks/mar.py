@@ -1,10 +1,10 @@
 """MAR: masked autoregression over continuous tokens (Li, Tian, Li, Deng & He 2024, "Autoregressive
 Image Generation without Vector Quantization").
 
-An image is L tokens of p x p pixels. The encoder sees the tokens that are known, behind some copies
-of the class; the decoder puts a mask token at all other places and gives each of them a vector, from
-which a small network (`diffusion_head`) makes the token. Parameters carry the names of the released
-checkpoints, but that `diffloss.net` is `head` here.
+An image is L tokens of p x p pixels. The encoder sees the known ones, behind some copies of the
+class; the decoder puts a mask token at all other places and gives each a vector, from which a small
+network (`diffusion_head`) makes the token. Parameters carry the names of the released checkpoints,
+but that `diffloss.net` is `head` here.
 """
 
 from __future__ import annotations

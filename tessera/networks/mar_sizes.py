@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class MarSize(NamedTuple):
-    """Width, depth and heads of encoder and decoder, which are alike; width and depth of the head."""
+    """Of encoder and decoder, which are alike, and of the head."""
 
     width: int
     depth: int

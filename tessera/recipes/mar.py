@@ -1,4 +1,4 @@
-"""MAR (Li, Tian, Li, Deng & He 2024, "Autoregressive Image Generation without Vector Quantization").
+"""MAR (Li et al. 2024, "Autoregressive Image Generation without Vector Quantization").
 
 The trainings and evaluations of the original's readme, on latents of its autoencoder (KL-16, which
 `codec.model` must name: a folder or id of an AutoencoderKL), and a small model for laptops.
@@ -43,7 +43,7 @@ def imagenet256(size: Size) -> Recipe:
 
 
 def default_training() -> Recipe:
-    """The training command of the original's readme: MAR-large with a head of 3 x 1024, 400 epochs."""
+    """The readme's training command: MAR-large with a head of 3 x 1024, 400 epochs."""
     network = MarConfig(size="large", head_width=1024, head_depth=3)
     name, description = "mar-large-3x1024-imagenet256", "MAR-large, the readme's training"
     return _imagenet(name, description, network, "large", epochs=400)
@@ -80,9 +80,9 @@ _PROCESS = DiscretePreconditioningConfig(schedule="cosine", prediction="eps")
 def cifar10_small_mar() -> Recipe:
     """CIFAR-10, 32x32, ten classes, about 4 M parameters: twenty-five minutes on two cores.
 
-    Tokens are patches of 4x4 pixels. An autoencoder of so small images would take a training of its
-    own, and its errors would bound what the model can reach; with 2x2 pixels there are four times as
-    many tokens, and twenty-five minutes are too few images.
+    Tokens are patches of 4x4 pixels. An autoencoder of so small images would take a training of
+    its own, and its errors would bound what the model can reach; of 2x2 pixels there are four times
+    as many tokens, and twenty-five minutes are too few images.
     """
     return Recipe(
         name="cifar10-small-mar",

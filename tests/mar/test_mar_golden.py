@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from golden_cases import load, relative_error, weights
-from mar_case import PROCESS, RecordedLoop, RecordedTokens, document, own_names, recorded
+from golden_cases import load, weights
+from mar_case import document
 from torch import Tensor, nn
 
-from tessera.conditioning import Conditioning
 from tessera.diffusion.discrete import Process
-from tessera.diffusion.masked import MaskedObjective, ToldHead, mask_ratio
+from tessera.diffusion.masked import ToldHead
 from tessera.networks.diffusion_head import DiffusionHead
-from tessera.sampling.masked import MaskedSampler, rounds
 
 TABLES = {
     "alphas_cumprod": "alpha_bar",
