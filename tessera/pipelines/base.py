@@ -218,6 +218,17 @@ class Pipeline(ABC):
             TesseraError: those of `sample_batches`.
         """
 
+    def check_edits(self) -> None:
+        """Check that the model can keep a part of a picture: whether `plan` takes `edit`.
+
+        Raises:
+            TesseraError: it cannot. By default none can.
+        """
+        raise TesseraError(
+            f"{self.recipe.name} is a pipeline of kind {self.kind}, which makes whole pictures only. "
+            "Models of masked tokens (network.kind=mar) keep a part and make the rest"
+        )
+
     def parts(self) -> dict[str, folders.WritePart]:
         """Sub-folders of the saved pipeline: (kind, function that writes it) by name."""
         return {}

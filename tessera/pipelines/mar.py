@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessera.conditioning import NO_CLASS
+from tessera.data.codec import Codec
 from tessera.diffusion.masked import MaskedModel
 from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
+from tessera.pipelines.editing import Edit
 from tessera.pipelines.labels import Label, Seeds, list_seeds
 from tessera.pipelines.options import (
     Option,
@@ -24,6 +27,7 @@ from tessera.pipelines.options import (
     fill,
     listed,
 )
+from tessera.pipelines.plans import digest
 from tessera.precision import resolve
 from tessera.recipes.build import build_masked_sampler
 from tessera.recipes.schema import MarSamplerConfig
@@ -51,6 +55,8 @@ class MarPlan:
     Attributes:
         model, sampler, maker: what makes tokens.
         autocast: the arithmetic of the network.
+        codec: of the pictures to edit.
+        edit: the pictures, and what of them is made anew; None to make all of it.
     """
 
     seeds: Sequence[int]
@@ -59,6 +65,8 @@ class MarPlan:
     sampler: MaskedSampler
     maker: TokenMaker
     autocast: torch.autocast
+    codec: Codec
+    edit: Edit | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,19 +87,31 @@ class MarPlan:
         return source
 
     def start(self, seeds: Sequence[int], noise: NoiseSource) -> Tensor:
-        """The order of each image's tokens, int64 [B, L], of which the last comes first."""
-        return noise.normal((self.model.network.tokens,)).argsort(dim=1, stable=True)
+        """The order of each image's tokens, int64 [B, L]: first those to be made, the last of which
+        is the first to be made, then those that are kept."""
+        numbers = noise.normal((self.model.network.tokens,))
+        if self.edit is not None:
+            kept = ~torch.from_numpy(self._made(self.edit))
+            numbers = numbers.masked_fill(kept.to(numbers.device), math.inf)
+        return numbers.argsort(dim=1, stable=True)
+
+    def _made(self, edit: Edit) -> NDArray[np.bool_]:
+        """Which tokens are made, [L]."""
+        return edit.cells(edit.made.shape[0] // self.model.network.rows).flatten()
 
     def states(
         self, seeds: Sequence[int], start: Tensor, labels: Tensor | None, noise: NoiseSource
     ) -> Iterator[SamplerState]:
         """The iterations."""
-        network = self.model.network
+        network, unknown = self.model.network, self.model.network.tokens
         tokens = torch.zeros(len(start), network.tokens, network.token_size, device=start.device)
+        if self.edit is not None:
+            unknown = int(self._made(self.edit).sum())
+            chosen = self.edit.pictures[[seed % len(self.edit.pictures) for seed in seeds]]
+            pixels = torch.from_numpy(chosen).to(start.device).permute(0, 3, 1, 2)
+            tokens = network.cut(self.codec.encode_mean(pixels))
         with self.autocast:
-            yield from self.sampler(
-                self.model, tokens, start, network.tokens, labels, noise, self.maker
-            )
+            yield from self.sampler(self.model, tokens, start, unknown, labels, noise, self.maker)
 
     def picture(self, x: Tensor) -> Tensor:
         """All of it."""
@@ -104,6 +124,8 @@ class MarPipeline(Pipeline):
     Example:
         >>> pipe = tessera.load("runs/mar")  # doctest: +SKIP
         >>> pipe.sample(range(4), num_iter=16, guidance=2, temperature=0.95)  # doctest: +SKIP
+        >>> edit = choose_edit([photo], (3, 32, 32), box=(8, 8, 16, 16))  # doctest: +SKIP
+        >>> pipe.sample(range(4), labels=3, edit=edit)  # doctest: +SKIP
     """
 
     kind = "mar"
@@ -125,6 +147,7 @@ class MarPipeline(Pipeline):
         *,
         precision: Precision = "auto",
         sampler: str | None = None,
+        edit: Edit | None = None,
         **options: Any,
     ) -> MarPlan:
         """What `sample_batches` was asked for, checked and ready for `run`.
@@ -132,6 +155,8 @@ class MarPipeline(Pipeline):
         Args:
             precision: arithmetic of the network, "fp32", "bf16" or "auto".
             sampler: "mar", the only one there is.
+            edit: pictures of which a part is kept; seed s edits number s modulo their number. A
+                token is kept if all of its pixels are, and then exactly as it is.
             options: `num_iter`, `head_steps`, `temperature`, `guidance`, `guidance_schedule` in
                 place of the recipe's: see `MaskedSampler`.
 
@@ -146,12 +171,26 @@ class MarPipeline(Pipeline):
         maker = made.maker(self.masked)  # says what the process does not have
         if self.device.type != "meta":  # where nothing is decoded
             self.codec.prepare()
-        facts = {
+        facts: dict[str, Any] = {
             "precision": resolve(precision, self.device),
             "sampler": section.model_dump(mode="json"),
         }
+        if edit is not None:
+            self._check_edit(edit)
+            facts["edit"] = {"pictures": digest(edit.pictures), "made": digest(edit.made)}
         autocast = autocast_for(self.device, precision)
-        return MarPlan(rows, classes, self.masked, made, maker, autocast, facts)
+        return MarPlan(rows, classes, self.masked, made, maker, autocast, self.codec, edit, facts)
+
+    def check_edits(self) -> None:
+        """They can."""
+
+    def _check_edit(self, edit: Edit) -> None:
+        channels, height, width = self.codec.image_shape(self.model.shape)
+        if edit.pictures.shape[1:] != (height, width, channels) or not len(edit.pictures):
+            raise TesseraError(
+                f"`edit`: pictures of shape {edit.pictures.shape}; this model edits "
+                f"[N, {height}, {width}, {channels}]"
+            )
 
     def _section(self, sampler: str | None, options: dict[str, Any]) -> MarSamplerConfig:
         """The recipe's sampler with the options given."""
