@@ -225,7 +225,7 @@ class Pipeline(ABC):
             TesseraError: it cannot. By default none can.
         """
         raise TesseraError(
-            f"{self.recipe.name} is a pipeline of kind {self.kind}, which makes whole pictures only. "
+            f"{self.recipe.name} is a pipeline of kind {self.kind}, which makes whole pictures. "
             "Models of masked tokens (network.kind=mar) keep a part and make the rest"
         )
 
