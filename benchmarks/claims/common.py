@@ -28,8 +28,9 @@ from tessera.images import grid, save_png
 from tessera.metrics.evaluate import Score, score_stream
 from tessera.metrics.measure import made_images
 from tessera.metrics.reference import Reference, open_reference
-from tessera.pipelines.base import Pipeline, SampledBatch
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.generate import Job
+from tessera.pipelines.plan import SampledBatch
 from tessera.pipelines.usage import Usage
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe

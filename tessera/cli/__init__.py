@@ -13,6 +13,7 @@ from tessera.cli.bricks import bricks
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
+from tessera.cli.edit import edit
 from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
@@ -55,6 +56,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
 app.command()(train)
 app.command()(sample)
+app.command()(edit)
 app.command()(experts)
 app.command()(relay)
 app.command()(bricks)

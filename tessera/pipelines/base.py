@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -26,82 +26,14 @@ from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
+from tessera.pipelines.plan import OnStep, Plan, SampledBatch
 from tessera.progress import quantity
-from tessera.recipes.build import build_codec
+from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
-from tessera.sampling.core import NoiseSource, Report, SamplerState, means
+from tessera.sampling.core import NoiseSource, SamplerState, means
 from tessera.sampling.seeds import SeedNoise
-
-
-@dataclass(frozen=True)
-class SampledBatch:
-    """Finished images of one batch.
-
-    Attributes:
-        seeds: one per image.
-        labels: int64 [n] class indices; None for models without classes.
-        images: uint8 [n, H, W, C].
-    """
-
-    seeds: list[int]
-    labels: NDArray[np.int64] | None
-    images: NDArray[np.uint8]
-
-
-OnStep = Callable[[Sequence[int], SamplerState], None]
-"""Called after every sampler step with the batch's seeds and the sampler's state."""
-
-
-class Plan(Protocol):
-    """What makes the images of one call, checked and ready to run.
-
-    Attributes:
-        seeds: one for each image.
-        classes: int64, of all images; None where each seed draws its own.
-        shape: (C, H, W) of a sample in model space.
-        facts: what was chosen, as plain JSON values; with the model's own, all that decides what
-            the image of a seed looks like.
-    """
-
-    @property
-    def seeds(self) -> Sequence[int]: ...
-
-    @property
-    def classes(self) -> NDArray[np.int64] | None: ...
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    def networks(self) -> list[nn.Module]:
-        """All networks that run, parts of a network that run alone included."""
-        ...
-
-    def noise(self, source: SeedNoise) -> NoiseSource:
-        """The source that the sampler draws from."""
-        ...
-
-    def start(self, seeds: Sequence[int], noise: NoiseSource) -> Any:
-        """What the sampler begins with, drawn before the class of an image."""
-        ...
-
-    def states(
-        self, seeds: Sequence[int], start: Any, labels: Tensor | None, noise: NoiseSource
-    ) -> Iterator[SamplerState]:
-        """The steps of the sampler; the last state's `x` becomes the picture."""
-        ...
-
-    def picture(self, x: Tensor) -> Tensor:
-        """The part of a state's `x` that is shown, in model space."""
-        ...
-
-    def report(self) -> Report:
-        """What refinements say about all samples of the plan so far; waits for the device."""
-        ...
 
 
 class Pipeline(ABC):
@@ -129,7 +61,10 @@ class Pipeline(ABC):
     """
 
     kind: ClassVar[str]
+    of_model: ClassVar[type[Model] | None] = None
+    """What it samples from if that is trained as one; None where it is put together."""
     model: Model
+    _warned = False
 
     def __init__(
         self,
@@ -176,9 +111,22 @@ class Pipeline(ABC):
     # ------------------------------------------------------------------ what each kind is made of
 
     @classmethod
-    @abstractmethod
     def open(cls, opened: folders.Opened) -> Self:
         """The pipeline of a folder whose configuration and parts were read."""
+        model = build_model(opened.recipe, opened.own_parts)
+        entry = opened.load_weights(model.network)
+        if opened.recipe.training.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(
+            opened.recipe,
+            model,
+            images_seen=opened.config.images_seen,
+            class_names=opened.config.class_names,
+            ema=entry.name,
+            emas=[weights.name for weights in opened.config.weights],
+            checksum=entry.sha256,
+            parts=opened.own_parts,
+        )
 
     @abstractmethod
     def options(self, sampler: str | None = None) -> list[Option]:
@@ -203,6 +151,17 @@ class Pipeline(ABC):
         Raises:
             TesseraError: those of `sample_batches`.
         """
+
+    def check_edits(self) -> None:
+        """Check that the model can keep a part of a picture: whether `plan` takes `edit`.
+
+        Raises:
+            TesseraError: it cannot. By default none can.
+        """
+        raise TesseraError(
+            f"{self.recipe.name} is a pipeline of kind {self.kind}, which makes whole pictures. "
+            "Models of masked tokens (network.kind=mar) keep a part and make the rest"
+        )
 
     def parts(self) -> dict[str, folders.WritePart]:
         """Sub-folders of the saved pipeline: (kind, function that writes it) by name."""
@@ -281,7 +240,9 @@ class Pipeline(ABC):
         try:
             pipe = self.without_weights()
             plan = pipe.plan([0], None, **pipe.with_start(options))
-            calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
+            calls = counting.sampling(
+                plan.networks(), lambda: [*pipe.states(plan, [0])], plan.helpers()
+            )
             return counting.total_cost(self._training(), calls)
         except RuntimeError as error:  # of tensors with more numbers than can be counted
             if external(self.recipe):
@@ -489,6 +450,18 @@ class Pipeline(ABC):
             **plan.facts,
             **({} if codec is None else {"codec": codec}),
         }
+
+    def _warn_if_classes_are_needed(self) -> None:
+        """Say, once, that the model has not learned to do without a class."""
+        if self.recipe.objective.label_dropout > 0 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this model was trained without label dropout, so it has not learned to do without a "
+            "class, which guidance relies on; expect poor images. Train with "
+            "objective.label_dropout=0.1, or guide by a weaker model",
+            stacklevel=5,
+        )
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""

@@ -99,20 +99,27 @@ def total_cost(training: Training, calls: Calls) -> Cost:
     )
 
 
-def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Calls:
+def sampling(
+    networks: Iterable[nn.Module],
+    sample: Callable[[], object],
+    helpers: Iterable[nn.Module] = (),
+) -> Calls:
     """Count what `sample` computes, which makes one image with `networks` of meta tensors.
 
     The networks are of no other use afterwards.
+
+    Args:
+        helpers: other modules of which calls alike need to be made once only; no evaluations.
     """
     evaluations = repeated = largest = 0
 
-    def watch(network: nn.Module) -> None:
+    def watch(network: nn.Module, helps: bool) -> None:
         forward, known = network.forward, dict[Any, tuple[Any, int]]()
 
         def once(*inputs: Any, **options: Any) -> Any:
             nonlocal evaluations, repeated, largest
             images = len(inputs[0])
-            evaluations += images
+            evaluations += 0 if helps else images
             key = _signature((inputs, options))
             if key in known:
                 output, flops = known[key]
@@ -121,7 +128,7 @@ def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Cal
             before = counter.get_total_flops()
             output = forward(*inputs, **options)
             flops = int(counter.get_total_flops() - before)
-            largest = max(largest, round(flops / images))
+            largest = largest if helps else max(largest, round(flops / images))
             known[key] = output, flops
             return output
 
@@ -129,7 +136,9 @@ def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Cal
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for network in networks:
-            watch(network)
+            watch(network, False)
+        for helper in helpers:
+            watch(helper, True)
         sample()
     return Calls(evaluations, int(counter.get_total_flops()) + repeated, largest)
 
@@ -253,4 +262,11 @@ def _inputs(
         else None,
     )
     x = torch.zeros(batch, *recipe.shape, device=device)
-    return x, cond, AddressedDraws(0, torch.arange(batch, device=device))
+    return x, cond, _MedianSteps(0, torch.arange(batch, device=device))
+
+
+class _MedianSteps(AddressedDraws):
+    """Draws, but those of a whole step in the middle of their range: what an average step costs."""
+
+    def step(self, purpose: str) -> float:
+        return 0.5

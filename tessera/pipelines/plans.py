@@ -178,6 +178,10 @@ class DiffusionPlan:
         """All networks that run, parts of a network that run alone included."""
         return self.denoiser.networks()
 
+    def helpers(self) -> list[nn.Module]:
+        """None."""
+        return []
+
     def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' noise, or the canvas's part of it."""
         return self.canvas.noise(source)

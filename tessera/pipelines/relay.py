@@ -61,6 +61,10 @@ class RelayPlan:
         """All networks that run, of all stages."""
         return [*dict.fromkeys(network for plan in self.plans for network in plan.networks())]
 
+    def helpers(self) -> list[nn.Module]:
+        """None."""
+        return []
+
     def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' noise, with which a stage goes on where the one before has stopped."""
         return source

@@ -106,6 +106,9 @@ class ObjectiveSection(Section):
     external: ClassVar[bool] = False
     """The caller's own: nothing is known of it."""
 
+    family: ClassVar[str | None] = "denoiser"
+    """Of which kind of model it is the objective; None: of any."""
+
     from_pictures: ClassVar[bool] = False
     """Its models do not know pure noise: sampling starts from a picture."""
 
@@ -234,10 +237,30 @@ class EnergyConfig(Section):
         return self
 
 
+class MarObjectiveConfig(ObjectiveSection):
+    """MAR: tokens are taken away, and each is denoised given the others.
+
+    The tokens' diffusion is the process of the preconditioning.
+    """
+
+    needs_levels = True
+    family = "masked"
+
+    kind: Literal["mar"] = "mar"
+    label_dropout: Probability = Field(
+        0.1, description="share of images trained without their class, for guidance"
+    )
+    mask_ratio_min: float = Field(
+        0.7, ge=0, lt=1, description="least share of the tokens that a step takes away"
+    )
+    repeats: Factor = Field(4, description="noise levels at which each token is trained at once")
+
+
 class ExternalObjectiveConfig(ObjectiveSection):
     """An objective of the caller's own: `Parts.objective` makes it."""
 
     external = True
+    family = None
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
@@ -250,6 +273,7 @@ ObjectiveConfig = Annotated[
     | VeObjectiveConfig
     | DiscreteObjectiveConfig
     | BlurObjectiveConfig
+    | MarObjectiveConfig
     | ExternalObjectiveConfig,
     Field(discriminator="kind"),
 ]

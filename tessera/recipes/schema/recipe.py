@@ -176,6 +176,36 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _are_of_one_family(self) -> Self:
+        for name, section in (("objective", self.objective), ("sampling", self.sampling)):
+            if section.family not in (self.network.family, None):
+                needed = "mar" if self.network.family == "masked" else "another"
+                raise ValueError(
+                    f"network.kind={self.network.kind} and {name}.kind={section.kind} do not go "
+                    f"together: set {name}.kind={needed}, or change the network"
+                )
+        if self.network.family == "masked":
+            for name, given in {
+                "augment": self.augment is not None,
+                "coords": self.coords is not None,
+                "view.kind=patches": self.view.crops,
+                "snr_splits": bool(self.snr_splits),
+            }.items():
+                if given:
+                    raise ValueError(
+                        f"network.kind={self.network.kind} is trained on whole images at all noise "
+                        f"levels, and told nothing but the class; leave out {name}"
+                    )
+            prediction = getattr(self.preconditioning, "prediction", None)
+            if prediction != "eps":
+                raise ValueError(
+                    f"network.kind={self.network.kind} makes tokens by a discrete process, whose "
+                    "noise it predicts: set preconditioning.kind=discrete and "
+                    "preconditioning.prediction=eps"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _levels_fit(self) -> Self:
         if self.objective.needs_levels and not self.preconditioning.has_levels:
             raise ValueError(

@@ -148,10 +148,10 @@ def _check_refine(refine: RefineConfig | None, energy: bool) -> None:
 
 
 class SamplerSection(Section):
-    """What every sampler has."""
+    """What every sampler has, and says of itself."""
 
-    OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
-    """Keys of the sampler that place its own noise levels."""
+    family: ClassVar[str] = "denoiser"
+    """From which kind of model it samples."""
 
     starts_from_noise: ClassVar[bool] = True
     """False where a picture is what it starts from, or where nobody but the caller knows."""
@@ -194,6 +194,20 @@ class SamplerSection(Section):
             )
         return self
 
+
+class DenoisingSamplerSection(SamplerSection):
+    """What every sampler of denoisers has."""
+
+    OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
+    """Keys of the sampler that place its own noise levels."""
+
+    levels: LevelsConfig | None = Field(
+        None,
+        description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
+        "process or list, and levels.steps=N or levels.sigmas=80,10,1",
+    )
+    refine: RefineConfig | None = Field(None, description="improves x after each step")
+
     @model_validator(mode="after")
     def _one_set_of_levels(self) -> Self:
         given = [
@@ -208,7 +222,7 @@ class SamplerSection(Section):
         return self
 
 
-class EdmSamplerConfig(SamplerSection):
+class EdmSamplerConfig(DenoisingSamplerSection):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
 
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
@@ -232,7 +246,7 @@ class EdmSamplerConfig(SamplerSection):
         return self
 
 
-class RelaySamplerConfig(SamplerSection):
+class RelaySamplerConfig(DenoisingSamplerSection):
     """Relay diffusion: from an enlarged picture to a sharp one.
 
     Keys of the blur that are null are those of the training (objective.kind=blur).
@@ -307,7 +321,7 @@ BLUR_KEYS = ("block", "blur_sigma_max", "prob_length", "min_scale", "p_mean", "p
 """Of the blur, in the objective and in the sampler."""
 
 
-class AblationSamplerConfig(SamplerSection):
+class AblationSamplerConfig(DenoisingSamplerSection):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
 
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
@@ -345,7 +359,7 @@ class AblationSamplerConfig(SamplerSection):
         return self
 
 
-class ProcessSamplerConfig(SamplerSection):
+class ProcessSamplerConfig(DenoisingSamplerSection):
     """What samplers of discrete processes share."""
 
     OWN_LEVELS = ("steps", "noise_schedule")
@@ -383,7 +397,7 @@ class DdimSamplerConfig(ProcessSamplerConfig):
     eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
 
 
-class ExternalSamplerConfig(SamplerSection):
+class ExternalSamplerConfig(DenoisingSamplerSection):
     """A sampler of the caller's own: `Parts.sampler` makes it."""
 
     starts_from_noise = False
@@ -393,12 +407,28 @@ class ExternalSamplerConfig(SamplerSection):
     options: Options = Field({}, description="keyword arguments of the function")
 
 
+class MarSamplerConfig(SamplerSection):
+    """MAR: tokens in random order, several at a time."""
+
+    family = "masked"
+
+    kind: Literal["mar"] = "mar"
+    num_iter: Steps = Field(64, description="iterations; at most as many as there are tokens")
+    head_steps: str = Field("100", description=f"of each token's diffusion: {SPACING}")
+    temperature: NonNegative = Field(1.0, description="factor of the noise that these add")
+    guidance: FiniteFloat = Field(1.0, description="weight; 1 is none")
+    guidance_schedule: Literal["linear", "constant"] = Field(
+        "linear", description="linear: from 1 up to the weight, as the image fills; or constant"
+    )
+
+
 SamplerConfig = Annotated[
     EdmSamplerConfig
     | AblationSamplerConfig
     | RelaySamplerConfig
     | DdpmSamplerConfig
     | DdimSamplerConfig
+    | MarSamplerConfig
     | ExternalSamplerConfig,
     Field(discriminator="kind"),
 ]
@@ -409,6 +439,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "ddpm": DdpmSamplerConfig,
     "ddim": DdimSamplerConfig,
     "relay": RelaySamplerConfig,
+    "mar": MarSamplerConfig,
     "external": ExternalSamplerConfig,
 }
 """The samplers by their kind."""
