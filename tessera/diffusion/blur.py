@@ -29,7 +29,7 @@ from tessera.randomness import Draws
 _WIDTH = 16
 """Pixels of a row in one product of matrices: fewer leave vector units idle, more waste work."""
 
-_AT_ONCE = 2**18
+_AT_ONCE = 2**17
 """Numbers whose window sums are made together on a CPU, in whose cache they stay."""
 
 
@@ -114,7 +114,7 @@ def block_noise(white: Tensor, block: int, *, wraps: bool = True) -> Tensor:
     on_cpu = white.device.type == "cpu"
     count = max(_AT_ONCE // (height * width) if on_cpu else len(planes), 1)
     # Used again and again, because fresh memory costs more than the sums.
-    scratch = white.new_empty(3, min(count, len(planes)), height, width)
+    scratch = white.new_empty(2 + _odd(block), min(count, len(planes)), height, width)
     pairs = zip(torch.split(planes, count), torch.split(noise, count), strict=True)
     for part, made in pairs:
         buffers = [*scratch[:, : len(part)]]
@@ -380,16 +380,23 @@ def _on_blocks(x: Tensor, matrix: Tensor) -> Tensor:
 def _window_sums(x: Tensor, length: int, axis: int, buffers: Sequence[Tensor]) -> Tensor:
     """Circular sums over the `length` numbers that end at each one of an axis, by doubling.
 
-    The result is one of three `buffers` shaped like x, of which x may be one; x is left as it is.
+    The result is one of the `buffers` shaped like x, of which x may be one: two, and a third for
+    lengths that are no power of 2, which need x again.
     """
     sums, size = x, 1
+    kept = [x] * _odd(length)
     for bit in f"{length:b}"[1:]:
-        sums = _plus_shifted(sums, sums, size, axis, _another(buffers, x, sums))
+        sums = _plus_shifted(sums, sums, size, axis, _another(buffers, sums, *kept))
         size *= 2
         if bit == "1":
-            sums = _plus_shifted(sums, x, size, axis, _another(buffers, x, sums))
+            sums = _plus_shifted(sums, x, size, axis, _another(buffers, sums, *kept))
             size += 1
     return sums
+
+
+def _odd(length: int) -> bool:
+    """Whether doubling alone does not reach a length."""
+    return length.bit_count() > 1
 
 
 def _another(buffers: Sequence[Tensor], *used: Tensor) -> Tensor:
