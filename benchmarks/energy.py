@@ -21,7 +21,8 @@ from benchmarks.models import Precision, autocast, learner, training_step, witho
 from tessera.conditioning import Conditioning
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
-from tessera.networks.dit import SIZES, DiT, EnergyDiT
+from tessera.networks.dit import DiT, EnergyDiT
+from tessera.networks.presets import SIZES
 
 SHAPE = (16, 16, 16)
 CLASSES = 1000

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tessera.conditioning import Conditioning, full_grid
 from tessera.errors import TesseraError
+from tessera.model import Tuning
 from tessera.networks.layers import full_precision
 from tessera.networks.lego import Grid, PatchEmbedding
 from tessera.networks.second_order import AttentionKind, TwiceBlock
@@ -34,23 +35,6 @@ Head = Literal["mean_then_linear", "linear_then_mean"]
 
 SMALLEST_STEP = 1e-4
 """Step sizes of energy descent are at least this."""
-
-
-class Preset(NamedTuple):
-    """Depth, width and heads of a published size."""
-
-    depth: int
-    width: int
-    heads: int
-
-
-SIZES = {
-    "S": Preset(12, 384, 6),
-    "B": Preset(12, 768, 12),
-    "L": Preset(24, 1024, 16),
-    "XL": Preset(28, 1152, 16),
-}
-"""Every size exists with patches of 1, 2, 4 and 8 pixels: DiT-XL/2 is "XL" with `patch=2`."""
 
 
 class Trunk(nn.Module):
@@ -289,6 +273,7 @@ class EnergyDiT(Trunk):
         multiplier: m.
         step_size: of energy descent, see `diffusion.energy`; kept with the weights.
         learn_step_size: make it a parameter.
+        step_size_lr: multiplier of its learning rate.
         attention: how attention is made differentiable twice, see `second_order`.
         recompute: compute blocks again in each of the passes, for less memory.
     """
@@ -310,6 +295,7 @@ class EnergyDiT(Trunk):
         multiplier: float = 1.0,
         step_size: float = 0.01,
         learn_step_size: bool = False,
+        step_size_lr: float = 1.0,
         attention: AttentionKind = "recompute",
         recompute: bool = False,
     ) -> None:
@@ -322,6 +308,7 @@ class EnergyDiT(Trunk):
         )
         self.channels = out_channels or in_channels
         self.multiplier, self.recompute = multiplier, recompute
+        self.step_size_lr = step_size_lr
         self.energy_layer = EnergyHead(width, head)
         # Of one element, because FSDP does not shard numbers without axes.
         alpha = torch.full((1,), step_size)
@@ -338,6 +325,12 @@ class EnergyDiT(Trunk):
         Shards gathered block by block would be gone when the inner gradient needs them.
         """
         yield self
+
+    def tuning(self) -> dict[str, Tuning]:
+        """The step size has a learning rate of its own, and does not decay."""
+        if not self.alpha.requires_grad:
+            return {}
+        return {"alpha": Tuning(lr=self.step_size_lr, decay=False)}
 
     @property
     def step_size(self) -> Tensor:

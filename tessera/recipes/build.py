@@ -17,6 +17,7 @@ from tessera.diffusion.blur import Blur, BlurCorruption, BlurObjective
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
+from tessera.diffusion.energy_objective import EnergyObjective, EnergyTerms
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, Objective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
@@ -28,6 +29,7 @@ from tessera.diffusion.skipping import (
 )
 from tessera.model import Model
 from tessera.networks.adm_unet import AdmUNet
+from tessera.networks.dit import DiT, EnergyDiT
 from tessera.networks.lego import Lego
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
@@ -36,10 +38,11 @@ from tessera.recipes.external import own_network, own_objective, own_refine, own
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.size import check_fits
 from tessera.sampling.ablation import ablation_levels, ablation_sampler
-from tessera.sampling.core import Levels, Sampler
+from tessera.sampling.core import Levels, Refine, Sampler
 from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.levels import edm_levels, listed_levels, process_levels
+from tessera.sampling.mcmc import Refinement
 from tessera.sampling.relay import relay_sampler
 
 
@@ -94,6 +97,11 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
                 coord_frequencies=recipe.coord_frequencies,
                 **_options(section),
             )
+        case schema.DiTConfig():
+            return _transformer(DiT, recipe, section, _output_channels(recipe))
+        case schema.EnergyDiTConfig():
+            # Its gradient has no second half, where others put out a variance that is left out.
+            return _transformer(EnergyDiT, recipe, section, channels)
         case schema.ExternalNetworkConfig():
             return own_network(recipe, section, parts)
         case schema.SongUNetConfig():
@@ -103,7 +111,7 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
     return network(
         resolution,
         _input_channels(recipe),
-        2 * channels if recipe.preconditioning.doubles_channels else channels,
+        _output_channels(recipe),
         num_classes=recipe.data.num_classes,
         augment_dim=recipe.augment_dim,
         coord_frequencies=recipe.coord_frequencies,
@@ -114,6 +122,28 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
 def _input_channels(recipe: schema.Recipe) -> int:
     """Of the noisy image, and of the enlarged small one."""
     return recipe.shape[0] * (1 if recipe.low_resolution is None else 2)
+
+
+def _output_channels(recipe: schema.Recipe) -> int:
+    """Of the image, and of a variance beside it."""
+    return recipe.shape[0] * (2 if recipe.preconditioning.doubles_channels else 1)
+
+
+def _transformer(
+    kind: type[DiT | EnergyDiT],
+    recipe: schema.Recipe,
+    section: schema.TransformerSection,
+    out_channels: int,
+) -> nn.Module:
+    options = section.model_dump(exclude={"kind", "size"})
+    return kind(
+        recipe.shape[1],
+        _input_channels(recipe),
+        recipe.data.num_classes,
+        recipe.augment_dim,
+        out_channels=out_channels,
+        **(options | {"patch": section.token} | section.dimensions._asdict()),
+    )
 
 
 def build_preconditioning(section: schema.PreconditioningConfig) -> Preconditioning:
@@ -191,7 +221,10 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
     scaling = build_preconditioning(recipe.preconditioning)
     steps = len(scaling.levels) if isinstance(scaling, Iddpm | Discrete) else 0
-    return build_objective(section, noise_levels, steps)
+    objective = build_objective(section, noise_levels, steps)
+    if recipe.energy is None:
+        return objective
+    return EnergyObjective(objective, EnergyTerms(**_options(recipe.energy)))
 
 
 def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
@@ -231,6 +264,19 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
             return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
 
 
+def build_refine(section: schema.RefineConfig, parts: Parts = NO_PARTS) -> Refine:
+    """What improves samples after each step of a sampler.
+
+    Raises:
+        RecipeError: an external part was not handed over.
+    """
+    match section:
+        case schema.McmcRefineConfig():
+            return Refinement(**_options(section))
+        case schema.ExternalRefineConfig():
+            return own_refine(section, parts)
+
+
 def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sampler:
     """The sampler with its options bound: its own noise levels, or those of `section.levels`.
 
@@ -243,7 +289,7 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
     """
     options = section.model_dump(exclude={"kind", "levels", "refine"})
     if section.refine is not None:
-        options["refine"] = own_refine(section.refine, parts)
+        options["refine"] = build_refine(section.refine, parts)
     match section:
         case schema.ExternalSamplerConfig():
             sampler = own_sampler(section, parts, options.get("refine"))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tessera.errors import RecipeError
 from tessera.files import user_path
-from tessera.recipes import edm, laptop, lego, patch, pdm, relay
+from tessera.recipes import edm, energy, laptop, lego, patch, pdm, relay
 from tessera.recipes.messages import describe, sections, select, suggestion
 from tessera.recipes.overrides import Data, apply_overrides, merge
 from tessera.recipes.schema import Recipe
@@ -23,7 +23,7 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 def shipped() -> dict[str, Callable[[], Recipe]]:
     """The recipes of the library: name to the function that makes it."""
-    methods = (laptop, edm, patch, lego, pdm, relay)
+    methods = (laptop, edm, patch, lego, pdm, relay, energy)
     return {name: made for method in methods for name, made in method.RECIPES.items()}
 
 

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.conditioning import Conditioning, coordinates, full_grid
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.errors import TesseraError
-from tessera.networks.dit import SIZES, SMALLEST_STEP, DiT, EnergyDiT
+from tessera.networks.dit import SMALLEST_STEP, DiT, EnergyDiT
+from tessera.networks.presets import SIZES
 from tessera.networks.second_order import attend_twice, gelu_twice, recomputed
 from tessera.networks.transformer import DiTBlock
 from tessera.training.parallel import repeated_blocks

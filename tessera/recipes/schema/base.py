@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +58,10 @@ Side = Annotated[int, Field(gt=0, le=2**14)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 """Of layers, channels."""
 Factor = Annotated[int, Field(gt=0, le=1024)]
+Depth = Annotated[int, Field(gt=0, le=256)]
+"""Number of transformer blocks."""
+Clamp = Literal["none", "clean", "noisy"]
+"""Of images that descend on an energy, see `diffusion.energy.Clamp`."""
 Steps = Annotated[int, Field(gt=0, le=100_000)]
 """Of a process or a sampler."""
 

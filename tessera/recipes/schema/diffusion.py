@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat
+from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
 
-from tessera.recipes.schema.base import Factor, NonNegative, Options, Probability, Section, Steps
+from tessera.recipes.schema.base import (
+    Clamp,
+    Factor,
+    NonNegative,
+    Options,
+    Probability,
+    Section,
+    Steps,
+)
 
 
 class PreconditioningSection(Section):
@@ -184,6 +192,37 @@ class BlurObjectiveConfig(ObjectiveSection):
     sigma_floor: PositiveFloat = Field(7.5e-3, description="lower noise levels are raised to it")
     released_floor: bool = Field(False, description="the floor as the released code computes it")
     max_weight: PositiveFloat = 1e5
+
+
+class EnergyConfig(Section):
+    """What an energy is trained on beside the denoising objective."""
+
+    contrastive: NonNegative = Field(
+        0, description="weight of the energies of images against those of disturbed ones"
+    )
+    refinement: NonNegative = Field(
+        0, description="weight of how descents go, which trains network.learn_step_size"
+    )
+    contrastive_steps: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="of descent; null: 5 to 10, more at higher noise"
+    )
+    refinement_steps: Annotated[int, Field(ge=2, le=1024)] | None = Field(
+        None, description="of descent; null: 2 to 5, more at higher noise"
+    )
+    clamp: Clamp = Field("none", description="of images while they descend: none, clean or noisy")
+    refines: Literal["all", "step_size"] = Field(
+        "all", description="what the refinement's weight trains; step_size keeps energies as flat"
+    )
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> Self:
+        for term in ("contrastive", "refinement"):
+            steps = getattr(self, f"{term}_steps")
+            if steps is not None and not getattr(self, term):
+                raise ValueError(f"{term}_steps={steps} needs a weight: set {term} above 0")
+        if self.refines != "all" and not self.refinement:
+            raise ValueError(f"refines={self.refines} needs a weight: set refinement above 0")
+        return self
 
 
 class ExternalObjectiveConfig(ObjectiveSection):

@@ -7,8 +7,18 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from tessera.networks.presets import SIZES, Preset
 from tessera.networks.sides import halved, tiled
-from tessera.recipes.schema.base import Factor, Listed, Options, Probability, Section, Side, Width
+from tessera.recipes.schema.base import (
+    Depth,
+    Factor,
+    Listed,
+    Options,
+    Probability,
+    Section,
+    Side,
+    Width,
+)
 from tessera.recipes.schema.options import BricksConfig
 
 Levels = Annotated[tuple[Factor, ...], Listed, Field(min_length=1, max_length=16)]
@@ -24,6 +34,17 @@ class NetworkSection(Section):
 
     takes_image: ClassVar[bool] = False
     """Takes a picture to start from as further channels of its input."""
+
+    has_energy: ClassVar[bool] = False
+    """Its output is the gradient of an energy, on which samples can descend."""
+
+    external: ClassVar[bool] = False
+    """The caller's own: nothing is known of it."""
+
+    @property
+    def learns_step_size(self) -> bool:
+        """Whether the step size of descent on its energy is a parameter."""
+        return False
 
     @property
     def learns_variance(self) -> bool:
@@ -128,7 +149,7 @@ class BrickConfig(Section):
 
     size: Side
     patch: Side = 2
-    depth: Annotated[int, Field(gt=0, le=256)]
+    depth: Depth
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
@@ -242,10 +263,113 @@ class PatchedUNetConfig(NetworkSection):
         )
 
 
+Size = Literal[
+    "S/1", "S/2", "S/4", "S/8", "B/1", "B/2", "B/4", "B/8",
+    "L/1", "L/2", "L/4", "L/8", "XL/1", "XL/2", "XL/4", "XL/8",
+]  # fmt: skip
+"""The published sizes of diffusion transformers, and the side of a token."""
+
+
+class TransformerSection(NetworkSection):
+    """What all diffusion transformers have."""
+
+    own_coordinates = True
+    takes_image = True
+
+    size: Size = Field("S/2", description="published size, and side of a token in pixels")
+    patch: Factor | None = Field(None, description="side of a token, pixels; null: of the size")
+    depth: Depth | None = Field(None, description="number of blocks; null: of the size")
+    width: Width | None = Field(None, description="of the tokens; null: of the size")
+    heads: Width | None = Field(None, description="of attention; null: of the size")
+    mlp_ratio: PositiveFloat = Field(4, le=1024)
+    recompute: bool = Field(False, description="recompute blocks going back, for less memory")
+
+    @property
+    def token(self) -> int:
+        """Side of a token, pixels."""
+        return self.patch or int(self.size.split("/")[1])
+
+    @property
+    def dimensions(self) -> Preset:
+        """Depth, width and heads."""
+        named = SIZES[self.size.split("/")[0]]
+        return Preset(
+            self.depth or named.depth, self.width or named.width, self.heads or named.heads
+        )
+
+    def fits(self, side: int) -> bool:
+        return side > 0 and side % self.token == 0
+
+    @property
+    def sides(self) -> str:
+        return f"a multiple of {self.token}, the side of a token (network.size, network.patch)"
+
+    def check(self, side: int) -> None:
+        tokens, width = (side // self.token) ** 2, self.dimensions.width
+        if tokens * width > 2**26:
+            raise ValueError(
+                f"network: {tokens:,} tokens of width {width} are more than can be attended to. "
+                "Make network.patch larger"
+            )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        _, width, heads = self.dimensions
+        if width % heads or width % 4:
+            raise ValueError(f"width ({width}) must be a multiple of heads ({heads}) and of 4")
+        return self
+
+
+class DiTConfig(TransformerSection):
+    """The diffusion transformer (Peebles & Xie 2023)."""
+
+    kind: Literal["dit"] = "dit"
+    learn_variance: bool = Field(False, description="a head for the variance of reverse steps")
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.learn_variance
+
+
+class EnergyDiTConfig(TransformerSection):
+    """The diffusion transformer as a scalar energy, whose gradient is its output."""
+
+    has_energy = True
+
+    kind: Literal["energy_dit"] = "energy_dit"
+    head: Literal["mean_then_linear", "linear_then_mean"] = Field(
+        "mean_then_linear", description="two layers on the mean of all tokens, or their mean"
+    )
+    multiplier: PositiveFloat = Field(
+        1, description="of the gradient; the number of tokens is well scaled"
+    )
+    step_size: PositiveFloat = Field(0.01, description="of descent, while sampling and training")
+    learn_step_size: bool = Field(False, description="train it, by energy.refinement")
+    step_size_lr: PositiveFloat = Field(1, description="multiplier of the step size's rate")
+    attention: Literal["recompute", "explicit", "math"] = Field(
+        "recompute",
+        description="second derivatives: weights anew, all results kept, or PyTorch's own",
+    )
+
+    @property
+    def learns_step_size(self) -> bool:
+        return self.learn_step_size
+
+    @model_validator(mode="after")
+    def _rate_is_used(self) -> Self:
+        if self.step_size_lr != 1 and not self.learn_step_size:
+            raise ValueError(
+                "step_size_lr is the learning rate of a step size that is learned: set "
+                "learn_step_size=true, or leave it out"
+            )
+        return self
+
+
 class ExternalNetworkConfig(NetworkSection):
     """A network of the caller's own: `Parts.network` makes it."""
 
     takes_image = True
+    external = True
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
@@ -261,6 +385,12 @@ class ExternalNetworkConfig(NetworkSection):
 
 
 NetworkConfig = Annotated[
-    SongUNetConfig | AdmUNetConfig | LegoConfig | PatchedUNetConfig | ExternalNetworkConfig,
+    SongUNetConfig
+    | AdmUNetConfig
+    | LegoConfig
+    | PatchedUNetConfig
+    | DiTConfig
+    | EnergyDiTConfig
+    | ExternalNetworkConfig,
     Field(discriminator="kind"),
 ]

@@ -20,6 +20,7 @@ from tessera.recipes.schema.data import (
 from tessera.recipes.schema.diffusion import (
     EdmObjectiveConfig,
     EdmPreconditioningConfig,
+    EnergyConfig,
     ObjectiveConfig,
     PreconditioningConfig,
 )
@@ -52,6 +53,9 @@ class Recipe(Section):
     network: NetworkConfig
     preconditioning: PreconditioningConfig = EdmPreconditioningConfig()
     objective: ObjectiveConfig = EdmObjectiveConfig()
+    energy: EnergyConfig | None = Field(
+        None, description="what an energy network is trained on beside the objective"
+    )
     snr_splits: Annotated[tuple[PositiveFloat, ...], Listed] = Field(
         (),
         max_length=64,
@@ -180,6 +184,36 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _energy_fits(self) -> Self:
+        network, terms = self.network, self.energy or EnergyConfig()
+        if self.energy is not None and not (network.has_energy or network.external):
+            raise ValueError(
+                f"energy: a network of kind {network.kind} has no energy to train. Set network.kind"
+                "=energy_dit, or energy=null"
+            )
+        if self.energy is not None and (self.objective.from_pictures or self.objective.external):
+            raise ValueError(
+                "energy: its terms are those of images with white noise; with objective.kind="
+                f"{self.objective.kind}, set energy=null"
+            )
+        if terms.refinement and not (network.learns_step_size or network.external):
+            raise ValueError(
+                "energy.refinement trains the step size of descent: set network.learn_step_size="
+                "true, or energy.refinement=0"
+            )
+        if network.learns_step_size and not (terms.refinement or self.objective.external):
+            raise ValueError(
+                "network.learn_step_size: nothing would train the step size. Set energy.refinement,"
+                " its weight in the loss, like 0.1"
+            )
+        if network.has_energy and self.training.precision == "fp16":
+            raise ValueError(
+                "training.precision=fp16: an energy's gradient is taken inside of the network, "
+                "where no loss scale reaches, and float16 loses its small values. Set bf16 or fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _start_fits(self) -> Self:
         block = self.fitted_sampling.enlarges
         if block is not None and (self.shape[1] % block or block == self.shape[1]):
@@ -205,15 +239,17 @@ class Recipe(Section):
                 f"({self.data.resolution}) that it is a multiple of"
             )
         if not self.network.takes_image or not self.codec.of_pixels or self.view.crops:
-            raise ValueError("low_resolution works with U-Nets on whole images of pixels only")
+            raise ValueError(
+                "low_resolution works with U-Nets and DiTs on whole images of pixels only"
+            )
         return self
 
     @model_validator(mode="after")
     def _coordinates_fit(self) -> Self:
         if self.network.own_coordinates and self.coords is not None and self.coords.frequencies:
             raise ValueError(
-                "coords.frequencies: bricks always see the plain coordinates; set it to 0, or "
-                "leave out coords"
+                f"coords.frequencies: networks of kind {self.network.kind} always see the plain "
+                "coordinates; set it to 0, or leave out coords"
             )
         return self
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
 
 from tessera.recipes.schema.base import (
+    Clamp,
     Factor,
     Listed,
     NonNegative,
@@ -89,7 +90,33 @@ LevelsConfig = Annotated[
 ]
 
 
-class ExternalRefineConfig(Section):
+class RefineSection(Section):
+    """What every refinement says of itself."""
+
+    needs_energy: ClassVar[bool] = False
+    """Works with denoisers whose estimates are the gradient of an energy."""
+
+
+class McmcRefineConfig(RefineSection):
+    """Descent on the model's energy after each step, which a sample rejects where it rises."""
+
+    needs_energy = True
+
+    kind: Literal["mcmc"] = "mcmc"
+    step_size: PositiveFloat | None = Field(None, description="of descent; none: the model's own")
+    steps: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="of descent; none: 5 to 10, more at higher noise"
+    )
+    clamp: Clamp = Field(
+        "none", description="of samples while they descend: none, clean (as released) or noisy"
+    )
+    reject: bool = Field(True, description="leave out steps that raise a sample's energy")
+    level: Literal["state", "step"] = Field(
+        "state", description="noise level of the energy: that of the sample; step: as released"
+    )
+
+
+class ExternalRefineConfig(RefineSection):
     """A hook of the caller's own, that improves x after each step: `Parts.refine` makes it."""
 
     kind: Literal["external"] = "external"
@@ -97,7 +124,7 @@ class ExternalRefineConfig(Section):
     options: Options = Field({}, description="keyword arguments of the function")
 
 
-RefineConfig = ExternalRefineConfig
+RefineConfig = Annotated[McmcRefineConfig | ExternalRefineConfig, Field(discriminator="kind")]
 
 
 class SamplerSection(Section):
@@ -114,7 +141,11 @@ class SamplerSection(Section):
         description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
         "process or list, and levels.steps=N or levels.sigmas=80,10,1",
     )
-    refine: RefineConfig | None = Field(None, description="improves x after each step")
+    refine: RefineConfig | None = Field(
+        None,
+        description="improves x after each step: refine.kind=mcmc, of energies, and "
+        "refine.steps=N, refine.step_size=0.01, ...",
+    )
 
     @property
     def enlarges(self) -> int | None:
