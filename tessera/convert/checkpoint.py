@@ -89,8 +89,8 @@ class Description:
         inferred: those that the shapes of its tensors give.
         assumed: those of the released code's defaults.
         needs: what must come from a preset or from options.
-        published: the shipped recipe of a published file of this name; used if its network is the
-            file's.
+        published: the preset of a published file of this name; used if its network is the file's.
+        free: keys in which the file may differ from its preset all the same.
         presets: sections of presets that are no recipes, by name.
         place: where each tensor belongs, in the network of the settled recipe.
         constant: whether a tensor of our network is a constant that files need not have.
@@ -105,6 +105,7 @@ class Description:
     assumed: Data = field(default_factory=dict)
     needs: Sequence[Need] = ()
     published: str | None = None
+    free: frozenset[str] = frozenset()
     presets: Mapping[str, Data] = field(default_factory=dict)
     constant: Callable[[str], bool] = lambda name: False
     images_seen: int = 0

@@ -159,7 +159,7 @@ def unet_sections(snapshot: Snapshot, kind: UNetKind = UNetKind()) -> tuple[Data
             **loss_section(snapshot, scaling),
             "label_dropout": arguments["label_dropout"],
         },
-        "augment": _augment(snapshot, arguments["augment_dim"]),
+        "augment": augment_section(snapshot, arguments["augment_dim"]),
     }
     sections["data"]["xflip"] = bool(snapshot.dataset.get("xflip", False))
     if scaling == "vp":
@@ -169,15 +169,25 @@ def unet_sections(snapshot: Snapshot, kind: UNetKind = UNetKind()) -> tuple[Data
     return sections, {"training": {"precision": "fp16" if arguments["use_fp16"] else "fp32"}}
 
 
-def image_sections(side: int, channels: int, classes: int) -> Data:
-    """The sections of a network on pictures of this side: pixels, or 4 channels of latents.
+KL16 = {"kind": "vae", "model": "vae-kl16", "channels": 16, "downsample": 16, "scale": 0.2325}
+"""The autoencoder of MAR, whose folder the caller names by `codec.model`."""
 
-    Four channels are what Stable Diffusion's VAE makes of pictures of 8 times the side.
+
+def image_sections(side: int, channels: int, classes: int) -> Data:
+    """The sections of a network on pictures of this side: pixels, or latents by their channels.
+
+    Four are those of Stable Diffusion's VAE, of pictures of 8 times the side; sixteen KL-16's.
     """
-    if channels == 4:
-        data = {"resolution": 8 * side, "channels": 3, "num_classes": classes}
-        return {"data": data, "codec": {"kind": "vae"}}
-    return {"data": {"resolution": side, "channels": channels, "num_classes": classes}}
+    data = {"resolution": side, "channels": channels, "num_classes": classes}
+    match channels:
+        case 4:
+            return {
+                "data": {**data, "resolution": 8 * side, "channels": 3},
+                "codec": {"kind": "vae"},
+            }
+        case 16:
+            return {"data": {**data, "resolution": 16 * side, "channels": 3}, "codec": dict(KL16)}
+    return {"data": data}
 
 
 def describe_unet(
@@ -259,16 +269,21 @@ def loss_section(snapshot: Snapshot, scaling: str) -> dict[str, Any]:
     loss = snapshot.loss
     if loss is None:
         return {"kind": scaling if scaling in ("vp", "ve") else "edm"}
-    if loss.class_name not in _LOSSES:
+    name = loss.class_name.removeprefix("Patch_").removeprefix("LEGO")  # which change no numbers
+    if name not in _LOSSES:
         raise snapshot.source.error(
             f"it was trained by a {loss.class_name}; those of EDM are {', '.join(_LOSSES)}"
         )
-    kind, names = _LOSSES[loss.class_name]
+    kind, names = _LOSSES[name]
     return {"kind": kind, **snapshot.arguments(loss, names)}
 
 
-def _augment(snapshot: Snapshot, labels: int) -> dict[str, Any] | None:
-    """The augmentation that gives the network its `labels` augmentation labels."""
+def augment_section(snapshot: Snapshot, labels: int) -> dict[str, Any] | None:
+    """The augmentation that gives the network its `labels` augmentation labels.
+
+    Raises:
+        CheckpointError: it gives another number of them, or is not in the file.
+    """
     if labels == 0:
         return None
     if snapshot.augment is not None:

@@ -13,9 +13,9 @@ from tessera.convert.checkpoint import (
     Source,
     prefixed,
 )
-from tessera.convert.edm import image_sections, loss_section
+from tessera.convert.edm import augment_section, image_sections, loss_section
 from tessera.convert.records import ClosedObject
-from tessera.convert.snapshots import Snapshot, made_of, need_snapshot
+from tessera.convert.snapshots import made_of, need_snapshot
 from tessera.errors import CheckpointError
 
 _CLASS = "EDMPrecondLEGO"
@@ -36,9 +36,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     snapshot = need_snapshot(source)
     precond = snapshot.network.state
     stack = _child(source, snapshot.network, "model")
-    channels, classes = (
-        _integer(source, precond, name) for name in ("img_channels", "label_dim")
-    )
+    channels, classes = (_integer(source, precond, name) for name in ("img_channels", "label_dim"))
     if precond.get("sigma_min", 0) != 0:
         raise source.error("its smallest noise level is not 0, which is not known here")
     training = stack.state.get("train_intermediate_stages", True)
@@ -47,8 +45,9 @@ def _describe(source: Source, settings: Settings) -> Description:
         **image_sections(_integer(source, precond, "img_resolution"), channels, classes),
         "network": {**_network(source, stack), "joint": bool(training), "positions": "learned"},
         "preconditioning": {"kind": "edm", "sigma_data": precond.get("sigma_data", 0.5)},
-        "objective": {**loss_section(snapshot, "edm", "LEGO"), "label_dropout": dropout},
+        "objective": {**loss_section(snapshot, "edm"), "label_dropout": dropout},
     }
+    said["augment"] = augment_section(snapshot, _augment_labels(source, stack))
     said["data"]["xflip"] = bool(snapshot.dataset.get("xflip", False))
     precision = "fp16" if precond.get("use_fp16") else "fp32"
     return Description(
@@ -56,14 +55,11 @@ def _describe(source: Source, settings: Settings) -> Description:
         prefixed("model."),
         said=said,
         assumed={"training": {"precision": precision}},
-        published=_settings_of(snapshot),
+        published=_PUBLISHED.get(source.path.stem),
+        # Those of 64 pixels are less deep than the recipes'.
+        free=frozenset({"network.bricks"}),
         images_seen=snapshot.images_seen,
     )
-
-
-def _settings_of(snapshot: Snapshot) -> str | None:
-    """The recipe of a published file. Those of 64 pixels have another depth than the recipes'."""
-    return _PUBLISHED.get(snapshot.source.path.stem)
 
 
 def _network(source: Source, stack: ClosedObject) -> Data:
@@ -108,6 +104,14 @@ def _label_dropout(stack: ClosedObject) -> float:
     embedder = (stack.state.get("_modules") or {}).get("y_embedder")
     rate = embedder.state.get("dropout_prob") if isinstance(embedder, ClosedObject) else None
     return float(rate) if isinstance(rate, int | float) else 0.1
+
+
+def _augment_labels(source: Source, stack: ClosedObject) -> int:
+    """How many it takes; 0 if none."""
+    layer = (stack.state.get("_modules") or {}).get("map_augment")
+    if not isinstance(layer, ClosedObject):
+        return 0
+    return _integer(source, layer.state, "in_features")
 
 
 def _child(source: Source, record: ClosedObject, name: str) -> ClosedObject:

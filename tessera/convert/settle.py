@@ -8,7 +8,7 @@ from typing import Any
 
 from tessera.convert.checkpoint import Data, Description, Settings, Source
 from tessera.errors import CheckpointError, RecipeError
-from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe, shipped
+from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.overrides import apply_overrides, merge
 from tessera.recipes.schema import Recipe
 
@@ -42,7 +42,7 @@ def settle(source: Source, found: Description, settings: Settings) -> Settled:
     preset = None if settings.preset is None else _preset(settings.preset, found)
     published = None
     if preset is None and found.published is not None:
-        if not _differences(source, found, base := dump_recipe(shipped()[found.published]())):
+        if not _differences(source, found, base := _preset(found.published, found)):
             preset, published = base, found.published
     elif preset is not None and (different := _differences(source, found, preset)):
         raise source.error(
@@ -56,26 +56,15 @@ def settle(source: Source, found: Description, settings: Settings) -> Settled:
     return Settled(recipe, _origins(found, settings, preset, name, recipe), published)
 
 
-def open_needs(found: Description, settings: Settings) -> list[str]:
-    """What a file does not say and nobody has said yet, as words for the user."""
-    given = {override.partition("=")[0] for override in settings.overrides} | {*settings.own}
-    return [
-        f"{' or '.join(f'{key}=...' for key in need.keys)} ({need.meaning})"
-        for need in found.needs
-        if not given & {*need.keys}
-    ]
-
-
 def _check_needs(
     source: Source, found: Description, settings: Settings, preset: Data | None
 ) -> None:
-    # Of a preset, all is known but what is no key of a recipe.
-    known = [] if preset is None else [*_leaves(preset)]
+    given = {override.partition("=")[0] for override in settings.overrides} | {*settings.own}
+    given |= {key for key, value in _leaves(preset or {}) if value is not None}
     open_ = [
-        text
+        f"{' or '.join(f'{key}=...' for key in need.keys)} ({need.meaning})"
         for need in found.needs
-        if not {*need.keys} & {key for key, value in known if value is not None}
-        for text in open_needs(Description(found.weights, found.place, needs=[need]), settings)
+        if not given & {*need.keys}
     ]
     if open_:
         raise source.error(
@@ -115,6 +104,8 @@ def _differences(source: Source, found: Description, preset: Data) -> list[str]:
         section, _, name = key.partition(".")
         fixed = section in ("network", "preconditioning", "codec") and name not in _FREE
         if not fixed and key not in ("data.resolution", "data.channels", "data.num_classes"):
+            continue
+        if key in found.free:
             continue
         if key in theirs and _normal(theirs[key]) != _normal(value):
             wrong.append(f"{key} is {_text(value)} in the file and {_text(theirs[key])} there")
