@@ -9,7 +9,15 @@ from typing import Literal
 
 from tessera.convert import relay
 from tessera.convert.checkpoint import AVERAGE, TRAINED
-from tessera.convert.run import Part, Read, complete, describe_source, merged, read_source
+from tessera.convert.run import (
+    Part,
+    Read,
+    complete,
+    describe_source,
+    merged,
+    read_source,
+    settings_of,
+)
 from tessera.errors import CheckpointError
 from tessera.files import user_path
 from tessera.pipelines.base import Pipeline
@@ -168,11 +176,7 @@ def _as_stages(reads: Sequence[Read]) -> list[Read]:
     small, large = (read.description.said["data"]["resolution"] for read in reads)
     if large <= small or large % small:
         return [*reads]
-    settings = replace(
-        second.settings,
-        own={"stage": "second", **second.settings.own},
-        overrides=[f"objective.block={large // small}", *second.settings.overrides],
-    )
+    settings = settings_of(relay.FAMILY, second.options, first=small)
     return [first, describe_source(second.source, relay.FAMILY, settings)]
 
 

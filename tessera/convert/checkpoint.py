@@ -47,11 +47,13 @@ class Settings:
         preset: a recipe, or a published model, that says what the file does not.
         own: options of the family, by name.
         overrides: options that are keys of the recipe, as `key.path=value`.
+        first: side of the pictures that the stage before makes, of a relay in two files.
     """
 
     preset: str | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     overrides: Sequence[str] = ()
+    first: int | None = None
 
 
 class Ignored(NamedTuple):

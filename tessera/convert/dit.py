@@ -37,7 +37,7 @@ def is_transformer(value: Any, prefix: str = "") -> bool:
 
 
 def namespace(value: Any) -> Mapping[str, Any]:
-    """The arguments that a training was called with, as a plain mapping; empty if there are none."""
+    """What a training was called with, as a plain mapping; empty if that is not there."""
     if isinstance(value, ClosedObject):
         return value.state
     return value if isinstance(value, dict) else {}

@@ -130,7 +130,7 @@ class UNetKind:
     arguments: frozenset[str] = frozenset()
 
 
-def unet_sections(snapshot: Snapshot, kind: UNetKind = UNetKind()) -> tuple[Data, Data]:  # noqa: B008
+def unet_sections(snapshot: Snapshot, kind: UNetKind = UNetKind()) -> tuple[Data, Data]:
     """The sections of the recipe that a file says, and those that it leaves to defaults.
 
     Raises:

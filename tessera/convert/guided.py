@@ -86,7 +86,7 @@ PRESETS: dict[str, Data] = {
 }
 """The published files and their flags."""
 _SPLIT = ("64x64_diffusion",)
-"""Those that were trained with the new order of attention's rows; all others have the legacy one."""
+"""Those with the new order of the rows of attention's weights; all others have the legacy one."""
 
 
 def _recognise(source: Source) -> bool:
@@ -132,7 +132,7 @@ def _order(source: Source, settings: Settings, preset: str | None) -> str | None
         raise source.error(f"`attention_order={order}`: there is none. Choose split or legacy")
     if order is None and preset in PRESETS:
         return "split" if preset in _SPLIT else "legacy"
-    return order
+    return None if order is None else str(order)
 
 
 def _check_kind(source: Source, tensors: Tensors, shape: UNetShape) -> None:

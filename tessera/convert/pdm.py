@@ -43,7 +43,7 @@ ENLARGED = Need(("low_resolution",), "side of the small images that it enlarges"
 
 def weights_name(source: Source) -> str:
     """What the weights in a flat file are called; those of `model000003.pt` are no average."""
-    return TRAINED if re.fullmatch(r"model\d*", source.path.stem) else AVERAGE
+    return TRAINED if re.fullmatch(r"(.*[-_])?model\d+", source.path.stem) else AVERAGE
 
 
 def _recognise(source: Source) -> bool:

@@ -6,6 +6,7 @@ the name of a published file, or by standing behind a first one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tessera.convert.checkpoint import Data, Description, Family, Settings, Source
@@ -59,25 +60,25 @@ def _describe(source: Source, settings: Settings) -> Description:
         dropout = said.pop("objective")["label_dropout"]
         objective: Data = {"kind": "blur", "label_dropout": dropout}
         if blur is not None and blur.class_name == "BlurLoss":
-            given = snapshot.arguments(blur, {**_LOSS, **{name: name for name in _IDLE_LOSS}})
+            given = {"block_scale": 0} | snapshot.arguments(
+                blur, {**_LOSS, **{name: name for name in _IDLE_LOSS}}
+            )
             objective |= {k: v for k, v in given.items() if k not in _IDLE_LOSS}
             said["objective"] = objective
         else:
             # A published recipe or an option says more.
-            assumed["objective"] = objective
+            assumed["objective"] = {"block": 4, "block_scale": 0.15, **objective}
             notes.append(
                 "the file does not say how images were blurred: by default as the released code "
                 "does (options: objective.block, .blur_sigma_max, .prob_length, .block_scale)"
             )
         assumed["sampling"] = {"kind": "relay"}
-    return describe_unet(
-        source,
-        snapshot,
-        said,
-        assumed,
-        published=_PUBLISHED.get(source.path.stem),
-        notes=tuple(notes),
-    )
+    inferred: Data = {}
+    if stage == "second" and settings.first is not None and "objective" not in said:
+        inferred["objective"] = {"block": said["data"]["resolution"] // settings.first}
+    published = _PUBLISHED.get(source.path.stem)
+    found = describe_unet(source, snapshot, said, assumed, published=published, notes=tuple(notes))
+    return replace(found, inferred=inferred)
 
 
 def _stage(source: Source, snapshot: Snapshot, settings: Settings) -> tuple[str, str]:
@@ -91,6 +92,8 @@ def _stage(source: Source, snapshot: Snapshot, settings: Settings) -> tuple[str,
         if wanted not in (None, stage):
             raise source.error(f"it was trained by a {loss.class_name}, as a {stage} stage")
         return stage, "by its loss"
+    if settings.first is not None and wanted != "first":
+        return "second", "for it stands behind a first one"
     if wanted is not None:
         return wanted, "by the option"
     for stage in _STAGES:

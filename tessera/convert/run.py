@@ -33,7 +33,7 @@ class TensorFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A model that was found in a file, or its average in one file and its trained weights in another.
+    """A model that was found in a file, or in two: its average and its trained weights.
 
     Attributes:
         source: the file.
@@ -84,12 +84,14 @@ class Read:
     Attributes:
         source, family, settings: the file, what it is of, and what the caller says of it.
         description: what the family found.
+        options: what the caller said, as it was given.
     """
 
     source: Source
     family: Family
     settings: Settings
     description: Description
+    options: Sequence[str] = ()
 
     @property
     def tensors(self) -> Mapping[str, Sequence[TensorFacts]]:
@@ -120,7 +122,8 @@ def read_source(path: Path, kind: str | None = None, options: Sequence[str] = ()
     """
     source = open_source(path)
     family = find_family(source, kind)
-    return describe_source(source, family, settings_of(family, options))
+    read = describe_source(source, family, settings_of(family, options))
+    return replace(read, options=options)
 
 
 def describe_source(source: Source, family: Family, settings: Settings) -> Read:
@@ -137,13 +140,18 @@ def describe_source(source: Source, family: Family, settings: Settings) -> Read:
     return Read(source, family, settings, description)
 
 
-def settings_of(family: Family, options: Sequence[str]) -> Settings:
+def settings_of(family: Family, options: Sequence[str], first: int | None = None) -> Settings:
     """The caller's options for a file: the family's own, a preset, and keys of the recipe.
+
+    Args:
+        first: side of the pictures that the stage before makes, of a relay in two files.
 
     Raises:
         CheckpointError: an option without a value.
     """
-    preset, own, overrides = None, {}, []
+    preset: str | None = None
+    own: dict[str, Any] = {}
+    overrides: list[str] = []
     for option in options:
         key, separator, value = option.partition("=")
         key = key.removeprefix("--")
@@ -155,7 +163,7 @@ def settings_of(family: Family, options: Sequence[str]) -> Settings:
             own[key] = value
         else:
             overrides.append(f"{key}={value}")
-    return Settings(preset, own, overrides)
+    return Settings(preset, own, overrides, first)
 
 
 def complete(read: Read) -> Part:
@@ -167,7 +175,8 @@ def complete(read: Read) -> Part:
     """
     settled = read.settled()
     network = _network(read.source, settled.recipe)
-    states, ignored = {}, {}
+    states: dict[str, Mapping[str, Tensor]] = {}
+    ignored: dict[str, str] = {}
     for name, tensors in read.description.weights.items():
         states[name], left = _state(read, settled.recipe, network, tensors)
         ignored |= left

@@ -1,4 +1,4 @@
-"""From what a file says, a preset and the caller's options to one recipe, and where it came from."""
+"""From what a file says, a preset and the caller's options to a recipe, and where it came from."""
 
 from __future__ import annotations
 

@@ -110,8 +110,9 @@ def open_snapshot(source: Source) -> Snapshot | None:
     return Snapshot(
         source,
         networks,
-        *(_record(data.get(name)) for name in ("loss_fn", "augment_pipe")),
-        dataset=dataset if isinstance(dataset, dict) else {},
+        _record(data.get("loss_fn")),
+        _record(data.get("augment_pipe")),
+        dataset if isinstance(dataset, dict) else {},
     )
 
 

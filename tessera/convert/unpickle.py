@@ -13,7 +13,7 @@ import mmap
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 
@@ -71,6 +71,11 @@ class _Mapped(io.RawIOBase):
         self.mapped, self._at = mapped, start
         self.end = len(mapped) if end is None else min(end, len(mapped))
 
+    @property
+    def stream(self) -> IO[bytes]:
+        """Itself, as the type that readers ask for."""
+        return cast("IO[bytes]", self)
+
     def read(self, size: int = -1, /) -> bytes:
         end = self.end if size < 0 else min(self._at + size, self.end)
         data = self.mapped[self._at : end]
@@ -115,7 +120,7 @@ def _read_pickle(mapped: mmap.mmap, classes: Collection[tuple[str, str]]) -> Any
         return _embedded(small, 0, len(data))
 
     names = checkpoint_names(classes, embedded)
-    return load_pickle(_Mapped(mapped), names, large=_Large)
+    return load_pickle(_Mapped(mapped).stream, names, large=_Large)
 
 
 def _embedded(mapped: mmap.mmap, start: int, end: int) -> Storage:
@@ -191,13 +196,13 @@ def _nothing_embedded(data: Any) -> Storage:
     raise DataError("a tensor's numbers within the pickle of torch.save")
 
 
-# -------------------------------------------------------------------------------- old files of torch
+# ------------------------------------------------------------------------------ old files of torch
 
 
 def _read_legacy(file: _Mapped, classes: Collection[tuple[str, str]]) -> Any:
     """Magic number, protocol, system, the object, keys of the storages; then count and numbers."""
     names = checkpoint_names(classes, _nothing_embedded)
-    _, protocol, system = (load_pickle(file, {}) for _ in range(3))
+    _, protocol, system = (load_pickle(file.stream, {}) for _ in range(3))
     if protocol != _LEGACY_PROTOCOL:
         raise DataError(f"an old file of PyTorch of protocol {brief(protocol)}")
     if not as_mapping(system, "description of the writer's machine").get("little_endian", True):
@@ -212,8 +217,8 @@ def _read_legacy(file: _Mapped, classes: Collection[tuple[str, str]]) -> Any:
                 )
         raise DataError("it refers to a tensor in a way that this reader does not know")
 
-    value = load_pickle(file, names, persistent=storage)
-    keys = load_pickle(file, {})
+    value = load_pickle(file.stream, names, persistent=storage)
+    keys = load_pickle(file.stream, {})
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise DataError("its list of storages is not that of its tensors")
     for key in keys:

@@ -133,8 +133,8 @@ class GroupNorm(nn.Module):
             raise TesseraError(
                 f"the network has a layer of {channels} channels, which do not divide into "
                 f"{max(self.groups, 1)} groups for normalisation (a quarter of the channels, at "
-                "most 32, or network.groups). Change network.model_channels or network.channel_mult: powers of two, "
-                "or multiples of 32, always fit"
+                "most 32, or network.groups). Change network.model_channels or "
+                "network.channel_mult: powers of two, or multiples of 32, always fit"
             )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
