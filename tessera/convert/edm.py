@@ -212,11 +212,8 @@ def describe_unet(
 
         return put
 
-    weights = snapshot.weights()
-    if said["preconditioning"]["kind"] == "iddpm" and any("u" not in w for w in weights.values()):
-        raise source.error("it has no table of noise levels, which improved DDPM has")
     return Description(
-        weights,
+        snapshot.weights(),
         place,
         said=said,
         assumed=assumed,

@@ -222,7 +222,9 @@ def _state(
         elif put[0] in state:
             raise source.error(f"{brief(name)} and another of its tensors are one of ours")
         else:
-            state[put[0]] = put[1].contiguous()
+            # Copies in half precision are exact in ours.
+            half = put[1].dtype in (torch.float16, torch.bfloat16)
+            state[put[0]] = (put[1].to(torch.float32) if half else put[1]).contiguous()
     for name, constant in expected.items():
         if name not in state and read.description.constant(name) and not constant.is_meta:
             state[name] = constant
