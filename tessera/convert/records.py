@@ -185,13 +185,23 @@ def read_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     Raises:
         DataError: one is damaged, or they repeat what is stored once.
     """
+    check_stored(tensors)
+    storages = {tensor.storage for tensor in tensors.values()}
+    flat = {storage: storage.read() for storage in storages}
+    return {name: tensor.view_of(flat[tensor.storage]) for name, tensor in tensors.items()}
+
+
+def check_stored(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise if tensors would be far larger than what is stored of them.
+
+    Raises:
+        DataError: they would.
+    """
     storages = {tensor.storage for tensor in tensors.values()}
     stored = sum(storage.nbytes for storage in storages)
     numbers = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
     if numbers > 2 * stored:
         raise DataError("its tensors have more numbers than are stored of them")
-    flat = {storage: storage.read() for storage in storages}
-    return {name: tensor.view_of(flat[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def module_state(module: ClosedObject) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tessera.convert.checkpoint import Description, Family, Ignored, Settings, Source
 from tessera.convert.families import find_family, open_source
-from tessera.convert.records import StoredTensor, brief, read_tensors
+from tessera.convert.records import StoredTensor, brief, check_stored, read_tensors
 from tessera.convert.settle import Settled, settle
 from tessera.errors import CheckpointError, DataError
 from tessera.pipelines.folder import mismatches, not_finite, write_folder
@@ -174,6 +175,9 @@ def complete(read: Read) -> Part:
         RecipeError: the library has no such network.
     """
     settled = read.settled()
+    for tensors in read.description.weights.values():
+        with _reading(read.source):
+            check_stored(tensors)  # before a network of their sizes is made
     network = _network(read.source, settled.recipe)
     states: dict[str, Mapping[str, Tensor]] = {}
     ignored: dict[str, str] = {}
@@ -196,6 +200,14 @@ def complete(read: Read) -> Part:
     )
 
 
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise source.error(f"{error}. Download or copy it again") from error
+
+
 def _network(source: Source, recipe: Recipe) -> nn.Module:
     try:
         return hollow(partial(build_network, recipe))
@@ -208,10 +220,8 @@ def _state(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict of `network`, and what of the file has no place in it."""
     source, expected = read.source, network.state_dict()
-    try:
+    with _reading(source):
         found = read_tensors(tensors)
-    except DataError as error:
-        raise source.error(f"{error}. Download or copy it again") from error
     state: dict[str, Tensor] = {}
     ignored: dict[str, str] = {}
     place = read.description.place(recipe)
