@@ -12,9 +12,9 @@ from tessera.convert.checkpoint import AVERAGE, TRAINED
 from tessera.convert.run import (
     Part,
     Read,
-    complete,
     describe_source,
     merged,
+    read_part,
     read_source,
     settings_of,
 )
@@ -113,7 +113,7 @@ def plan_conversion(
     if not 1 <= len(paths) <= 2:
         raise CheckpointError("name one checkpoint, or the two that make one pipeline")
     if len(paths) == 1:
-        return Conversion("diffusion", (complete(read_source(paths[0], kind, options)),))
+        return Conversion("diffusion", (read_part(read_source(paths[0], kind, options)),))
     reads = [
         read_source(path, kind, _options_of(place, options)) for place, path in enumerate(paths)
     ]
@@ -164,7 +164,7 @@ def _both_weights(reads: Sequence[Read]) -> Part:
         )
     # What one file says of the model holds for the other.
     description = replace(averaged.description, weights=trained.description.weights)
-    return merged(complete(averaged), complete(replace(trained, description=description)))
+    return merged(read_part(averaged), read_part(replace(trained, description=description)))
 
 
 def _as_stages(reads: Sequence[Read]) -> list[Read]:
@@ -195,13 +195,13 @@ def _experts(reads: Sequence[Read], recipes: Sequence[Recipe]) -> Conversion:
         if recipe.expert is None:
             overrides = [*settings.overrides, f"expert={place}"]
             settings = replace(settings, overrides=overrides)
-        parts.append(complete(replace(read, settings=settings)))
+        parts.append(read_part(replace(read, settings=settings)))
     whole = assemble(_pipelines(parts))
     return Conversion("experts", tuple(parts), whole)
 
 
 def _relay(reads: Sequence[Read]) -> Conversion:
-    parts = [complete(read) for read in reads]
+    parts = [read_part(read) for read in reads]
     return Conversion("relay", tuple(parts), RelayPipeline(_pipelines(parts)))
 
 

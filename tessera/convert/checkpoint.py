@@ -21,7 +21,7 @@ AVERAGE, TRAINED = "ema", "raw"
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointFile:
     """A file that was opened with nothing run.
 
     Attributes:
@@ -129,8 +129,8 @@ class Family:
 
     kind: str
     title: str
-    recognise: Callable[[Source], bool]
-    describe: Callable[[Source, Settings], Description]
+    recognise: Callable[[CheckpointFile], bool]
+    describe: Callable[[CheckpointFile, Settings], Description]
     options: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[tuple[str, str], ...] = ()
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from tessera.convert.checkpoint import (
     AVERAGE,
     TRAINED,
+    CheckpointFile,
     Data,
     Description,
     Family,
     Need,
     Place,
     Settings,
-    Source,
 )
 from tessera.convert.edm import image_sections
 from tessera.convert.flat import Tensors, is_state_dict, numbered, shape_of, state_dict
@@ -36,14 +36,14 @@ def is_transformer(value: Any, prefix: str = "") -> bool:
     return any(all(p + prefix + name in value for name in _MARK) for p in ("", "module."))
 
 
-def namespace(value: Any) -> Mapping[str, Any]:
+def arguments_of(value: Any) -> Mapping[str, Any]:
     """What a training was called with, as a plain mapping; empty if that is not there."""
     if isinstance(value, ClosedObject):
         return value.state
     return value if isinstance(value, dict) else {}
 
 
-def transformer_sections(source: Source, tensors: Tensors) -> tuple[Data, list[Need]]:
+def transformer_sections(source: CheckpointFile, tensors: Tensors) -> tuple[Data, list[Need]]:
     """What the shapes of a transformer's tensors show, and what they do not.
 
     Raises:
@@ -74,7 +74,7 @@ def transformer_sections(source: Source, tensors: Tensors) -> tuple[Data, list[N
     return {**image_sections(side * patch, channels, classes), "network": network}, needs
 
 
-def output_channels(source: Source, tensors: Tensors) -> int:
+def output_channels(source: CheckpointFile, tensors: Tensors) -> int:
     """Of the last layer of a plain transformer."""
     patch = shape_of(source, tensors, "x_embedder.proj.weight", 4)[2]
     return shape_of(source, tensors, "final_layer.linear.weight", 2)[0] // patch**2
@@ -89,14 +89,14 @@ def place_transformer(recipe: Recipe) -> Place:
     return place
 
 
-def _recognise(source: Source) -> bool:
+def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     if not isinstance(data, dict):
         return False
     return is_transformer(data) or any(is_transformer(data.get(key)) for key in ("model", "ema"))
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     data = source.data
     if is_transformer(data):
         weights = {AVERAGE: state_dict(source, data, "content")}
@@ -120,7 +120,7 @@ def _describe(source: Source, settings: Settings) -> Description:
         "sampling": {"kind": "ddpm", "steps": "250"},
         "network": {"kind": "dit"} | ({} if heads is None else {"heads": heads}),
     }
-    arguments = namespace({} if is_transformer(data) else data.get("args"))
+    arguments = arguments_of({} if is_transformer(data) else data.get("args"))
     vae = arguments.get("vae")
     said: Data = {}
     if vae in ("ema", "mse") and "codec" in inferred:
@@ -136,7 +136,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     )
 
 
-def _images(source: Source, arguments: Mapping[str, Any]) -> int:
+def _images(source: CheckpointFile, arguments: Mapping[str, Any]) -> int:
     """Steps by the name of a training state, times its batch."""
     batch = arguments.get("global_batch_size")
     if not isinstance(batch, int) or not re.fullmatch(r"\d{1,9}", source.path.stem):

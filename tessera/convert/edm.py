@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from tessera.convert.checkpoint import (
+    CheckpointFile,
     Data,
     Description,
     Family,
     Ignored,
     Place,
     Settings,
-    Source,
 )
 from tessera.convert.records import ClosedObject, brief
 from tessera.convert.snapshots import Snapshot, made_of, need_snapshot
@@ -191,7 +191,7 @@ def image_sections(side: int, channels: int, classes: int) -> Data:
 
 
 def describe_unet(
-    source: Source,
+    source: CheckpointFile,
     snapshot: Snapshot,
     said: Data,
     assumed: Data,
@@ -223,13 +223,13 @@ def describe_unet(
     )
 
 
-def _check_table(source: Source, table: Tensor, scaling: Iddpm) -> None:
+def _check_table(source: CheckpointFile, table: Tensor, scaling: Iddpm) -> None:
     ours = scaling.table(torch.device("cpu"))
     if table.shape != ours.shape or not torch.allclose(table, ours, 1e-5, 0):
         raise source.error("its table of noise levels is not that of improved DDPM")
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     snapshot = need_snapshot(source)
     said, assumed = unet_sections(snapshot)
     return describe_unet(source, snapshot, said, assumed, published=_RELEASED.get(source.path.stem))

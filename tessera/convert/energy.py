@@ -13,17 +13,17 @@ from torch import Tensor
 from tessera.convert.checkpoint import (
     AVERAGE,
     TRAINED,
+    CheckpointFile,
     Data,
     Description,
     Family,
     Ignored,
     Place,
     Settings,
-    Source,
 )
 from tessera.convert.dit import (
+    arguments_of,
     is_transformer,
-    namespace,
     output_channels,
     place_transformer,
     transformer_sections,
@@ -35,14 +35,14 @@ _PREFIX = "dit."
 _HEAD = "energy_layer.energy_head.0.weight"
 
 
-def _recognise(source: Source) -> bool:
+def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     return isinstance(data, dict) and any(
         is_transformer(data.get(key), _PREFIX) for key in ("model", "model_ema")
     )
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     data = source.data
     weights = {
         name: state_dict(source, data[key], key)
@@ -58,7 +58,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     if not energy:
         channels = shape_of(source, tensors, "x_embedder.proj.weight", 4)[1]
         inferred["network"]["learn_variance"] = output_channels(source, tensors) == 2 * channels
-    arguments = namespace(data.get("args"))
+    arguments = arguments_of(data.get("args"))
     notes = []
     if not arguments:
         notes.append(

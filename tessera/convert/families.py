@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tessera.convert import dit, edm, energy, guided, lego, patch, pdm, relay
-from tessera.convert.checkpoint import Family, Source
+from tessera.convert.checkpoint import CheckpointFile, Family
 from tessera.convert.records import ClosedObject, brief
 from tessera.convert.snapshots import open_snapshot
 from tessera.convert.unpickle import read_container
@@ -27,17 +27,17 @@ FAMILIES: tuple[Family, ...] = (
 _CLASSES = frozenset(pair for family in FAMILIES for pair in family.classes)
 
 
-def open_source(path: Path) -> Source:
+def open_checkpoint(path: Path) -> CheckpointFile:
     """Open a file, with nothing in it run.
 
     Raises:
         CheckpointError: it cannot be read, or refers to what is not allowed.
     """
     data, container = read_container(path, _CLASSES)
-    return Source(path, data, container)
+    return CheckpointFile(path, data, container)
 
 
-def find_family(source: Source, kind: str | None = None) -> Family:
+def find_family(source: CheckpointFile, kind: str | None = None) -> Family:
     """The family that a file is of, by its content, or that of the kind that the caller names.
 
     Raises:
@@ -60,7 +60,7 @@ def find_family(source: Source, kind: str | None = None) -> Family:
     raise source.error(f"{what}, which is of no kind known here. Known are {known}")
 
 
-def contents(source: Source) -> str:
+def contents(source: CheckpointFile) -> str:
     """What is in a file, in a few words."""
     snapshot = open_snapshot(source)
     if snapshot is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tessera.convert.checkpoint import Data, Settings, Source
+from tessera.convert.checkpoint import CheckpointFile, Data, Settings
 from tessera.convert.records import StoredTensor, flat_tensors
 from tessera.errors import DataError, RecipeError
 from tessera.recipes.loading import dump_recipe, load_recipe
@@ -15,7 +15,7 @@ from tessera.recipes.text import read_yaml
 Tensors = Mapping[str, StoredTensor]
 
 
-def state_dict(source: Source, value: Any, what: str) -> dict[str, StoredTensor]:
+def state_dict(source: CheckpointFile, value: Any, what: str) -> dict[str, StoredTensor]:
     """The tensors of a state dict in a file; `module.` of parallel training is left out.
 
     Raises:
@@ -41,7 +41,7 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
-def shape_of(source: Source, tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
+def shape_of(source: CheckpointFile, tensors: Tensors, name: str, dims: int) -> tuple[int, ...]:
     """The shape of a tensor with so many axes.
 
     Raises:
@@ -105,7 +105,7 @@ class UNetShape(NamedTuple):
         return [side >> level for level in self.attention]
 
 
-def unet_shape(source: Source, tensors: Tensors, conv: str) -> UNetShape:
+def unet_shape(source: CheckpointFile, tensors: Tensors, conv: str) -> UNetShape:
     """The levels of a U-Net, from the units of its decoder.
 
     Args:

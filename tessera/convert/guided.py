@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from tessera.convert.checkpoint import (
+    CheckpointFile,
     Data,
     Description,
     Family,
     Need,
     Place,
     Settings,
-    Source,
 )
 from tessera.convert.flat import (
     Tensors,
@@ -89,12 +89,12 @@ _SPLIT = ("64x64_diffusion",)
 """Those with the new order of the rows of attention's weights; all others have the legacy one."""
 
 
-def _recognise(source: Source) -> bool:
+def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     return is_state_dict(data) and "input_blocks.1.0.emb_layers.1.weight" in data
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     tensors = state_dict(source, source.data, "content")
     shape = unet_shape(source, tensors, _LAST)
     _check_kind(source, tensors, shape)
@@ -125,7 +125,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     )
 
 
-def _order(source: Source, settings: Settings, preset: str | None) -> str | None:
+def _order(source: CheckpointFile, settings: Settings, preset: str | None) -> str | None:
     """Which rows of attention's weight are q, k and v; None where nobody says it."""
     order: Any = settings.own.get(_ORDER)
     if order not in (None, "split", "legacy"):
@@ -135,7 +135,7 @@ def _order(source: Source, settings: Settings, preset: str | None) -> str | None
     return None if order is None else str(order)
 
 
-def _check_kind(source: Source, tensors: Tensors, shape: UNetShape) -> None:
+def _check_kind(source: CheckpointFile, tensors: Tensors, shape: UNetShape) -> None:
     """Raise for what the released networks can be and ours cannot."""
     width, rows = shape.widths[0], shape_of(
         source, tensors, "input_blocks.1.0.emb_layers.1.weight", 2
@@ -152,14 +152,14 @@ def _check_kind(source: Source, tensors: Tensors, shape: UNetShape) -> None:
         )
 
 
-def _enlarges(source: Source, tensors: Tensors) -> bool:
+def _enlarges(source: CheckpointFile, tensors: Tensors) -> bool:
     channels = shape_of(source, tensors, "input_blocks.0.0.weight", 4)[1]
     if channels not in (3, 6):
         raise source.error(f"it takes {channels} channels: no RGB pixels, nor two of them")
     return channels == 6
 
 
-def _sections(source: Source, tensors: Tensors, shape: UNetShape, side: int | None) -> Data:
+def _sections(source: CheckpointFile, tensors: Tensors, shape: UNetShape, side: int | None) -> Data:
     hidden, channels = shape_of(source, tensors, "time_embed.0.weight", 2)
     out = shape_of(source, tensors, "out.2.weight", 4)[0]
     if out not in (3, 6):

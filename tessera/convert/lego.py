@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessera.convert.checkpoint import (
+    CheckpointFile,
     Data,
     Description,
     Family,
     Settings,
-    Source,
     prefixed,
 )
 from tessera.convert.edm import augment_section, image_sections, loss_section
@@ -32,7 +32,7 @@ _PUBLISHED = {
 }
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     snapshot = need_snapshot(source)
     precond = snapshot.network.state
     stack = _child(source, snapshot.network, "model")
@@ -62,7 +62,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     )
 
 
-def _network(source: Source, stack: ClosedObject) -> Data:
+def _network(source: CheckpointFile, stack: ClosedObject) -> Data:
     """The section of a stack, from the attributes and shapes of its bricks."""
     bricks = [*_children(source, _child(source, stack, "model"))]
     if not bricks:
@@ -82,7 +82,7 @@ def _network(source: Source, stack: ClosedObject) -> Data:
     }
 
 
-def _brick(source: Source, brick: ClosedObject) -> tuple[Data, tuple[int, int, float]]:
+def _brick(source: CheckpointFile, brick: ClosedObject) -> tuple[Data, tuple[int, int, float]]:
     embedder = _child(source, brick, "x_embedder").state
     blocks = [*_children(source, _child(source, brick, "blocks"))]
     if not blocks:
@@ -106,7 +106,7 @@ def _label_dropout(stack: ClosedObject) -> float:
     return float(rate) if isinstance(rate, int | float) else 0.1
 
 
-def _augment_labels(source: Source, stack: ClosedObject) -> int:
+def _augment_labels(source: CheckpointFile, stack: ClosedObject) -> int:
     """How many it takes; 0 if none."""
     layer = (stack.state.get("_modules") or {}).get("map_augment")
     if not isinstance(layer, ClosedObject):
@@ -114,7 +114,7 @@ def _augment_labels(source: Source, stack: ClosedObject) -> int:
     return _integer(source, layer.state, "in_features")
 
 
-def _child(source: Source, record: ClosedObject, name: str) -> ClosedObject:
+def _child(source: CheckpointFile, record: ClosedObject, name: str) -> ClosedObject:
     modules = record.state.get("_modules")
     child = modules.get(name) if isinstance(modules, Mapping) else None
     if not isinstance(child, ClosedObject):
@@ -122,21 +122,21 @@ def _child(source: Source, record: ClosedObject, name: str) -> ClosedObject:
     return child
 
 
-def _children(source: Source, record: ClosedObject) -> list[ClosedObject]:
+def _children(source: CheckpointFile, record: ClosedObject) -> list[ClosedObject]:
     modules = record.state.get("_modules")
     if not isinstance(modules, Mapping):
         raise _strange(source, f"a {record.class_name} without modules")
     return [_child(source, record, name) for name in modules]
 
 
-def _integer(source: Source, state: Mapping[str, Any], name: str) -> int:
+def _integer(source: CheckpointFile, state: Mapping[str, Any], name: str) -> int:
     value = state.get(name)
     if not isinstance(value, int):
         raise _strange(source, f"{name} is no number")
     return value
 
 
-def _square(source: Source, state: Mapping[str, Any], name: str) -> int:
+def _square(source: CheckpointFile, state: Mapping[str, Any], name: str) -> int:
     """A side that is stored for height and width."""
     value = state.get(name)
     if not isinstance(value, Sequence) or len(value) != 2 or value[0] != value[1]:
@@ -144,7 +144,7 @@ def _square(source: Source, state: Mapping[str, Any], name: str) -> int:
     return _integer(source, {name: value[0]}, name)
 
 
-def _strange(source: Source, what: str) -> CheckpointError:
+def _strange(source: CheckpointFile, what: str) -> CheckpointError:
     return source.error(f"its network is not as the released code makes it: {what}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tessera.convert.checkpoint import Data, Description, Family, Settings, Source
+from tessera.convert.checkpoint import CheckpointFile, Data, Description, Family, Settings
 from tessera.convert.edm import UNetKind, describe_unet, unet_sections
 from tessera.convert.snapshots import Snapshot, made_of, need_snapshot
 from tessera.errors import RecipeError
@@ -12,7 +12,7 @@ _CLASS = "Patch_EDMPrecond"
 _KIND = UNetKind(coordinates=2, arguments=frozenset({"out_channels"}))
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     snapshot = need_snapshot(source)
     said, assumed = unet_sections(snapshot, _KIND)
     _check_channels(snapshot)

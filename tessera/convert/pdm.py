@@ -8,12 +8,12 @@ import re
 from tessera.convert.checkpoint import (
     AVERAGE,
     TRAINED,
+    CheckpointFile,
     Data,
     Description,
     Family,
     Need,
     Settings,
-    Source,
     prefixed,
 )
 from tessera.convert.flat import (
@@ -41,17 +41,17 @@ SIDE = Need(("data.resolution",), "side of the images, pixels")
 ENLARGED = Need(("low_resolution",), "side of the small images that it enlarges")
 
 
-def weights_name(source: Source) -> str:
+def weights_name(source: CheckpointFile) -> str:
     """What the weights in a flat file are called; those of `model000003.pt` are no average."""
     return TRAINED if re.fullmatch(r"(.*[-_])?model\d+", source.path.stem) else AVERAGE
 
 
-def _recognise(source: Source) -> bool:
+def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     return is_state_dict(data) and "input_blocks.1.0.emb_layers.weight" in data
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     tensors = state_dict(source, source.data, "content")
     published = _PUBLISHED.get(source.path.stem)
     side = setting(settings, "data.resolution", {}, published)
@@ -71,7 +71,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     )
 
 
-def _needs(source: Source, tensors: Tensors) -> list[Need]:
+def _needs(source: CheckpointFile, tensors: Tensors) -> list[Need]:
     order = Need(
         ("network.attention_order",), "split if trained with use_new_attention_order, else legacy"
     )
@@ -82,7 +82,7 @@ def _needs(source: Source, tensors: Tensors) -> list[Need]:
     return [SIDE, HEADS, order] + [ENLARGED] * (channels[0] == 2 * channels[1])
 
 
-def _sections(source: Source, tensors: Tensors, side: int | None) -> Data:
+def _sections(source: CheckpointFile, tensors: Tensors, side: int | None) -> Data:
     shape = unet_shape(source, tensors, _LAST)
     stem = shape_of(source, tensors, "input_blocks.0.0.weight", 4)
     head = shape_of(source, tensors, "out.2.weight", 4)[0]

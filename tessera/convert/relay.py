@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tessera.convert.checkpoint import Data, Description, Family, Settings, Source
+from tessera.convert.checkpoint import CheckpointFile, Data, Description, Family, Settings
 from tessera.convert.edm import UNetKind, describe_unet, unet_sections
 from tessera.convert.records import brief
 from tessera.convert.snapshots import Snapshot, need_snapshot, open_snapshot
@@ -36,7 +36,7 @@ _PUBLISHED = {
 }
 
 
-def _recognise(source: Source) -> bool:
+def _recognise(source: CheckpointFile) -> bool:
     snapshot = open_snapshot(source)
     if snapshot is None or snapshot.class_name != _CLASS:
         return False
@@ -46,7 +46,7 @@ def _recognise(source: Source) -> bool:
     return marked or both or (isinstance(arguments, dict) and "eff_attn" in arguments)
 
 
-def _describe(source: Source, settings: Settings) -> Description:
+def _describe(source: CheckpointFile, settings: Settings) -> Description:
     snapshot = need_snapshot(source)
     stage, reason = _stage(source, snapshot, settings)
     notes = ["eff_attn changes no numbers"] if "eff_attn" in snapshot.given else []
@@ -81,7 +81,7 @@ def _describe(source: Source, settings: Settings) -> Description:
     return replace(found, inferred=inferred)
 
 
-def _stage(source: Source, snapshot: Snapshot, settings: Settings) -> tuple[str, str]:
+def _stage(source: CheckpointFile, snapshot: Snapshot, settings: Settings) -> tuple[str, str]:
     """Which stage it is, and by what that is known."""
     wanted: Any = settings.own.get("stage")
     if wanted is not None and wanted not in _STAGES:

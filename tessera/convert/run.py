@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tessera.convert.checkpoint import Description, Family, Ignored, Settings, Source
-from tessera.convert.families import find_family, open_source
+from tessera.convert.checkpoint import CheckpointFile, Description, Family, Ignored, Settings
+from tessera.convert.families import find_family, open_checkpoint
 from tessera.convert.records import StoredTensor, brief, check_stored, read_tensors
 from tessera.convert.settle import Settled, settle
 from tessera.errors import CheckpointError, DataError
@@ -47,7 +47,7 @@ class Part:
         notes: what else the caller should know.
     """
 
-    source: Source
+    source: CheckpointFile
     family: Family
     settled: Settled
     network: nn.Module
@@ -88,7 +88,7 @@ class Read:
         options: what the caller said, as it was given.
     """
 
-    source: Source
+    source: CheckpointFile
     family: Family
     settings: Settings
     description: Description
@@ -121,13 +121,13 @@ def read_source(path: Path, kind: str | None = None, options: Sequence[str] = ()
     Raises:
         CheckpointError: it cannot be read, or is of no kind known here.
     """
-    source = open_source(path)
+    source = open_checkpoint(path)
     family = find_family(source, kind)
     read = describe_source(source, family, settings_of(family, options))
     return replace(read, options=options)
 
 
-def describe_source(source: Source, family: Family, settings: Settings) -> Read:
+def describe_source(source: CheckpointFile, family: Family, settings: Settings) -> Read:
     """What a family finds in a file of its own.
 
     Raises:
@@ -167,7 +167,7 @@ def settings_of(family: Family, options: Sequence[str], first: int | None = None
     return Settings(preset, own, overrides, first)
 
 
-def complete(read: Read) -> Part:
+def read_part(read: Read) -> Part:
     """The model in a file, with all its tensors in place.
 
     Raises:
@@ -201,14 +201,14 @@ def complete(read: Read) -> Part:
 
 
 @contextlib.contextmanager
-def _reading(source: Source) -> Iterator[None]:
+def _reading(source: CheckpointFile) -> Iterator[None]:
     try:
         yield
     except DataError as error:
         raise source.error(f"{error}. Download or copy it again") from error
 
 
-def _network(source: Source, recipe: Recipe) -> nn.Module:
+def _network(source: CheckpointFile, recipe: Recipe) -> nn.Module:
     try:
         return hollow(partial(build_network, recipe))
     except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
@@ -252,7 +252,9 @@ def _state(
     return state, ignored
 
 
-def _put(source: Source, place: Callable[[str, Tensor], Any], name: str, tensor: Tensor) -> Any:
+def _put(
+    source: CheckpointFile, place: Callable[[str, Tensor], Any], name: str, tensor: Tensor
+) -> Any:
     try:
         return place(name, tensor)
     except RuntimeError as error:  # of reshaping

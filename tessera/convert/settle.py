@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tessera.convert.checkpoint import Data, Description, Settings, Source
+from tessera.convert.checkpoint import CheckpointFile, Data, Description, Settings
 from tessera.errors import CheckpointError, RecipeError
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.overrides import apply_overrides, merge
@@ -32,7 +32,7 @@ class Settled:
     published: str | None = None
 
 
-def settle(source: Source, found: Description, settings: Settings) -> Settled:
+def settle(source: CheckpointFile, found: Description, settings: Settings) -> Settled:
     """The recipe of a file.
 
     Raises:
@@ -57,7 +57,7 @@ def settle(source: Source, found: Description, settings: Settings) -> Settled:
 
 
 def _check_needs(
-    source: Source, found: Description, settings: Settings, preset: Data | None
+    source: CheckpointFile, found: Description, settings: Settings, preset: Data | None
 ) -> None:
     given = {override.partition("=")[0] for override in settings.overrides} | {*settings.own}
     given |= {key for key, value in _leaves(preset or {}) if value is not None}
@@ -84,7 +84,7 @@ def _preset(name: str, found: Description) -> Data:
         raise CheckpointError(f"`preset={name}`: {error}.{names}") from None
 
 
-def _merged(source: Source, found: Description, preset: Data | None) -> Data:
+def _merged(source: CheckpointFile, found: Description, preset: Data | None) -> Data:
     """All sections, the strongest last."""
     origin = f"converted from {source.path.name}"
     described = "" if preset is None else preset.get("description", "")
@@ -95,7 +95,7 @@ def _merged(source: Source, found: Description, preset: Data | None) -> Data:
     return {**data, "name": source.path.stem, "description": text}
 
 
-def _differences(source: Source, found: Description, preset: Data) -> list[str]:
+def _differences(source: CheckpointFile, found: Description, preset: Data) -> list[str]:
     """What a preset says of the network that the file denies, in words; nothing if it is silent."""
     own = dict(_leaves(merge(found.inferred, found.said)))
     theirs = dict(_leaves(preset))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tessera.convert.checkpoint import AVERAGE, TRAINED, Source
+from tessera.convert.checkpoint import AVERAGE, TRAINED, CheckpointFile
 from tessera.convert.records import ClosedObject, StoredTensor, brief, stored_tensors
 from tessera.errors import DataError
 
@@ -27,7 +27,7 @@ class Snapshot:
         dataset: arguments of the data reader, empty where the file does not hold them.
     """
 
-    source: Source
+    source: CheckpointFile
     networks: Mapping[str, ClosedObject]
     loss: ClosedObject | None = None
     augment: ClosedObject | None = None
@@ -92,7 +92,7 @@ class Snapshot:
         return {name if names is None else names[name]: value for name, value in given.items()}
 
 
-def open_snapshot(source: Source) -> Snapshot | None:
+def open_snapshot(source: CheckpointFile) -> Snapshot | None:
     """The snapshot or training state in a file; None if it holds none."""
     data = source.data
     if isinstance(data, ClosedObject):  # a module alone
@@ -116,7 +116,7 @@ def open_snapshot(source: Source) -> Snapshot | None:
     )
 
 
-def need_snapshot(source: Source) -> Snapshot:
+def need_snapshot(source: CheckpointFile) -> Snapshot:
     """As `open_snapshot`.
 
     Raises:
@@ -131,7 +131,7 @@ def need_snapshot(source: Source) -> Snapshot:
     return found
 
 
-def made_of(source: Source, *class_names: str) -> bool:
+def made_of(source: CheckpointFile, *class_names: str) -> bool:
     """Whether a file holds a preconditioned network of one of these classes."""
     found = open_snapshot(source)
     return found is not None and found.class_name in class_names

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import tessera
 from tessera.cli import app
 from tessera.convert.assemble import plan_conversion
-from tessera.convert.checkpoint import Settings, Source
+from tessera.convert.checkpoint import CheckpointFile, Settings
 from tessera.convert.families import find_family
 from tessera.convert.records import ClosedObject
 from tessera.convert.run import Part, Read, describe_source
@@ -181,7 +181,7 @@ SIZE = {"img_resolution": 32, "img_channels": 3}
 
 def described(net: ClosedObject, name: str = "a.pkl", **parts: Any) -> Read:
     """What is found in a network snapshot with these parts."""
-    source = Source(Path(name), {"ema": net, **parts}, "pickle")
+    source = CheckpointFile(Path(name), {"ema": net, **parts}, "pickle")
     return describe_source(source, find_family(source), Settings())
 
 
