@@ -1,14 +1,16 @@
-"""Relay diffusion: the block DCT, the blur and block noise, beside FFTs and naive loops.
+"""Relay diffusion: block DCT, blur and block noise beside others; a relay beside one model.
 
 All variants of a table work on the same images and are timed in turns; each first shows that it
 gives the same numbers. The FFT route is that of the usual DCT packages: a complex FFT of reordered
-pixels (Makhoul 1980), axis by axis, on blocks that were cut out.
+pixels (Makhoul 1980), axis by axis, on blocks that were cut out. The last table compares whole
+images: of a small relay and of a single model of its high resolution, with as many evaluations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,11 @@ from tessera.diffusion.blur import (
     block_noise,
     dct_matrix,
 )
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.relay import assemble_relay
 from tessera.randomness import AddressedDraws
+from tessera.recipes.loading import load_recipe
 
 SIDE, BLOCK = 256, 4
 REPEATS = 10
@@ -180,6 +186,46 @@ def corruption_parts(batch: int) -> Variants:
     }
 
 
+def models() -> dict[str, tuple[Pipeline, dict[str, Any]]]:
+    """A small relay and a single model of its high resolution, and how they sample.
+
+    Their weights are fresh; both make as many evaluations for an image.
+    """
+    stages = [
+        build_pipeline(load_recipe(f"cifar10-small-relay-{stage}")) for stage in ("first", "second")
+    ]
+    relay, single = assemble_relay(stages), build_pipeline(load_recipe("cifar10-small"))
+    steps: dict[str, Any] = {"first.steps": 9, "second.steps": 18}
+    evaluations = relay.cost(**steps).evaluations
+    return {
+        "relay, 8x8 to 32x32": (relay, steps),
+        "single, 32x32": (single, {"solver": "euler", "steps": evaluations}),
+    }
+
+
+def model_rows(rounds: int, images: int) -> list[list[str]]:
+    """Evaluations, FLOPs and time of an image of each model, and both beside the single one's."""
+    pipes = {name: (pipe.to(device()), options) for name, (pipe, options) in models().items()}
+
+    def sampling(pipe: Pipeline, options: dict[str, Any]) -> Callable[[], object]:
+        return lambda: pipe.sample(range(images), batch=images, **options)
+
+    times = interleaved({name: sampling(*pipe) for name, pipe in pipes.items()}, rounds)
+    costs = {name: pipe.cost(**options) for name, (pipe, options) in pipes.items()}
+    *_, single = costs
+    return [
+        [
+            name,
+            str(cost.evaluations),
+            f"{cost.sample_flops / 1e9:.3g}",
+            f"{times[name] / images * 1e3:.3g}",
+            f"{cost.sample_flops / costs[single].sample_flops:.2f}",
+            f"{times[name] / times[single]:.2f}",
+        ]
+        for name, cost in costs.items()
+    ]
+
+
 def run(rounds: int, record_figures: bool) -> None:
     """Time all variants, print the tables, and keep them if asked to."""
     batch = 64 if device().type == "cuda" else 8
@@ -197,5 +243,8 @@ def run(rounds: int, record_figures: bool) -> None:
     parts = interleaved(corruption_parts(batch), rounds * REPEATS)
     whole = [[name, f"{value / batch * 1e3:.3f}"] for name, value in parts.items()]
     text.append(section("The forward process of a training step", ["part", "ms an image"], whole))
+    columns = ["model", "evaluations", "GFLOP an image", "ms an image", "FLOPs of single", "time"]
+    title = f"Whole images at equal evaluations, {batch} at once"
+    text.append(section(title, columns, model_rows(rounds, batch)))
     if record_figures:
         record("Relay diffusion: blur and block noise", "\n\n".join(text))

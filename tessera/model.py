@@ -79,6 +79,40 @@ def tunings(module: nn.Module) -> dict[nn.Parameter, Tuning]:
     return found
 
 
+def reported(module: nn.Module) -> dict[str, Tensor]:
+    """Numbers that the modules in `module` want logged while training, by a method `reports()`.
+
+    It gives a tensor of one number for each name; it is asked at log lines, not at every step.
+
+    Raises:
+        TesseraError: two modules use one name, or what a module gives is not one number.
+
+    Example:
+        >>> import torch
+        >>> class Scale(nn.Module):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.gain = nn.Parameter(torch.ones(()))
+        ...
+        ...     def reports(self) -> dict[str, Tensor]:
+        ...         return {"gain": self.gain}
+        >>> {name: number.item() for name, number in reported(nn.Sequential(Scale())).items()}
+        {'gain': 1.0}
+    """
+    found: dict[str, Tensor] = {}
+    for part in module.modules():
+        own = getattr(part, "reports", None)
+        for name, number in own().items() if callable(own) else ():
+            if name in found:
+                raise TesseraError(f"reports() of two modules name {name!r}; give each its own")
+            if not isinstance(number, Tensor) or number.numel() != 1:
+                raise TesseraError(
+                    f"reports() of {type(part).__name__}: {name!r} is no tensor of one number"
+                )
+            found[name] = number
+    return found
+
+
 def with_tensors(module: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """A module of the same structure around other tensors; nothing else is copied twice.
 

@@ -23,6 +23,8 @@ PURPOSES = {
     "sigma": "noise level of an image",
     "timestep": "step of a discrete process, of an image",
     "noise": "white noise of an image",
+    "order": "order in which an image's tokens would be made",
+    "mask_ratio": "share of the tokens that a step takes away, of all its images",
     "label_dropout": "whether an image is trained without its class",
     "patch.row": "first row of an image's patch",
     "patch.column": "first column of an image's patch",

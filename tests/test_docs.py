@@ -23,7 +23,9 @@ from tessera.pipelines.loading import build_pipeline
 from tessera.pipelines.plans import SampleOptions
 from tessera.pipelines.relay import STAGES, assemble_relay
 from tessera.recipes.loading import load_recipe, shipped
+from tessera.recipes.parts import Parts
 from tessera.recipes.schema import Recipe
+from tessera.training.probe import blank_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "benchmarks/RESULTS.md", *ROOT.glob("docs/**/*.md")])
@@ -197,7 +199,8 @@ def check_sampling(given: dict[str, Any]) -> None:
         counted.plan([0], None, **counted.with_start(given))
         return
     errors = []
-    for recipe in ("cifar10-small", "cifar10-small-lego", "cifar10-small-pdm", "patch-ffhq64"):
+    small = (f"cifar10-small{kind}" for kind in ("", "-lego", "-pdm", "-energy"))
+    for recipe in (*small, "patch-ffhq64"):
         try:
             SampleOptions.choose(load_recipe(recipe), **given)
         except TesseraError as error:
@@ -210,7 +213,7 @@ def check_sampling(given: dict[str, Any]) -> None:
 def check_overrides(recipe: str, changes: list[str]) -> None:
     """Raise unless a recipe takes these changes; of a file, unless recipes have such keys."""
     if recipe in shipped():
-        load_recipe(recipe, changes)
+        load_recipe(recipe, changes, Parts(dataset=blank_images))  # epochs count its images
         return
     for change in changes:
         assert known_key(change.partition("=")[0]), f"{recipe}: {change}"

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import RESULTS, device, synchronize
+import tessera
+from benchmarks.harness import RESULTS, device, markdown, record, show, synchronize
 from tessera import distributed
 from tessera.errors import TesseraError
+from tessera.files import write_json
 from tessera.images import grid, save_png
 from tessera.metrics.evaluate import Score, score_stream
 from tessera.metrics.measure import made_images
-from tessera.metrics.reference import Reference
-from tessera.pipelines.base import Pipeline, SampledBatch
+from tessera.metrics.reference import Reference, open_reference
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.generate import Job
+from tessera.pipelines.plan import SampledBatch
 from tessera.pipelines.usage import Usage
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
@@ -154,10 +158,91 @@ def run_arms(
 
 def add_arm_options(parser: argparse.ArgumentParser, arms: Sequence[str]) -> None:
     """The options of claims whose arms are processes."""
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder of the trained pipelines; arms that are in it are used as they are",
+    )
     parser.add_argument("--parallel", action="store_true", help="all at once, sharing the threads")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--arm", choices=arms, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Trained arms.
+
+    Attributes:
+        pipes: their pipelines.
+        images: that the models of each were trained on.
+    """
+
+    pipes: dict[str, Pipeline]
+    images: dict[str, list[int]]
+
+
+def keep_arm(folder: Path, arm: str, pipe: Pipeline, images: list[int]) -> None:
+    """Save an arm's pipeline, and then the images that its models have seen."""
+    pipe.save(folder / arm)
+    write_json(folder / f"{arm}.json", images)
+
+
+@contextlib.contextmanager
+def kept_arms(module: str, arms: Sequence[str], options: argparse.Namespace) -> Iterator[Kept]:
+    """All arms, trained unless they are in the folder of `--keep`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        run_arms(
+            module, [arm for arm in arms if not (folder / f"{arm}.json").exists()], options, folder
+        )
+        images = {arm: json.loads((folder / f"{arm}.json").read_bytes()) for arm in arms}
+        yield Kept({arm: tessera.load(folder / arm).to(device()) for arm in arms}, images)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: an arm, what the row is called, and the options of its sampling."""
+
+    arm: str
+    name: str
+    sampling: dict[str, Any]
+
+
+def score_arms(
+    module: str,
+    title: str,
+    note: str,
+    cases: Sequence[Case],
+    kept: Kept,
+    options: argparse.Namespace,
+) -> None:
+    """Sample and score all cases, print the table, and keep it with the grids if asked to."""
+    reference = open_reference(options.reference or options.data, device=device())
+    columns = ["model", "training images", "evaluations", "GFLOPs an image", "ms an image",
+               "Fréchet distance", "recognised"]  # fmt: skip
+    rows, pictures = [], []
+    for number, case in enumerate(cases):
+        pipe = kept.pipes[case.arm]
+        result = scored(pipe, reference, options, **case.sampling)
+        pictures.append(options.out / f"{module}-{number}.png")
+        save_grid(pictures[-1], result.first)
+        rows.append(
+            [case.name, " + ".join(f"{n:,}" for n in kept.images[case.arm]),
+             f"{result.evaluations:g}", f"{pipe.cost(**case.sampling).sample_flops / 1e9:.1f}",
+             f"{result.seconds / options.samples * 1e3:.1f}",
+             f"{result.score.fd_classifier:.3f}", percent(result.score.recognised)]
+        )  # fmt: skip
+        print(" | ".join(rows[-1]), flush=True)
+    show(title, columns, rows)
+    if not options.no_record:
+        said = (
+            f"{note}{', all at once' * options.parallel}; {options.samples} samples of the same "
+            f"seeds, timed with {options.batch} at once. Rows from above: "
+            + " ".join(f"![{p.stem}]({p.name})" for p in pictures)
+        )
+        record(title, f"{said}\n\n{markdown(columns, rows)}")
 
 
 def averaged(trainer: Trainer) -> Pipeline:

@@ -11,16 +11,11 @@ of `tessera eval`: features of a classifier trained on the same images; it is no
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from pathlib import Path
 
-import tessera
 from benchmarks.claims import common
-from benchmarks.harness import device, markdown, record, show
-from tessera.files import write_json
-from tessera.metrics.reference import open_reference
 from tessera.pipelines.base import Pipeline
+from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.relay import RelayPipeline
 
 STAGES = {"first": "cifar10-small-relay-first", "second": "cifar10-small-relay-second"}
@@ -29,25 +24,26 @@ TITLE = "Relay diffusion: two stages against one at equal time"
 
 
 def train(options: argparse.Namespace, folder: Path) -> None:
-    """Train one arm and save its pipeline, then the images that its stages have seen."""
+    """Train one arm and save its pipeline, then the images that its models have seen."""
     images = []
 
-    def one(name: str, recipe: str, minutes: float) -> Pipeline:
+    def one(name: str, recipe: str, minutes: float) -> DiffusionPipeline:
         pipe, trainer = common.trained(
             common.timed_recipe(recipe, options), folder / f"run-{name}", minutes
         )
+        assert isinstance(pipe, DiffusionPipeline)
         images.append(trainer.images_seen)
         return pipe
 
+    pipe: Pipeline
     if options.arm == "single":
-        one("single", "cifar10-small", options.minutes).save(folder / "single")
+        pipe = one("single", "cifar10-small", options.minutes)
     else:
         share = {"first": options.first, "second": 1 - options.first}
-        pipes = [
-            one(name, recipe, share[name] * options.minutes) for name, recipe in STAGES.items()
-        ]
-        RelayPipeline(pipes).save(folder / "relay")  # type: ignore[arg-type]
-    write_json(folder / f"{options.arm}.json", images)
+        pipe = RelayPipeline(
+            [one(name, recipe, share[name] * options.minutes) for name, recipe in STAGES.items()]
+        )
+    common.keep_arm(folder, options.arm, pipe, images)
 
 
 def main() -> None:
@@ -56,51 +52,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="training time of each arm")
     parser.add_argument("--first", type=float, default=1 / 3, help="share of the first stage")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument(
-        "--keep",
-        type=Path,
-        help="folder of the trained pipelines; arms that are in it are used as they are",
-    )
     common.add_arm_options(parser, ARMS)
     options = parser.parse_args()
     if options.arm is not None:
         train(options, options.folder)
         return
-
-    reference = open_reference(options.reference or options.data, device=device())
-    with tempfile.TemporaryDirectory() as name:
-        folder = options.keep or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = [arm for arm in ARMS if not (folder / f"{arm}.json").exists()]
-        common.run_arms("relay_vs_single", missing, options, folder)
-        images = {arm: json.loads((folder / f"{arm}.json").read_bytes()) for arm in ARMS}
-        columns = ["model", "training images", "guidance", "GFLOPs an image", "ms an image",
-                   "Fréchet distance", "recognised"]  # fmt: skip
-        rows, pictures = [], []
-        for arm in ARMS:
-            pipe = tessera.load(folder / arm).to(device())
-            for guidance in options.guidance:
-                sampling = {"guidance": guidance}
-                if isinstance(pipe, RelayPipeline):
-                    sampling = {f"{stage}.guidance": guidance for stage in STAGES}
-                result = common.scored(pipe, reference, options, **sampling)
-                pictures.append(options.out / f"relay_vs_single-{arm}-{guidance:g}.png")
-                common.save_grid(pictures[-1], result.first)
-                flops = pipe.cost(**sampling).sample_flops
-                rows.append(
-                    [arm, " + ".join(f"{n:,}" for n in images[arm]), f"{guidance:g}",
-                     f"{flops / 1e9:.1f}", f"{result.seconds / options.samples * 1e3:.1f}",
-                     f"{result.score.fd_classifier:.3f}", common.percent(result.score.recognised)]
-                )  # fmt: skip
-    show(TITLE, columns, rows)
-    if not options.no_record:
-        note = (
-            f"{options.minutes:g} minutes of training each"
-            f"{', both at once' * options.parallel}, the first stage for {options.first:.0%} of "
-            f"its; {options.samples} samples of the same seeds, timed with "
-            f"{options.batch} at once. " + " ".join(f"![{p.stem}]({p.name})" for p in pictures)
-        )
-        record(TITLE, f"{note}\n\n{markdown(columns, rows)}")
+    note = (
+        f"{options.minutes:g} minutes of training each, the first stage for {options.first:.0%} "
+        "of the relay's"
+    )
+    with common.kept_arms("relay_vs_single", ARMS, options) as kept:
+        cases = []
+        for guidance in options.guidance:
+            both = {f"{stage}.guidance": guidance for stage in STAGES}
+            for arm, sampling in (("single", {"guidance": guidance}), ("relay", both)):
+                cases.append(common.Case(arm, f"{arm}, guidance {guidance:g}", sampling))
+        common.score_arms("relay_vs_single", TITLE, note, cases, kept, options)
 
 
 if __name__ == "__main__":

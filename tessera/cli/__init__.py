@@ -13,6 +13,8 @@ from tessera.cli.bricks import bricks
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
+from tessera.cli.edit import edit
+from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.quickstart import quickstart
@@ -54,9 +56,11 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
 app.command()(train)
 app.command()(sample)
+app.command()(edit)
 app.command()(experts)
 app.command()(relay)
 app.command()(bricks)
+app.command("energy")(energies)
 app.command()(convert)
 app.add_typer(eval_app, name="eval")
 

@@ -20,6 +20,7 @@ from tessera.cli.eval_checks import (
     known_metrics,
 )
 from tessera.cli.nll import nll
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.score_tables import (
     measured_rows,
     print_results,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from tessera.metrics.measure import ImageStream
+    from tessera.recipes.parts import Parts
 
 eval_app = App(no_args_is_help=True, help="Score images against real ones.")
 eval_app.command()(nll)
@@ -61,6 +63,7 @@ def features(
     batch: int = typer.Option(64, min=1, help="Images at once."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
+    own_parts: OwnParts = None,
 ) -> None:
     """Write the features of every image to OUT, from which any score can be computed later."""
     from tessera.metrics.conventions import Needs
@@ -69,8 +72,9 @@ def features(
     from tessera.metrics.measure import measure_images
 
     check_destination(out, "feature", overwrite=overwrite, source=images)
+    parts = import_parts(own_parts)
     with _session(device) as where:
-        stream = _images(images, num, seed, batch, where)
+        stream = _images(images, num, seed, batch, where, parts)
         extractor = open_extractor(known_features(features), weights, where)
         wanted = Needs(features=True, spatial=features == "inception")
         measured = measure_images(stream, extractor, wanted)
@@ -100,6 +104,7 @@ def reference(
     batch: int = typer.Option(64, min=1, help="Images at once."),
     device: str | None = DEVICE,
     overwrite: bool = OVERWRITE,
+    own_parts: OwnParts = None,
 ) -> None:
     """Write statistics of the features of DATA to OUT.
 
@@ -113,13 +118,14 @@ def reference(
     from tessera.metrics.reference import reference_of, save_reference
 
     check_destination(out, "reference", overwrite=overwrite, source=data)
+    parts = import_parts(own_parts)
     name = known_features(features)
     check_weights(weights, name)
     if name == "classifier" and num is not None:
         raise TesseraError("--num: the classifier is trained on all images; leave it out")
     with _session(device) as where:
         if name != "classifier":
-            stream = _images(data, num, seed, batch, where)
+            stream = _images(data, num, seed, batch, where, parts)
             extractor = open_extractor(name, weights, where)
             wanted = Needs(moments=True, spatial_moments=name == "inception")
             measured = measure_images(stream, extractor, wanted)
@@ -172,6 +178,7 @@ def score(
     ),
     device: str | None = DEVICE,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+    own_parts: OwnParts = None,
 ) -> None:
     """Score SAMPLES against REFERENCE."""
     from tessera.metrics.conventions import chosen
@@ -179,7 +186,7 @@ def score(
     from tessera.metrics.measure import ImageStream
     from tessera.metrics.sides import Sides, open_known, stored_features
 
-    wanted = known_metrics(metrics)
+    wanted, parts = known_metrics(metrics), import_parts(own_parts)
     tool = None if convention is None else known_convention(convention)
     if reference is not None:
         _refuse_pipeline(reference)
@@ -197,7 +204,7 @@ def score(
         pairs = chosen(wanted, tool)
         stored = None if by_classifier else stored_features(samples, name, num, seed)
         sides = Sides(
-            stored or _images(samples, num, seed, batch, where), reference, known, name,
+            stored or _images(samples, num, seed, batch, where, parts), reference, known, name,
             weights=weights, seed=seed, training_images=training_images, batch=batch, device=where,
         )  # fmt: skip
         if by_classifier:
@@ -243,7 +250,7 @@ def _refuse_pipeline(path: Path) -> None:
 
 
 def _images(
-    path: Path, num: int | None, seed: int, batch: int, device: torch.device
+    path: Path, num: int | None, seed: int, batch: int, device: torch.device, parts: Parts
 ) -> ImageStream:
     """This process's share of a set of images, or of a pipeline's samples."""
     from tessera.metrics.images import open_images
@@ -253,5 +260,5 @@ def _images(
 
     if not is_pipeline(path):
         return data_source(open_images(path), num=num, seed=seed, batch=batch)
-    pipeline = load(path, device=device)
+    pipeline = load(path, device=device, parts=parts)
     return sample_stream(pipeline, num or _SAMPLED, str(path), seed=seed, batch=batch)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.parts import OwnParts, import_parts
 from tessera.errors import TesseraError
 
 
@@ -15,6 +16,7 @@ def relay(
         help="Pipelines or runs, from the lowest resolution to the highest; then the folder to "
         "write, which must not exist.",
     ),
+    own_parts: OwnParts = None,
 ) -> None:
     """Put trained stages together into one pipeline, in which each starts from the last's picture.
 
@@ -33,7 +35,8 @@ def relay(
         )
     if out.exists():
         raise TesseraError(f"{out} exists already. Name another folder, or remove it first")
-    made = assemble_relay([load(source, device="cpu") for source in sources])
+    parts = import_parts(own_parts)
+    made = assemble_relay([load(source, device="cpu", parts=parts) for source in sources])
     made.save(out)
     sides = " > ".join(f"{pipe.recipe.shape[2]}x{pipe.recipe.shape[1]}" for pipe in made.pipes)
     print(f"a relay of {len(made.pipes)} stages, {sides}, written to {out}")

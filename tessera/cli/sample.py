@@ -113,7 +113,7 @@ def sample(
         raise TesseraError(f"--subdirs and --grid belong to PNGs, not to --format {kind}")
     if out.suffix.lower() != _SUFFIXES.get(kind) and output != Format.png:
         check_folder_name(out, _SUFFIXES.get(kind, ".npz or .png (a grid)"), "output=png")
-    places = _Places.choose(out, kind, grid, trajectory)
+    places = Places.choose(out, kind, grid, trajectory)
     places.check(overwrite)
 
     wanted = parse_seeds(seeds)
@@ -127,9 +127,9 @@ def sample(
             given["guide"] = load(guide, device=target, parts=parts)
         job = Job(pipe, wanted, "-1" if labels == "none" else labels, batch, given)
         film = None if trajectory is None else Trajectory(trajectory, pipe.to_pixels)
-        summary = _write(job, kind, places, subdirs, film)
+        summary = write_images(job, kind, places, subdirs, film)
         if distributed.is_main():
-            _report(summary, [places.main, *places.beside()])
+            print_summary(summary, [places.main, *places.beside()])
 
 
 # Names that Python gives to what has an option, or no place, on the command line.
@@ -194,7 +194,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Where the images go: a folder of PNGs or one file, and what is written beside it.
 
     Attributes:
@@ -208,7 +208,7 @@ class _Places:
     trajectory: Path | None
 
     @classmethod
-    def choose(cls, out: Path, kind: str, grid: bool, trajectory: Path | None) -> _Places:
+    def choose(cls, out: Path, kind: str, grid: bool, trajectory: Path | None) -> Places:
         """The places that the options name; `kind` is that of `--format`."""
         suffix = _SUFFIXES.get(kind)
         named = out if out.name.strip(".") else out.resolve()
@@ -239,8 +239,8 @@ class _Places:
             check_folder(self.folder, [f"samples{suffix}" for suffix in _SUFFIXES.values()])
 
 
-def _write(
-    job: Job, kind: str, places: _Places, subdirs: bool, film: Trajectory | None
+def write_images(
+    job: Job, kind: str, places: Places, subdirs: bool, film: Trajectory | None
 ) -> JobSummary:
     """Make the images and write them."""
     from tessera import distributed
@@ -266,7 +266,8 @@ def _write(
     return summary
 
 
-def _report(summary: JobSummary, where: list[Path]) -> None:
+def print_summary(summary: JobSummary, where: list[Path]) -> None:
+    """Say what a job did, and where its images are."""
     console = Console(soft_wrap=True, highlight=False)
     if summary.made:
         console.print(
@@ -281,6 +282,8 @@ def _report(summary: JobSummary, where: list[Path]) -> None:
         console.print(
             f"skipped parts saved {summary.saved_flops:.1%} of the network's FLOPs, {time}"
         )
+    for name, value in summary.reported.items():
+        console.print(f"{name.replace('_', ' ')} {value:.4g}")
     if summary.skipped:
         console.print(f"{summary.skipped} images were there already")
     for path in where:

@@ -12,6 +12,7 @@ import typer
 from tessera.cli.parts import OwnParts, import_parts
 
 if TYPE_CHECKING:
+    from tessera.recipes.schema import Recipe
     from tessera.training.trainer import Trainer
 
 
@@ -45,7 +46,7 @@ def train(
     parts = import_parts(own_parts)
     changes = list(overrides or [])
     if resume is not None:
-        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes)
+        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
     elif recipe is None:
         raise RecipeError(
             "name a recipe to train, or a run to resume:\n"
@@ -53,7 +54,7 @@ def train(
             "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
         )
     else:
-        chosen = load_recipe(recipe, changes)
+        chosen = load_recipe(recipe, changes, parts)
     with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
         with plain_warnings():
             trainer = Trainer(chosen, resume=resume, parts=parts, probe=True)
@@ -97,13 +98,22 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         f"{'grey' if channels == 1 else 'colour'}{classes}",
         "device": where,
         "precision": ", ".join(options),
-        "batch": f"{training.batch}{micro}",
+        "batch": f"{training.batch}{micro}{_rate(recipe)}",
         "images": f"{trainer.images_seen:,} of {training.images:,} seen",
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
         rows |= in_table(trainer.forecast)
     print_facts(rows)
+
+
+def _rate(recipe: Recipe) -> str:
+    """The learning rate, where it follows from the batch."""
+    optimizer = recipe.optimizer
+    if optimizer.lr_batch is None:
+        return ""
+    rate = optimizer.for_batch(recipe.training.batch).lr
+    return f", learning rate {rate:g} ({optimizer.lr:g} for {optimizer.lr_batch})"
 
 
 def _conclude(trainer: Trainer, own: str) -> None:

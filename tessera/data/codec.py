@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -196,8 +197,8 @@ class VaeCodec:
             self._load().save_pretrained(part, safe_serialization=True)
 
     def describe(self) -> dict[str, Any] | None:
-        """The autoencoder's name and the scaling."""
-        return {"vae": self.model, "scale": self.scale, "shift": self.shift}
+        """The autoencoder, by its weights wherever they lie, and the scaling."""
+        return {"vae": _digest(self._load()), "scale": self.scale, "shift": self.shift}
 
     def _load(self) -> Any:
         if self._vae is None:
@@ -254,6 +255,15 @@ def _open(model: str) -> Any:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"the VAE {model} cannot be loaded ({reason[0]}). {put}") from error
     return vae.eval().requires_grad_(False)
+
+
+def _digest(vae: Any) -> str:
+    """SHA-256 of an autoencoder's weights and their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().numpy())
+    return found.hexdigest()
 
 
 def _downsample(vae: Any) -> int:

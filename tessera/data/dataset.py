@@ -157,6 +157,32 @@ class ShrunkDataset:
         self._dataset.close()
 
 
+class PartDataset:
+    """Some of the images of another set.
+
+    Args:
+        dataset: of images or latents.
+        rows: which of them, int64 [N].
+    """
+
+    def __init__(self, dataset: Dataset, rows: NDArray[np.int64]) -> None:
+        self._dataset, self._rows = dataset, rows
+        self.name, self.shape, self.kind = dataset.name, dataset.shape, getattr(dataset, "kind", "")
+        self.labels = None if dataset.labels is None else dataset.labels[rows]
+        self.class_names, self.num_classes = dataset.class_names, dataset.num_classes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """What the other set reads, [n, ...]. Safe to call from several threads."""
+        return self._dataset.read(self._rows[indices])
+
+    def close(self) -> None:
+        """Close the files behind the set."""
+        self._dataset.close()
+
+
 def open_dataset(
     path: str | os.PathLike[str],
     *,

@@ -11,13 +11,14 @@ trained on. float16 is enough: its rounding, once scaled, is a tenth of that of 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -119,6 +120,7 @@ class LatentDataset:
         self.labels = None if labels is None else labels[self.raw_indices]
         self._mirrored_from = len(raw)
         self._moments, self._mirrored = moments, mirrored
+        self._shrink = 1
 
     def __len__(self) -> int:
         return len(self.raw_indices)
@@ -130,10 +132,42 @@ class LatentDataset:
         mirrored = np.asarray(indices) >= self._mirrored_from
         if self._mirrored is not None and mirrored.any():
             moments[mirrored] = self._mirrored[raw[mirrored]]
-        return moments
+        return moments if self._shrink == 1 else _pooled(moments, self._shrink)
+
+    def shrunk(self, factor: int) -> LatentDataset:
+        """The same with means of blocks of latents, from which later stages of a relay start.
+
+        Args:
+            factor: side of a block.
+
+        Raises:
+            DataError: the blocks do not fill the latents.
+        """
+        channels, height, width = self.shape
+        if height % factor or width % factor:
+            raise DataError(
+                f"{self.name}: its latents of {height}x{width} have no whole number of blocks of "
+                f"{factor}x{factor}"
+            )
+        made = copy.copy(self)
+        made._shrink = self._shrink * factor
+        made.shape = channels, height // factor, width // factor
+        made.info = replace(self.info, resolution=self.info.resolution // factor)
+        return made
 
     def close(self) -> None:
         """The map goes with the object."""
+
+
+def _pooled(moments: NDArray[Any], factor: int) -> NDArray[np.float32]:
+    """The posterior of means of blocks: their numbers are independent given the image."""
+    count, width, height, columns = moments.shape
+    blocks = moments.astype(np.float32).reshape(
+        count, width, height // factor, factor, columns // factor, factor
+    )
+    mean, log_variance = np.split(blocks, 2, axis=1)
+    variance = np.exp(log_variance.clip(-30, 20)).mean((3, 5)) / factor**2
+    return np.concatenate([mean.mean((3, 5)), np.log(variance)], axis=1)
 
 
 def _info(metadata: Mapping[str, str]) -> LatentInfo:

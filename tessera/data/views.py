@@ -12,6 +12,7 @@ from torch import Tensor
 from tessera.conditioning import coordinates
 from tessera.data.loader import StepPlan
 from tessera.diffusion.objectives import Reduction
+from tessera.errors import RecipeError
 from tessera.randomness import Draws, derive_seed
 
 
@@ -75,6 +76,10 @@ class PatchView:
             as much as one of a full image.
         reduction: how the objective's loss comes from those of pixels. Of a sum, that of a patch
             is weighted by (R / s)² or 1; of a mean, by 1 or (s / R)².
+        align: first rows and columns of patches are multiples of it; so must all sides be.
+
+    Raises:
+        RecipeError: patches or images whose sides are no multiples of `align`.
     """
 
     def __init__(
@@ -88,10 +93,18 @@ class PatchView:
         total_images: int = 0,
         per_pixel: bool = False,
         reduction: Reduction = "sum",
+        align: int = 1,
     ) -> None:
         self.resolution = resolution
         self.batch = batch
         self.sizes = [size for size in sizes if size.probability > 0]
+        self._align = align
+        for side in (resolution, *(size.side for size in self.sizes)):
+            if side % align:
+                raise RecipeError(
+                    f"the objective works in blocks of {align}x{align} pixels, and {side} is no "
+                    "multiple of that: choose other sides of images and patches (view.sizes)"
+                )
         self._ends = list(itertools.accumulate(size.probability for size in self.sizes))
         self._seed = seed
         self._total = total_images if progressive else None
@@ -122,15 +135,15 @@ class PatchView:
     def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """One patch of each image x [B, C, R, R] and its coordinates [B, 2, s, s].
 
-        Draws "patch.row" and "patch.column", the offsets; nothing where the patch is the image,
-        whose coordinates are None. The patches are channels-last in memory.
+        Draws "patch.row" and "patch.column", the offsets in units of the alignment; nothing where
+        the patch is the image, whose coordinates are None. The patches are channels-last in memory.
         """
-        side = plan.patch
+        side, align = plan.patch, self._align
         if side is None or side == self.resolution:
             return x, None
-        offsets = self.resolution - side + 1
-        rows = draws.integers("patch.row", offsets)
-        columns = draws.integers("patch.column", offsets)
+        offsets = (self.resolution - side) // align + 1
+        rows = align * draws.integers("patch.row", offsets)
+        columns = align * draws.integers("patch.column", offsets)
         return crop(x, rows, columns, side), patch_coordinates(rows, columns, side, x.shape[-1])
 
     def loss_weight(self, plan: StepPlan) -> float:

@@ -28,6 +28,9 @@ from tessera.randomness import Draws
 _WIDTH = 16
 """Pixels of a row in one product of matrices: fewer leave vector units idle, more waste work."""
 
+_AT_ONCE = 2**18
+"""Numbers whose window sums are made together on a CPU, in whose cache they stay."""
+
 
 @lru_cache
 def dct_matrix(
@@ -86,19 +89,34 @@ def scale_frequencies(x: Tensor, factors: Tensor) -> Tensor:
     return block_idct((rows * tiled[..., None, :, :]).reshape(x.shape), block)
 
 
-def block_noise(white: Tensor, block: int) -> Tensor:
-    """Unit normal noise that is correlated over s x s pixels, from white noise [..., H, W].
+def block_noise(white: Tensor, block: int, *, wraps: bool = True) -> Tensor:
+    """Unit normal noise [..., H, W] that is correlated over s x s pixels, from white noise.
 
-    Each pixel is the sum of the window of s x s pixels that ends at it, divided by s; windows wrap
-    around the image. A block of 1 leaves the noise as it is.
+    Each pixel is the sum of the window of s x s pixels that ends at it, divided by s. A block of 1
+    leaves the noise as it is.
+
+    Args:
+        white: [..., H, W]; without `wraps` [..., H + s - 1, W + s - 1].
+        wraps: windows wrap around the image; otherwise they reach into the further rows and columns
+            that `white` begins with, as those of a part of an image do.
 
     Raises:
         TesseraError: H or W is not a multiple of s.
     """
-    _check(white, block)
+    further = 0 if wraps else block - 1
+    _check(white[..., further:, further:], block)
     if block == 1:
         return white
-    return _window_sums(_window_sums(white, block, -2), block, -1).div_(block)
+    height, width = white.shape[-2:]
+    planes = white.reshape(-1, height, width)
+    noise = white.new_empty(len(planes), height - further, width - further)
+    on_cpu = white.device.type == "cpu"
+    count = max(_AT_ONCE // (height * width) if on_cpu else len(planes), 1)
+    pairs = zip(torch.split(planes, count), torch.split(noise, count), strict=True)
+    for part, made in pairs:
+        sums = _window_sums(_window_sums(part, block, -2), block, -1)
+        torch.div(sums[:, further:, further:], block, out=made)
+    return noise.reshape(*white.shape[:-2], *noise.shape[-2:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +218,15 @@ class BlurCorruption:
         block_scale: strength b of the block noise.
         unit_variance: divide the noise by √(1 + b²), so that σ is its deviation, as in the paper;
             the released code and weights do not.
+        side: of whole images, around which windows of block noise wrap. Smaller images are parts of
+            them, whose noise is that of a part: nothing ties its opposite edges to each other.
+            None: all images are whole.
     """
 
     blur: Blur = Blur()
     block_scale: float = 0.15
     unit_variance: bool = False
+    side: int | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
         """Corrupt x [B, C, H, W] at noise levels σ [B].
@@ -213,23 +235,33 @@ class BlurCorruption:
         """
         noise = draws.normal("noise", *x.shape[1:])
         if self.block_scale > 0:
-            white = draws.normal("block_noise", *x.shape[1:])
+            channels, height, width = x.shape[1:]
+            wraps = self.side in (None, height)
+            further = 0 if wraps else self.blur.block - 1
+            white = draws.normal("block_noise", channels, height + further, width + further)
             noise = with_block_noise(
-                noise, white, self.blur.block, self.block_scale, self.unit_variance
+                noise, white, self.blur.block, self.block_scale, self.unit_variance, wraps=wraps
             )
         return torch.addcmul(self.blur(x, sigma), sigma[:, None, None, None], noise)
 
 
 def with_block_noise(
-    noise: Tensor, white: Tensor, block: int, scale: float, unit_variance: bool = False
+    noise: Tensor,
+    white: Tensor,
+    block: int,
+    scale: float,
+    unit_variance: bool = False,
+    *,
+    wraps: bool = True,
 ) -> Tensor:
-    """ε + b ε_block, of white noise ε [..., H, W], with ε_block made from `white`, shaped like ε.
+    """ε + b ε_block, of white noise ε [..., H, W], with ε_block made from `white`.
 
     Args:
+        white, wraps: see `block_noise`.
         scale: b.
         unit_variance: divide by √(1 + b²).
     """
-    mixed = torch.add(noise, block_noise(white, block), alpha=scale)
+    mixed = torch.add(noise, block_noise(white, block, wraps=wraps), alpha=scale)
     return mixed / math.sqrt(1 + scale**2) if unit_variance else mixed
 
 
@@ -269,6 +301,11 @@ class BlurObjective(DenoisingObjective):
                 f"sigma_floor = {self.sigma_floor:g}: give the lowest noise level to train on, "
                 "above 0"
             )
+
+    @property
+    def alignment(self) -> int:
+        """Parts of images must lie on a grid of so many pixels to be trained on: of the blocks."""
+        return self.corruption.blur.block
 
     def sigma(self, draws: Draws) -> Tensor:
         uniform = draws.uniform("sigma")

@@ -6,11 +6,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from tessera.conditioning import Conditioning
+from tessera.diffusion.schedules import vp_time
+from tessera.errors import TesseraError
 from tessera.model import Model
 
 
@@ -56,6 +59,39 @@ def joined(parts: Sequence[Posterior], rows: Sequence[Tensor]) -> Posterior:
         join(variances) if len(variances) == len(parts) else None,
         tuple(map(join, zip(*stages, strict=True))) if same else (),
     )
+
+
+class EnergyNetwork(Protocol):
+    """A network whose output is `multiplier` times the gradient of its energy."""
+
+    multiplier: float
+
+    @property
+    def step_size(self) -> Tensor:
+        """Of descent, 0-dim."""
+        ...
+
+    def energy(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        """E [B]."""
+        ...
+
+    def energy_and_output(
+        self, x: Tensor, noise: Tensor, cond: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """E [B] and the output [B, C, H, W]."""
+        ...
+
+
+class Valued(NamedTuple):
+    """What a denoiser that is the gradient of an energy says, in z's dtype.
+
+    Attributes:
+        energy: V [B], see `diffusion.energy`.
+        mean: the estimate of x, [B, C, H, W], if it was asked for.
+    """
+
+    energy: Tensor
+    mean: Tensor | None
 
 
 class Denoiser(Model):
@@ -108,6 +144,47 @@ class Denoiser(Model):
         """The nearest supported noise level; keeps dtype and shape. The identity by default."""
         return sigma
 
+    def time(self, sigma: Tensor) -> Tensor:
+        """t / T of noise levels σ, float64; T counts all steps of the process trained on.
+
+        Of denoisers of a continuous range, that of the linear schedule in continuous time.
+        """
+        return vp_time(sigma.to(torch.float64), 19.9, 0.1).clamp(0, 1)
+
+    def value(self, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool) -> Valued:
+        """The energy V of which the estimate of the noise is the gradient, see `diffusion.energy`.
+
+        Args:
+            z, sigma, cond: as of a call, σ [B].
+            gradient: whether the estimate of x is asked for, too, at twice the cost.
+
+        Raises:
+            TesseraError: there is no such energy. By default there is none.
+        """
+        self._refuse_energy()
+
+    def check_energy(self) -> None:
+        """Refuse to give energies, before any is asked for, if there are none.
+
+        Raises:
+            TesseraError: there are none.
+        """
+        self._refuse_energy()
+
+    def energy_network(self, sigma: float = 0.0) -> EnergyNetwork:
+        """The network that has the energy; of experts, that at noise level σ.
+
+        Raises:
+            TesseraError: there is none.
+        """
+        self._refuse_energy()
+
+    def _refuse_energy(self) -> NoReturn:
+        raise TesseraError(
+            f"energies cannot be followed through a denoiser of kind {type(self).__name__}. Leave "
+            "out the refinement"
+        )
+
 
 class Wrapper(Denoiser):
     """A denoiser around another one, of which everything holds that a subclass does not change.
@@ -144,5 +221,16 @@ class Wrapper(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self.denoiser.round_sigma(sigma)
 
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.denoiser.time(sigma)
+
+    def energy_network(self, sigma: float = 0.0) -> EnergyNetwork:
+        return self.denoiser.energy_network(sigma)
+
     def _around(self, denoiser: Denoiser) -> Denoiser:
         return self if denoiser is self.denoiser else self.around(denoiser)
+
+
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """[B] as [B, 1, 1, 1] of the dtype and on the device of x."""
+    return values.to(x.device, x.dtype)[:, None, None, None]

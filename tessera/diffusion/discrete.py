@@ -205,8 +205,8 @@ class Discrete:
 
     def index(self, sigma: Tensor) -> Tensor:
         """Number of the nearest supported level, from the cleanest; int64, shaped like σ."""
-        distance = sigma.to(torch.float32)[..., None] - _tables(self, sigma.device).sigmas
-        return distance.abs().argmin(dim=-1)
+        between = _tables(self, sigma.device).between
+        return torch.bucketize(sigma.to(torch.float32), between)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         one = torch.ones_like(sigma)
@@ -236,7 +236,10 @@ class Discrete:
 
 
 class _Tables(NamedTuple):
+    """What is looked up by level; `between` are the middles of neighbouring levels, [N - 1]."""
+
     sigmas: Tensor
+    between: Tensor
     labels: Tensor
     log_variances: Tensor
 
@@ -256,7 +259,9 @@ def _tables(preconditioning: Discrete, device: torch.device) -> _Tables:
     if c.rescale_timesteps:
         labels = labels * (1000.0 / c.timesteps)
     log_variances = torch.stack([process.posterior_log_variance, process.betas.log()])
-    return _Tables(*(t.to(device, torch.float32) for t in (process.sigmas, labels, log_variances)))
+    between = (process.sigmas[1:] + process.sigmas[:-1]) / 2
+    tables = process.sigmas, between, labels, log_variances
+    return _Tables(*(t.to(device, torch.float32) for t in tables))
 
 
 class DiscreteDenoiser(Preconditioned):
@@ -283,6 +288,11 @@ class DiscreteDenoiser(Preconditioned):
     @property
     def levels(self) -> Tensor:
         return self.preconditioning.levels
+
+    def time(self, sigma: Tensor) -> Tensor:
+        scaling = self.preconditioning
+        steps = torch.tensor(scaling.steps, dtype=torch.float64, device=sigma.device)
+        return steps[scaling.index(sigma)] / scaling.timesteps
 
     def for_levels(self, levels: Tensor) -> DiscreteDenoiser:
         preconditioning = self.preconditioning.visit(levels)

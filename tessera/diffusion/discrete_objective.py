@@ -104,7 +104,8 @@ class DiscreteObjective(nn.Module):
             the variance, in which the mean has no gradient; "kl", the variational term alone;
             "rescaled_kl", that times the number of levels.
         rescale_variance: multiply the variational term of "mse" by levels / 1000.
-        timesteps: "uniform", or "loss_second_moment" to draw steps by their past losses.
+        timesteps: "uniform", or "loss_second_moment" to draw steps by their past losses, but not
+            in `eval` mode: losses are then of the same steps for the same draws.
         small_variance: for networks that learn none, use β̃ instead of β in the "kl" losses.
         label_dropout: share of images trained without their class, for guidance.
         sigma_range: train on noise levels low <= σ < high only, as one of several experts.
@@ -184,7 +185,7 @@ class DiscreteObjective(nn.Module):
     def _draw(self, tables: _Tables, draws: Draws) -> tuple[Tensor, Tensor]:
         """Steps [B], and the factors that make up for drawing some more often than others."""
         first, count = tables.owned
-        if self.history is None:
+        if self.history is None or not self.training:
             return first + draws.integers("timestep", count), tables.weights.new_ones(())
         probabilities = self.history.probabilities()[first : first + count]
         probabilities = probabilities / probabilities.sum()

@@ -10,46 +10,19 @@ A step of descent is x_t - α (noise), as in iterative reasoning by energies (Du
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Required, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessera.conditioning import NO_CLASS, Conditioning
-from tessera.diffusion.denoiser import Denoiser, Wrapper
-from tessera.diffusion.discrete import Discrete
-from tessera.diffusion.experts import Experts
-from tessera.diffusion.guidance import Guided
-from tessera.diffusion.preconditioning import Preconditioned
-from tessera.diffusion.schedules import vp_time
-from tessera.errors import TesseraError
+from tessera.conditioning import Conditioning
+from tessera.diffusion.denoiser import Denoiser, EnergyNetwork, column
 
 Clamp = Literal["none", "clean", "noisy"]
 """What is done to x_t after each step of descent: nothing, or cut to ±2 √ᾱ, the range of an image
 without noise (as the released code does, which wipes noisy ones), or to ±(2 √ᾱ + 4 √(1 - ᾱ))."""
 
 MOST_STEPS = 10
-
-
-class EnergyNetwork(Protocol):
-    """A network whose output is `multiplier` times the gradient of its energy."""
-
-    multiplier: float
-
-    @property
-    def step_size(self) -> Tensor:
-        """Of descent, 0-dim."""
-        ...
-
-    def energy(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        """E [B]."""
-        ...
-
-    def energy_and_output(
-        self, x: Tensor, noise: Tensor, cond: Conditioning
-    ) -> tuple[Tensor, Tensor]:
-        """E [B] and the output [B, C, H, W]."""
-        ...
 
 
 class Landscape(NamedTuple):
@@ -72,7 +45,7 @@ def landscape(denoiser: Denoiser, z: Tensor, sigma: Tensor, cond: Conditioning) 
     Raises:
         TesseraError: the denoiser is no gradient of an energy.
     """
-    energy, mean = _evaluate(denoiser, z, sigma, cond, gradient=True)
+    energy, mean = denoiser.value(z, sigma, cond, gradient=True)
     assert mean is not None
     return Landscape(energy, (z - mean) / column(sigma, z))
 
@@ -83,157 +56,21 @@ def energy(denoiser: Denoiser, z: Tensor, sigma: Tensor, cond: Conditioning) -> 
     Raises:
         TesseraError: see `landscape`.
     """
-    return _evaluate(denoiser, z, sigma, cond, gradient=False)[0]
-
-
-def _evaluate(
-    denoiser: Denoiser, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """V [B] and, if asked for, the estimate of the image, in z's dtype."""
-    if isinstance(denoiser, Guided):
-        return _guided(denoiser, z, sigma, cond, gradient=gradient)
-    if isinstance(denoiser, Experts):
-        return _routed(denoiser, z, sigma, cond, gradient=gradient)
-    if not isinstance(denoiser, Preconditioned):
-        raise TesseraError(
-            f"energies cannot be followed through a denoiser of kind {type(denoiser).__name__}. "
-            "Leave out the refinement"
-        )
-    network = energy_network(denoiser)
-    watched = _Watched(network, gradient)
-    mean = denoiser.around(watched)(z, sigma, cond).mean.to(z.dtype)
-    assert watched.energy is not None
-    # V = ((1 - c_skip) |z|² / 2 - m E c_out / c_in) / (σ √(1 + σ²)), whose gradient at z is
-    # (z - D) / (σ √(1 + σ²)).
-    sigma = sigma.to(z.device, torch.float32)
-    c = denoiser.preconditioning.coefficients(sigma)
-    skip, factor, sigma = (t.to(z.dtype) for t in (c.skip, -c.out / c.input, sigma))
-    own = factor * network.multiplier * watched.energy.to(z.dtype)
-    quadratic = (1 - skip) * z.square().sum(dim=(1, 2, 3)) / 2
-    value = (quadratic + own) / (sigma * (1 + sigma**2).sqrt())
-    return value, mean if gradient else None
-
-
-class _Watched(nn.Module):
-    """In an energy network's place in its denoiser: keeps the energy beside the output.
-
-    Without the gradient, the output is zeros.
-    """
-
-    def __init__(self, network: EnergyNetwork, gradient: bool) -> None:
-        super().__init__()
-        self._network, self._gradient = [network], gradient
-        self.energy: Tensor | None = None
-
-    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        if self._gradient:
-            self.energy, output = self._network[0].energy_and_output(x, noise, cond)
-            return output
-        self.energy = self._network[0].energy(x, noise, cond)
-        return torch.zeros_like(x)
-
-
-def _guided(
-    denoiser: Guided, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """V = V_ref + w (V_c - V_ref), and the same of the estimates."""
-    if denoiser.channels is not None:
-        raise TesseraError(
-            "guidance of some channels only follows no energy. Leave out guidance_channels, or the "
-            "refinement"
-        )
-    inner, weak = denoiser.denoiser, denoiser.weak
-    if weak is None and cond.labels is None:
-        return _evaluate(inner, z, sigma, cond, gradient=gradient)
-    low, high = denoiser.interval or (0.0, float("inf"))
-    scale = torch.where((sigma >= low) & (sigma <= high), denoiser.scale, 1.0).to(z.device, z.dtype)
-    if (denoiser.interval is not None and (scale == 1).all()) or denoiser.scale == 1:
-        return _evaluate(inner, z, sigma, cond, gradient=gradient)
-    if weak is None:
-        both = cond.map(lambda tensor: torch.cat([tensor, tensor]))
-        assert both.labels is not None
-        both.labels[len(z) :] = NO_CLASS
-        energies, means = _evaluate(
-            inner, torch.cat([z, z]), torch.cat([sigma, sigma]), both, gradient=gradient
-        )
-        (own, reference) = energies.chunk(2)
-        (mean, other) = (None, None) if means is None else means.chunk(2)
-    else:
-        own, mean = _evaluate(inner, z, sigma, cond, gradient=gradient)
-        reference, other = _evaluate(weak, z, sigma, cond, gradient=gradient)
-    value = reference + scale * (own - reference)
-    if mean is None or other is None:
-        return value, None
-    return value, other + column(scale, z) * (mean - other)
-
-
-def _routed(
-    denoiser: Experts, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Each image by the expert of its noise level."""
-    owner = denoiser.owner(sigma)
-    value = z.new_zeros(len(z))
-    mean = torch.zeros_like(z) if gradient else None
-    for number, expert in enumerate(denoiser.denoisers()):
-        rows = (owner == number).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        here = rows.to(z.device)
-        own, estimate = _evaluate(expert, z[here], sigma[rows], cond[here], gradient=gradient)
-        value = value.index_copy(0, here, own)
-        if mean is not None and estimate is not None:
-            mean = mean.index_copy(0, here, estimate)
-    return value, mean
-
-
-def innermost(denoiser: Denoiser, sigma: float = 0.0) -> Preconditioned:
-    """The denoiser inside of all wrappers; of experts, the one at noise level σ.
-
-    Raises:
-        TesseraError: there is none around a network.
-    """
-    while isinstance(denoiser, Wrapper | Experts):
-        if isinstance(denoiser, Wrapper):
-            denoiser = denoiser.denoiser
-        else:
-            level = torch.tensor(sigma, dtype=torch.float64)
-            denoiser = denoiser.denoisers()[int(denoiser.owner(level))]
-    if not isinstance(denoiser, Preconditioned):
-        raise TesseraError("only a denoiser around a network can have an energy")
-    return denoiser
+    return denoiser.value(z, sigma, cond, gradient=False).energy
 
 
 def energy_network(denoiser: Denoiser, sigma: float = 0.0) -> EnergyNetwork:
-    """The network of a denoiser, which has an energy; of experts, see `innermost`.
+    """The network of a denoiser, which has an energy; of experts, that at noise level σ.
 
     Raises:
         TesseraError: it has none.
     """
-    network: Any = innermost(denoiser, sigma).network
-    if not hasattr(network, "energy_and_output"):
-        raise TesseraError(
-            "this model has no energy to descend on: its network is a "
-            f"{type(network).__name__}. Choose an energy network (network.kind=energy_dit), or "
-            "leave out the refinement and the terms of energies"
-        )
-    return cast(EnergyNetwork, network)
+    return denoiser.energy_network(sigma)
 
 
 def adaptive_steps(time: Tensor, base: int) -> Tensor:
     """Steps of descent at time t / T in [0, 1]: base (1 + 2 t / T) rounded down, 1 to 10; int64."""
     return (base * (1 + 2 * time.to(torch.float64))).long().clamp(1, MOST_STEPS)
-
-
-def time_of(denoiser: Denoiser, sigma: Tensor) -> Tensor:
-    """t / T of noise levels σ, float64; T counts all steps of the process trained on.
-
-    For denoisers of a continuous range, that of the linear schedule in continuous time.
-    """
-    scaling = innermost(denoiser).preconditioning
-    if isinstance(scaling, Discrete):
-        steps = torch.tensor(scaling.steps, dtype=torch.float64, device=sigma.device)
-        return steps[scaling.index(sigma)] / scaling.timesteps
-    return vp_time(sigma.to(torch.float64), 19.9, 0.1).clamp(0, 1)
 
 
 def bounds(clamp: Clamp, sigma: Tensor) -> Tensor | None:
@@ -253,6 +90,14 @@ class Descent(NamedTuple):
     z: Tensor
     energies: Tensor
     accepted: Tensor
+
+
+class DescentOptions(TypedDict, total=False):
+    """The keyword arguments of `descend` that all who descend pass on."""
+
+    step_size: Required[float | Tensor]
+    steps: Required[int | Tensor]
+    clamp: Clamp
 
 
 def descend(
@@ -316,8 +161,3 @@ def descend(
         if stop_early and not bool(take.any()):
             break
     return Descent(z, torch.stack(energies), accepted)
-
-
-def column(values: Tensor, x: Tensor) -> Tensor:
-    """[B] as [B, 1, 1, 1] of the dtype and on the device of x."""
-    return values.to(x.device, x.dtype)[:, None, None, None]

@@ -7,7 +7,7 @@ images and of what descent makes of disturbed ones, and of how a descent goes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.corruption import GAUSSIAN
-from tessera.diffusion.denoiser import Denoiser
+from tessera.diffusion.denoiser import Denoiser, column
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy import (
     Clamp,
+    DescentOptions,
     adaptive_steps,
-    column,
     descend,
     energy,
     energy_network,
-    time_of,
 )
 from tessera.diffusion.objectives import DenoisingObjective, Reduction
 from tessera.errors import TesseraError
@@ -39,10 +38,8 @@ def contrastive(
     noise: Tensor,
     shift: Tensor,
     *,
-    step_size: float | Tensor,
-    steps: int | Tensor,
-    clamp: Clamp = "none",
     reject: bool = True,
+    **descent: Unpack[DescentOptions],
 ) -> Tensor:
     """softplus(E⁺ - E⁻), [B]: clean images x must have less energy than what descent makes.
 
@@ -51,21 +48,12 @@ def contrastive(
 
     Args:
         noise, shift: unit normal, like x.
-        step_size, steps, clamp, reject: see `descend`.
+        reject, descent: see `descend`.
     """
     level = column(sigma, x)
     with torch.no_grad():
         start = x + 3 * shift + level * noise
-        path = descend(
-            denoiser,
-            start,
-            sigma,
-            cond,
-            step_size=step_size,
-            steps=steps,
-            clamp=clamp,
-            reject=reject,
-        )
+        path = descend(denoiser, start, sigma, cond, reject=reject, **descent)
         end = path.z.clamp(-2, 2)
     both = torch.cat([x, end]) + torch.cat([level * noise] * 2)
     twice = cond.map(lambda tensor: torch.cat([tensor, tensor]))
@@ -79,27 +67,17 @@ def refinement_energies(
     z: Tensor,
     sigma: Tensor,
     cond: Conditioning,
-    *,
-    step_size: float | Tensor,
-    steps: int | Tensor,
-    clamp: Clamp = "none",
+    **descent: Unpack[DescentOptions],
 ) -> Tensor:
     """E before each step of a descent from z, and after the last one, [S + 1, B].
 
     Every step is taken. The path can be differentiated, also by the step size. E is in the
     network's own scale, V / m.
+
+    Args:
+        descent: see `descend`.
     """
-    path = descend(
-        denoiser,
-        z,
-        sigma,
-        cond,
-        step_size=step_size,
-        steps=steps,
-        clamp=clamp,
-        reject=False,
-        final=True,
-    )
+    path = descend(denoiser, z, sigma, cond, reject=False, final=True, **descent)
     return path.energies / energy_network(denoiser).multiplier
 
 
@@ -214,7 +192,7 @@ class EnergyObjective(nn.Module):
             draws.normal("contrastive_noise", *x.shape[1:]),
             draws.normal("contrastive_shift", *x.shape[1:]),
             step_size=energy_network(denoiser).step_size.detach(),
-            steps=adaptive_steps(time_of(denoiser, sigma), 5) if steps is None else steps,
+            steps=adaptive_steps(denoiser.time(sigma), 5) if steps is None else steps,
             clamp=self.terms.clamp,
         )
 
@@ -230,7 +208,7 @@ class EnergyObjective(nn.Module):
         z = x + column(sigma, x) * draws.normal("refinement_noise", *x.shape[1:])
         steps: int | Tensor | None = self.terms.refinement_steps
         if steps is None:
-            steps = adaptive_steps(time_of(denoiser, sigma), 2)
+            steps = adaptive_steps(denoiser.time(sigma), 2)
         path = refinement_energies(
             denoiser, z, sigma, cond, step_size=alpha, steps=steps, clamp=self.terms.clamp
         )

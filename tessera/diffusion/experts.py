@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior, joined
+from tessera.diffusion.denoiser import (
+    Denoiser,
+    EnergyNetwork,
+    Posterior,
+    Valued,
+    joined,
+)
 from tessera.errors import TesseraError
 
 
@@ -129,6 +135,32 @@ class Experts(Denoiser):
             for expert, row in zip(present, rows, strict=True)
         ]
         return joined(parts, rows)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.denoisers()[0].time(sigma)
+
+    def value(self, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool) -> Valued:
+        """Of each image that of the expert of its noise level."""
+        owner = self.owner(sigma)
+        energy, mean = z.new_zeros(len(z)), torch.zeros_like(z) if gradient else None
+        for expert in sorted(set(owner.tolist())):
+            rows = (owner == expert).nonzero()[:, 0]
+            here = rows.to(z.device)
+            own = self.denoisers()[expert].value(
+                z[here], sigma[rows], cond[here], gradient=gradient
+            )
+            energy = energy.index_copy(0, here, own.energy)
+            if mean is not None and own.mean is not None:
+                mean = mean.index_copy(0, here, own.mean)
+        return Valued(energy, mean)
+
+    def check_energy(self) -> None:
+        for expert in self.denoisers():
+            expert.check_energy()
+
+    def energy_network(self, sigma: float = 0.0) -> EnergyNetwork:
+        level = torch.tensor(sigma, dtype=torch.float64)
+        return self.denoisers()[int(self.owner(level))].energy_network(sigma)
 
     def _part(
         self, expert: int, rows: Tensor, z: Tensor, sigma: Tensor, cond: Conditioning

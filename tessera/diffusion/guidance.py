@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import NO_CLASS, Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper
+from tessera.diffusion.denoiser import Denoiser, Posterior, Valued, Wrapper, column
 from tessera.errors import TesseraError
 
 
@@ -94,6 +94,41 @@ class Guided(Wrapper):
             )
         return Posterior(mean, conditional.log_variance)
 
+    def value(self, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool) -> Valued:
+        """V = V_ref + w (V_c - V_ref), as of the estimates."""
+        self._check_channels()
+        active = self._active(sigma)
+        nothing_to_guide = self.weak is None and cond.labels is None
+        if self.scale == 1 or nothing_to_guide or not active.any():
+            return self.denoiser.value(z, sigma, cond, gradient=gradient)
+        if self.weak is None:
+            both = _with_and_without(cond, len(z))
+            twice = torch.cat([z, z]), torch.cat([sigma, sigma])
+            energies, means = self.denoiser.value(*twice, both, gradient=gradient)
+            own, reference = energies.chunk(2)
+            mean, other = (None, None) if means is None else means.chunk(2)
+        else:
+            own, mean = self.denoiser.value(z, sigma, cond, gradient=gradient)
+            reference, other = self.weak.value(z, sigma, cond, gradient=gradient)
+        scale = torch.where(active, self.scale, 1.0).to(z.device, z.dtype).expand(len(z))
+        energy = reference + scale * (own - reference)
+        if mean is None or other is None:
+            return Valued(energy, None)
+        return Valued(energy, other + column(scale, z) * (mean - other))
+
+    def check_energy(self) -> None:
+        self._check_channels()
+        self.denoiser.check_energy()
+        if self.weak is not None:
+            self.weak.check_energy()
+
+    def _check_channels(self) -> None:
+        if self.channels is not None:
+            raise TesseraError(
+                "guidance of some channels only follows no energy. Leave out guidance_channels, or "
+                "the refinement"
+            )
+
     def _active(self, sigma: Tensor) -> Tensor:
         if self.interval is None:
             return torch.ones((), dtype=torch.bool)
@@ -102,9 +137,7 @@ class Guided(Wrapper):
     def _doubled(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> tuple[Posterior, Tensor]:
         """The conditional posterior and the unconditional mean, from one batch of 2 B."""
         batch = len(z)
-        both = cond.map(lambda tensor: torch.cat([tensor, tensor]))
-        assert both.labels is not None
-        both.labels[batch:] = NO_CLASS
+        both = _with_and_without(cond, batch)
         sigmas = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
         posterior: Posterior = self.denoiser(torch.cat([z, z]), sigmas, both)
         variance = posterior.log_variance
@@ -112,3 +145,11 @@ class Guided(Wrapper):
             posterior.mean[:batch], None if variance is None else variance[:batch]
         )
         return conditional, posterior.mean[batch:]
+
+
+def _with_and_without(cond: Conditioning, batch: int) -> Conditioning:
+    """The conditioning of a batch, and once more without class."""
+    both = cond.map(lambda tensor: torch.cat([tensor, tensor]))
+    assert both.labels is not None
+    both.labels[batch:] = NO_CLASS
+    return both

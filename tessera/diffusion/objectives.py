@@ -27,7 +27,8 @@ Objective = Callable[[Any, Tensor, Conditioning, Draws], dict[str, Tensor]]
 """What training minimises: (model, x [B, C, H, W], conditioning, draws) to terms [B] per image.
 
 "loss" is minimised; "quartile", int64, if it is there, says to which quarter of the noise levels an
-image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`.
+image belongs. Its attribute `reduction`, "sum" if there is none, is explained at `Reduction`; parts
+of images that it can train on begin and end at multiples of its `alignment`, 1 if there is none.
 """
 
 

@@ -6,15 +6,16 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior
+from tessera.diffusion.denoiser import Denoiser, EnergyNetwork, Posterior, Valued
 from tessera.diffusion.schedules import iddpm_table, vp_sigma
+from tessera.errors import TesseraError
 from tessera.networks.layers import full_precision
 
 
@@ -246,6 +247,36 @@ class Preconditioned(Denoiser):
         """Log variance of the reverse step, of networks that learn it, from their raw output."""
         return None
 
+    def value(self, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool) -> Valued:
+        """V = ((1 - c_skip) |z|² / 2 - m E c_out / c_in) / (σ √(1 + σ²)), [B].
+
+        Its gradient at z is (z - D) / (σ √(1 + σ²)).
+        """
+        network = self.energy_network()
+        watched = _Watched(network, gradient)
+        mean = self.around(watched)(z, sigma, cond).mean.to(z.dtype)
+        assert watched.energy is not None
+        sigma = sigma.to(z.device, torch.float32)
+        c = self.preconditioning.coefficients(sigma)
+        skip, factor, sigma = (t.to(z.dtype) for t in (c.skip, -c.out / c.input, sigma))
+        own = factor * network.multiplier * watched.energy.to(z.dtype)
+        quadratic = (1 - skip) * z.square().sum(dim=(1, 2, 3)) / 2
+        energy = (quadratic + own) / (sigma * (1 + sigma**2).sqrt())
+        return Valued(energy, mean if gradient else None)
+
+    def check_energy(self) -> None:
+        self.energy_network()
+
+    def energy_network(self, sigma: float = 0.0) -> EnergyNetwork:
+        network: Any = self.network
+        if not hasattr(network, "energy_and_output"):
+            raise TesseraError(
+                "this model has no energy to descend on: its network is a "
+                f"{type(network).__name__}. Choose an energy network (network.kind=energy_dit), or "
+                "leave out the refinement and the terms of energies"
+            )
+        return cast(EnergyNetwork, network)
+
     @property
     def levels(self) -> Tensor | None:
         c = self.preconditioning
@@ -254,3 +285,22 @@ class Preconditioned(Denoiser):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         """The nearest supported noise level; keeps dtype and shape."""
         return self.preconditioning.round_sigma(sigma)
+
+
+class _Watched(nn.Module):
+    """In an energy network's place in its denoiser: keeps the energy beside the output.
+
+    Without the gradient, the output is zeros.
+    """
+
+    def __init__(self, network: EnergyNetwork, gradient: bool) -> None:
+        super().__init__()
+        self._network, self._gradient = [network], gradient
+        self.energy: Tensor | None = None
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        if self._gradient:
+            self.energy, output = self._network[0].energy_and_output(x, noise, cond)
+            return output
+        self.energy = self._network[0].energy(x, noise, cond)
+        return torch.zeros_like(x)

@@ -29,7 +29,9 @@ _RATE = 3e-3
 # Images to train on at most, unless the caller says: so many times the set, within bounds.
 _REPETITIONS, _LEAST, _MOST = 12, 8_000, 60_000
 _LOOK_STEPS, _LOOK_IMAGES = 20, 1000  # steps between looks at the accuracy, on so many images
-_PATIENCE = 3  # looks without a better accuracy, after which it has stopped to rise
+# Looks without a better accuracy, after which it has stopped to rise; in the middle of the cycle,
+# where steps are largest, that of hard sets stands still for long before it rises again.
+_PATIENCE, _EASY, _PATIENCE_EASY = 9, 0.9, 3
 _REST = 2 / 3  # of the steps until then are taken for the rest
 
 
@@ -306,7 +308,7 @@ class _Risen:
     def __call__(self, accuracy: float) -> bool:
         self._looks = 0 if accuracy > self._best else self._looks + 1
         self._best = max(self._best, accuracy)
-        return self._looks >= _PATIENCE
+        return self._looks >= (_PATIENCE_EASY if self._best >= _EASY else _PATIENCE)
 
 
 def _accuracy(

@@ -9,8 +9,9 @@ released checkpoints, but that `blocks` are `layers` here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,18 @@ SMALLEST_STEP = 1e-4
 """Step sizes of energy descent are at least this."""
 
 
+class TrunkOptions(TypedDict, total=False):
+    """The keyword arguments of `Trunk`."""
+
+    out_channels: int | None
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float
+    recompute: bool
+
+
 class Trunk(nn.Module):
     """What both kinds of transformer share: from the noisy image to tokens.
 
@@ -45,13 +58,18 @@ class Trunk(nn.Module):
     complete image stretched to `side`.
 
     Args:
+        block: makes a block of so many channels, heads, and MLPs wider by a factor.
         side: of the complete images, pixels; a multiple of `patch`.
         in_channels: of the input.
         num_classes: 0 for a network without classes. No class is an embedding of its own.
         augment_dim: number of augmentation labels; 0 for none.
+        out_channels: of the image that is put out; `in_channels` by default.
         patch: side p of a token, pixels.
-        layers: the transformer blocks.
+        depth: number of blocks.
         width: D of the tokens; a multiple of 4.
+        heads: attention heads; must divide the width.
+        mlp_ratio: hidden width of the MLPs as a multiple of the width.
+        recompute: compute blocks again in the backward pass, for less memory.
 
     Raises:
         TesseraError: sizes that do not fit.
@@ -61,23 +79,30 @@ class Trunk(nn.Module):
 
     def __init__(
         self,
+        block: Callable[[int, int, float], DiTBlock],
         side: int,
         in_channels: int,
-        num_classes: int,
-        augment_dim: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
         *,
-        patch: int,
-        layers: list[DiTBlock],
-        width: int,
+        out_channels: int | None = None,
+        patch: int = 2,
+        depth: int = 12,
+        width: int = 384,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        layers = [block(width, heads, mlp_ratio) for _ in range(depth)]
         if side % patch or width % 4:
             raise TesseraError(
                 f"a DiT of width {width} on images of {side} pixels with tokens of {patch}: the "
                 "width must be a multiple of 4, and the side of the images one of the tokens'"
             )
         self.side, self.patch, self.width = side, patch, width
-        self.num_classes = num_classes
+        self.channels = out_channels or in_channels
+        self.num_classes, self.recompute = num_classes, recompute
         rows = side // patch
         self.register_buffer("pos_embed", sincos_table(width, rows, rows))
         self.x_embedder = PatchEmbedding(in_channels, width, patch)
@@ -190,15 +215,10 @@ class DiT(Trunk):
     """A diffusion transformer that puts out an image.
 
     Args:
-        side, in_channels, num_classes, augment_dim, patch, width: see `Trunk`.
-        out_channels: of the image; `in_channels` by default.
-        depth: number of blocks.
-        heads: attention heads; must divide the width.
-        mlp_ratio: hidden width of the MLPs as a multiple of the width.
+        shape, options: see `Trunk`.
         learn_variance: put out as many channels again, (1 - v) / 2 of the v in [-1, 1] that the
             released networks put out: the place of a step's log variance between the larger and
             the smaller bound.
-        recompute: compute blocks again in the backward pass, for less memory.
 
     Example:
         >>> network = DiT(16, 4, 10, depth=1, width=32, heads=2, patch=2)
@@ -207,28 +227,12 @@ class DiT(Trunk):
     """
 
     def __init__(
-        self,
-        side: int,
-        in_channels: int,
-        num_classes: int = 0,
-        augment_dim: int = 0,
-        *,
-        out_channels: int | None = None,
-        patch: int = 2,
-        depth: int = 12,
-        width: int = 384,
-        heads: int = 6,
-        mlp_ratio: float = 4.0,
-        learn_variance: bool = False,
-        recompute: bool = False,
+        self, *shape: int, learn_variance: bool = False, **options: Unpack[TrunkOptions]
     ) -> None:
-        layers = [DiTBlock(width, heads, mlp_ratio) for _ in range(depth)]
-        super().__init__(
-            side, in_channels, num_classes, augment_dim, patch=patch, layers=layers, width=width
-        )
-        self.channels = out_channels or in_channels
-        self.learn_variance, self.recompute = learn_variance, recompute
-        self.final_layer = FinalLayer(width, patch**2 * self.channels * (1 + learn_variance))
+        super().__init__(DiTBlock, *shape, **options)
+        self.learn_variance = learn_variance
+        outputs = self.patch**2 * self.channels * (1 + learn_variance)
+        self.final_layer = FinalLayer(self.width, outputs)
         self._initialise()
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -267,50 +271,32 @@ class EnergyDiT(Trunk):
     gradients by T; m = T (the sum of tokens) is well scaled.
 
     Args:
-        side, in_channels, num_classes, augment_dim, patch, width: see `Trunk`.
-        depth, heads, mlp_ratio: see `DiT`.
-        out_channels: give the gradient by the first so many channels; all by default.
+        shape, options: see `Trunk`; the gradient is given by the first `out_channels`, and blocks
+            are recomputed in each of the passes.
         head: see `Head`.
         multiplier: m.
         step_size: of energy descent, see `diffusion.energy`; kept with the weights.
         learn_step_size: make it a parameter.
         step_size_lr: multiplier of its learning rate.
         attention: how attention is made differentiable twice, see `second_order`.
-        recompute: compute blocks again in each of the passes, for less memory.
     """
 
     def __init__(
         self,
-        side: int,
-        in_channels: int,
-        num_classes: int = 0,
-        augment_dim: int = 0,
-        *,
-        out_channels: int | None = None,
-        patch: int = 1,
-        depth: int = 12,
-        width: int = 384,
-        heads: int = 6,
-        mlp_ratio: float = 4.0,
+        *shape: int,
         head: Head = "mean_then_linear",
         multiplier: float = 1.0,
         step_size: float = 0.01,
         learn_step_size: bool = False,
         step_size_lr: float = 1.0,
         attention: AttentionKind = "recompute",
-        recompute: bool = False,
+        **options: Unpack[TrunkOptions],
     ) -> None:
-        layers: list[DiTBlock] = [
-            TwiceBlock(width, heads, mlp_ratio, attention=attention, recompute=recompute)
-            for _ in range(depth)
-        ]
-        super().__init__(
-            side, in_channels, num_classes, augment_dim, patch=patch, layers=layers, width=width
-        )
-        self.channels = out_channels or in_channels
-        self.multiplier, self.recompute = multiplier, recompute
-        self.step_size_lr = step_size_lr
-        self.energy_layer = EnergyHead(width, head)
+        again = options.get("recompute", False)
+        block = functools.partial(TwiceBlock, attention=attention, recompute=again)
+        super().__init__(block, *shape, **options)
+        self.multiplier, self.step_size_lr = multiplier, step_size_lr
+        self.energy_layer = EnergyHead(self.width, head)
         # Of one element, because FSDP does not shard numbers without axes.
         alpha = torch.full((1,), step_size)
         if learn_step_size:
@@ -336,7 +322,9 @@ class EnergyDiT(Trunk):
     @property
     def step_size(self) -> Tensor:
         """Of energy descent, 0-dim and at least `SMALLEST_STEP`, with a gradient also there."""
-        # By way of `forward`, for which FSDP gathers the parameters.
+        if not hasattr(self.alpha, "full_tensor"):
+            return _at_least(self.alpha[0], SMALLEST_STEP)
+        # A shard; by way of `forward`, for which FSDP gathers the parameters.
         size: Tensor = self(self.pos_embed, self.pos_embed, Conditioning(), want="step_size")
         return size
 
@@ -369,8 +357,7 @@ class EnergyDiT(Trunk):
             TesseraError: the image does not divide into tokens, or float16 is asked for.
         """
         if want == "step_size":
-            alpha = self.alpha[0]
-            return alpha + (alpha.clamp(min=SMALLEST_STEP) - alpha).detach()
+            return _at_least(self.alpha[0], SMALLEST_STEP)
         _refuse_float16(x.device)
         if want == "energy":
             # Blocks that are recomputed are so by the same means as for two derivatives.
@@ -445,6 +432,11 @@ def _differentiable(
         x, noise = _outside_inference(x), _outside_inference(noise)
         cond = cond.map(_outside_inference)
         yield x if inherited else x.detach().requires_grad_(), noise, cond
+
+
+def _at_least(value: Tensor, least: float) -> Tensor:
+    """The larger one, with the gradient of `value` also where it is smaller."""
+    return value + (value.clamp(min=least) - value).detach()
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The layers of diffusion transformers: DiT blocks with adaLN-zero (Peebles & Xie 2023).
+"""The layers of diffusion transformers: DiT blocks with adaLN-zero (Peebles & Xie 2023), and plain
+ones (ViT, Dosovitskiy et al. 2021).
 
 Tokens are [B, T, D]; the conditioning vector is [B, D] and is broadcast over an image's tokens, so
 what depends on it is computed once an image. Attention may be confined to spans of consecutive
-tokens. Parameters carry the names of the released LEGO checkpoints.
+tokens. Parameters carry the names of the released LEGO and MAR checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera.networks.layers import PositionalEmbedding
+from tessera.networks.layers import Dropout, PositionalEmbedding
 
 _SHORT = 16
 """Spans of fewer tokens than this are short."""
@@ -62,11 +63,12 @@ class Attention(nn.Module):
     Args:
         width: D.
         heads: must divide D.
+        dropout: share of the attention weights that is left out while training.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -74,24 +76,51 @@ class Attention(nn.Module):
         """[B, T, D] to the same; each `span` consecutive tokens, of T, see one another."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
-        h = attend(qkv.reshape(-1, span, 3, self.heads, width // self.heads))
+        dropout = self.dropout if self.training else 0.0
+        h = attend(qkv.reshape(-1, span, 3, self.heads, width // self.heads), dropout)
         output: Tensor = self.proj(h.reshape(batch, tokens, width))
         return output
 
+    def at(self, x: Tensor, rows: Tensor) -> Tensor:
+        """What `forward` gives the tokens `rows` [B, n] of x [B, T, D], one span: [B, n, D]."""
+        batch, _, width = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(tokens_at(x, rows), weight[:width], bias[:width])
+        kv = F.linear(x, weight[width:], bias[width:])
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        h = attend_to(q, k, v, self.dropout if self.training else 0.0)
+        output: Tensor = self.proj(h.reshape(batch, -1, width))
+        return output
 
-def attend(qkv: Tensor) -> Tensor:
+
+def tokens_at(x: Tensor, rows: Tensor) -> Tensor:
+    """The tokens `rows`, int64 [B, n], of x [B, T, D]: [B, n, D]."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def attend(qkv: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of qkv [N, n, 3, heads, d], as [N, n, heads, d]."""
-    tokens = qkv.shape[1]
-    if tokens < _SHORT and torch.compiler.is_compiling():
+    if qkv.shape[1] < _SHORT and torch.compiler.is_compiling() and not dropout:
         return _attend_fused(qkv)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return attend_to(q, k, v, dropout)
+
+
+def attend_to(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of q [N, heads, m, d] and k, v [N, heads, n, d]: [N, m, heads, d].
+
+    Args:
+        dropout: share of the weights that is left out.
+    """
+    tokens = k.shape[-2]
     # The flash kernels are made for long spans: over a few tokens they spend their time on being
     # called; and that of the CPU computes in bfloat16 no faster than in float32, unlike products.
     explicit = tokens < _SHORT or (
-        tokens <= _SQUARE and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16
+        tokens <= _SQUARE and q.device.type == "cpu" and q.dtype == torch.bfloat16
     )
-    if not explicit:
-        h: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if dropout or not explicit:
+        h: Tensor = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
         return h
     scale = q.shape[-1] ** -0.5
     if tokens < q.shape[-1]:  # scaled where there are fewer numbers
@@ -140,6 +169,62 @@ def gelu(x: Tensor) -> Tensor:
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(h) (1 + scale) + shift, with shift and scale [B, 1, D] and a norm without parameters."""
     return torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale + 1)
+
+
+class ViTBlock(nn.Module):
+    """Attention and an MLP with exact GELU, each behind an affine norm.
+
+    Args:
+        width, heads, mlp_ratio: D, heads of the attention, hidden layer of the MLP / D.
+        attn_dropout: see `Attention`.
+        dropout: after the attention, the GELU and the MLP.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        attn_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, attn_dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = ExactMlp(width, int(width * mlp_ratio), dropout)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        """h [B, T, D] to the same.
+
+        Args:
+            rows: give the tokens of these numbers only, int64 [B, n]: [B, n, D]. The others are
+                still seen by them, but take no part in anything else.
+        """
+        x = self.norm1(h)
+        if rows is None:
+            seen = self.attn(x, h.shape[1])
+        else:
+            h, seen = tokens_at(h, rows), self.attn.at(x, rows)
+        h = h + self.dropout(seen)
+        output: Tensor = h + self.mlp(self.norm2(h))
+        return output
+
+
+class ExactMlp(nn.Module):
+    """Two layers with an exact GELU between; dropout after both."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return output
 
 
 class DiTBlock(nn.Module):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -26,78 +26,14 @@ from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
+from tessera.pipelines.plan import OnStep, Plan, SampledBatch
 from tessera.progress import quantity
-from tessera.recipes.build import build_codec
+from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import dump_recipe
-from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
-from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.core import NoiseSource, SamplerState, means
 from tessera.sampling.seeds import SeedNoise
-
-
-@dataclass(frozen=True)
-class SampledBatch:
-    """Finished images of one batch.
-
-    Attributes:
-        seeds: one per image.
-        labels: int64 [n] class indices; None for models without classes.
-        images: uint8 [n, H, W, C].
-    """
-
-    seeds: list[int]
-    labels: NDArray[np.int64] | None
-    images: NDArray[np.uint8]
-
-
-OnStep = Callable[[Sequence[int], SamplerState], None]
-"""Called after every sampler step with the batch's seeds and the sampler's state."""
-
-
-class Plan(Protocol):
-    """What makes the images of one call, checked and ready to run.
-
-    Attributes:
-        seeds: one for each image.
-        classes: int64, of all images; None where each seed draws its own.
-        shape: (C, H, W) of a sample in model space.
-        facts: what was chosen, as plain JSON values; with the model's own, all that decides what
-            the image of a seed looks like.
-    """
-
-    @property
-    def seeds(self) -> Sequence[int]: ...
-
-    @property
-    def classes(self) -> NDArray[np.int64] | None: ...
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    def networks(self) -> list[nn.Module]:
-        """All networks that run, parts of a network that run alone included."""
-        ...
-
-    def noise(self, source: SeedNoise) -> NoiseSource:
-        """The source that the sampler draws from."""
-        ...
-
-    def start(self, seeds: Sequence[int], noise: NoiseSource) -> Any:
-        """What the sampler begins with, drawn before the class of an image."""
-        ...
-
-    def states(
-        self, seeds: Sequence[int], start: Any, labels: Tensor | None, noise: NoiseSource
-    ) -> Iterator[SamplerState]:
-        """The steps of the sampler; the last state's `x` becomes the picture."""
-        ...
-
-    def picture(self, x: Tensor) -> Tensor:
-        """The part of a state's `x` that is shown, in model space."""
-        ...
 
 
 class Pipeline(ABC):
@@ -113,6 +49,8 @@ class Pipeline(ABC):
         ema: name of the average, its half-life in images; one of `emas`.
         emas: names of the averages that the folder holds, the default first.
         checksum: SHA-256 of the weights file; None for a model that was not loaded from a folder.
+        reported: what refinements say about the samples of the last call, such as the
+            "acceptance_rate" of descent on energies.
 
     Example:
         >>> from tessera.pipelines.loading import build_pipeline
@@ -123,7 +61,10 @@ class Pipeline(ABC):
     """
 
     kind: ClassVar[str]
+    of_model: ClassVar[type[Model] | None] = None
+    """What it samples from if that is trained as one; None where it is put together."""
     model: Model
+    _warned = False
 
     def __init__(
         self,
@@ -151,6 +92,7 @@ class Pipeline(ABC):
         self._others: dict[str, Mapping[str, Tensor]] = dict(other_emas or {})
         self.emas = tuple(emas) or (self.ema, *self._others)
         self.checksum = checksum
+        self.reported: dict[str, float] = {}
 
     def __repr__(self) -> str:
         names = f": {shortened(self.class_names)}" if self.class_names else ""
@@ -169,9 +111,22 @@ class Pipeline(ABC):
     # ------------------------------------------------------------------ what each kind is made of
 
     @classmethod
-    @abstractmethod
     def open(cls, opened: folders.Opened) -> Self:
         """The pipeline of a folder whose configuration and parts were read."""
+        model = build_model(opened.recipe, opened.own_parts)
+        entry = opened.load_weights(model.network)
+        if opened.recipe.training.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(
+            opened.recipe,
+            model,
+            images_seen=opened.config.images_seen,
+            class_names=opened.config.class_names,
+            ema=entry.name,
+            emas=[weights.name for weights in opened.config.weights],
+            checksum=entry.sha256,
+            parts=opened.own_parts,
+        )
 
     @abstractmethod
     def options(self, sampler: str | None = None) -> list[Option]:
@@ -196,6 +151,17 @@ class Pipeline(ABC):
         Raises:
             TesseraError: those of `sample_batches`.
         """
+
+    def check_edits(self) -> None:
+        """Check that the model can keep a part of a picture: whether `plan` takes `edit`.
+
+        Raises:
+            TesseraError: it cannot. By default none can.
+        """
+        raise TesseraError(
+            f"{self.recipe.name} is a pipeline of kind {self.kind}, which makes whole pictures. "
+            "Models of masked tokens (network.kind=mar) keep a part and make the rest"
+        )
 
     def parts(self) -> dict[str, folders.WritePart]:
         """Sub-folders of the saved pipeline: (kind, function that writes it) by name."""
@@ -268,12 +234,38 @@ class Pipeline(ABC):
         """What the model costs; sampling with these options of `sample_batches`.
 
         Raises:
-            TesseraError: an option that this model cannot have.
+            TesseraError: an option that this model cannot have, or it cannot be counted.
         """
-        pipe = self.without_weights()
-        plan = pipe.plan([0], None, **pipe.with_start(options))
-        calls = counting.sampling(plan.networks(), lambda: [*pipe.states(plan, [0])])
-        return counting.total_cost(self._training(), calls)
+        name = self.recipe.name
+        try:
+            pipe = self.without_weights()
+            plan = pipe.plan([0], None, **pipe.with_start(options))
+            calls = counting.sampling(
+                plan.networks(), lambda: [*pipe.states(plan, [0])], plan.helpers()
+            )
+            return counting.total_cost(self._training(), calls)
+        except RuntimeError as error:  # of tensors with more numbers than can be counted
+            if external(self.recipe):
+                raise TesseraError(
+                    f"{name}: what its own parts compute cannot be counted on tensors without "
+                    f"data, for they look at values, or hold tensors that are no buffers: "
+                    f"{described(error)}"
+                ) from error
+            raise TesseraError(
+                f"{name}: what it computes is too large to be counted. Make the network, the "
+                "images or training.micro_batch smaller"
+            ) from error
+
+    def costs(self, **options: Any) -> dict[str, counting.Cost]:
+        """What each of several models in a row costs, by name; nothing of a single one.
+
+        Args:
+            options: those of `cost`, which is the sum.
+
+        Raises:
+            TesseraError: those of `cost`.
+        """
+        return {}
 
     def with_start(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with blank pictures to start from where they are needed and not given."""
@@ -373,6 +365,7 @@ class Pipeline(ABC):
             rows: numbers of the images among the plan's.
             batch, on_step: see `sample_batches`.
         """
+        self.reported = {}
         if not len(rows):
             return
         for part in np.array_split(np.asarray(rows), math.ceil(len(rows) / batch)):
@@ -383,6 +376,7 @@ class Pipeline(ABC):
                     if on_step is not None:
                         on_step(ours, done[1])
             labels, state = done
+            self.reported = means(plan.report())
             yield SampledBatch(
                 ours,
                 None if labels is None else labels.cpu().numpy(),
@@ -456,6 +450,18 @@ class Pipeline(ABC):
             **plan.facts,
             **({} if codec is None else {"codec": codec}),
         }
+
+    def _warn_if_classes_are_needed(self) -> None:
+        """Say, once, that the model has not learned to do without a class."""
+        if self.recipe.objective.label_dropout > 0 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this model was trained without label dropout, so it has not learned to do without a "
+            "class, which guidance relies on; expect poor images. Train with "
+            "objective.label_dropout=0.1, or guide by a weaker model",
+            stacklevel=5,
+        )
 
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""

@@ -48,6 +48,7 @@ class Training:
     """What training costs; see `Cost`."""
 
     parameters: int
+    images: int
     train_flops: int
     run_flops: int
     micro_batch: int
@@ -64,6 +65,7 @@ class Cost(Training):
 
     Attributes:
         parameters: trained numbers.
+        images: of the whole training run.
         forward_flops: one evaluation of the network for one image.
         train_flops: one training image, forward and backward; the mean over the sizes of patches.
         run_flops: the whole training run.
@@ -97,20 +99,27 @@ def total_cost(training: Training, calls: Calls) -> Cost:
     )
 
 
-def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Calls:
+def sampling(
+    networks: Iterable[nn.Module],
+    sample: Callable[[], object],
+    helpers: Iterable[nn.Module] = (),
+) -> Calls:
     """Count what `sample` computes, which makes one image with `networks` of meta tensors.
 
     The networks are of no other use afterwards.
+
+    Args:
+        helpers: other modules of which calls alike need to be made once only; no evaluations.
     """
     evaluations = repeated = largest = 0
 
-    def watch(network: nn.Module) -> None:
+    def watch(network: nn.Module, helps: bool) -> None:
         forward, known = network.forward, dict[Any, tuple[Any, int]]()
 
         def once(*inputs: Any, **options: Any) -> Any:
             nonlocal evaluations, repeated, largest
             images = len(inputs[0])
-            evaluations += images
+            evaluations += 0 if helps else images
             key = _signature((inputs, options))
             if key in known:
                 output, flops = known[key]
@@ -119,7 +128,7 @@ def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Cal
             before = counter.get_total_flops()
             output = forward(*inputs, **options)
             flops = int(counter.get_total_flops() - before)
-            largest = max(largest, round(flops / images))
+            largest = largest if helps else max(largest, round(flops / images))
             known[key] = output, flops
             return output
 
@@ -127,7 +136,9 @@ def sampling(networks: Iterable[nn.Module], sample: Callable[[], object]) -> Cal
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for network in networks:
-            watch(network)
+            watch(network, False)
+        for helper in helpers:
+            watch(helper, True)
         sample()
     return Calls(evaluations, int(counter.get_total_flops()) + repeated, largest)
 
@@ -155,6 +166,7 @@ def training(recipe: Recipe, model: Model, parts: Parts = NO_PARTS) -> Training:
     micro_batch = recipe.training.micro_batch or recipe.training.batch
     return Training(
         parameters=sum(p.numel() for p in parameters),
+        images=recipe.training.images,
         train_flops=train,
         run_flops=train * recipe.training.images,
         micro_batch=micro_batch,
@@ -169,10 +181,11 @@ def training(recipe: Recipe, model: Model, parts: Parts = NO_PARTS) -> Training:
 def together(trainings: Sequence[Training]) -> Training:
     """Models that are trained one after the other: sums, but the largest memory of one."""
     largest = max(trainings, key=lambda t: t.activation_bytes + t.weight_bytes)
-    images = sum(t.run_flops / max(t.train_flops, 1) for t in trainings)
+    images = sum(t.images for t in trainings)
     run_flops = sum(t.run_flops for t in trainings)
     return Training(
         parameters=sum(t.parameters for t in trainings),
+        images=images,
         train_flops=round(run_flops / images),
         run_flops=run_flops,
         micro_batch=largest.micro_batch,
@@ -249,4 +262,11 @@ def _inputs(
         else None,
     )
     x = torch.zeros(batch, *recipe.shape, device=device)
-    return x, cond, AddressedDraws(0, torch.arange(batch, device=device))
+    return x, cond, _MedianSteps(0, torch.arange(batch, device=device))
+
+
+class _MedianSteps(AddressedDraws):
+    """Draws, but those of a whole step in the middle of their range: what an average step costs."""
+
+    def step(self, purpose: str) -> float:
+        return 0.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Self
@@ -18,11 +17,10 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
-from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.labels import Label, Seeds, list_seeds
-from tessera.pipelines.options import Option, autocast_for, check_batch, listed
+from tessera.pipelines.options import Option, autocast_for, check_batch, listed, samplers
 from tessera.pipelines.plans import (
     DiffusionPlan,
     SampleOptions,
@@ -32,8 +30,8 @@ from tessera.pipelines.plans import (
     start_shape,
 )
 from tessera.precision import resolve
-from tessera.recipes.build import build_model, build_sampler, wrap_network
-from tessera.recipes.schema import SAMPLERS, DdimSamplerConfig, LargerConfig
+from tessera.recipes.build import build_sampler, wrap_network
+from tessera.recipes.schema import DdimSamplerConfig, LargerConfig
 from tessera.sampling.ddpm import encode_ddim
 
 
@@ -46,30 +44,13 @@ class DiffusionPipeline(Pipeline):
     """
 
     kind = "diffusion"
-    _warned = False
+    of_model = Denoiser
 
     @property
     def denoiser(self) -> Denoiser:
         """The model, as what it is."""
         assert isinstance(self.model, Denoiser)
         return self.model
-
-    @classmethod
-    def open(cls, opened: folders.Opened) -> Self:
-        model = build_model(opened.recipe, opened.own_parts)
-        entry = opened.load_weights(model.network)
-        if opened.recipe.training.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(
-            opened.recipe,
-            model,
-            images_seen=opened.config.images_seen,
-            class_names=opened.config.class_names,
-            ema=entry.name,
-            emas=[weights.name for weights in opened.config.weights],
-            checksum=entry.sha256,
-            parts=opened.own_parts,
-        )
 
     def without_weights(self) -> Self:
         # An expert alone makes no images, but costs what it would among the others.
@@ -80,7 +61,8 @@ class DiffusionPipeline(Pipeline):
     def options(self, sampler: str | None = None) -> list[Option]:
         sections = SampleOptions.sections(self.recipe, sampler)
         kind = sampler or self.recipe.sampling.kind
-        meaning = f"another: {', '.join(SAMPLERS)}; each has options of its own"
+        known = ", ".join(samplers(self.recipe.sampling))
+        meaning = f"another: {known}; each has options of its own"
         own = [option for name, section in sections.items() for option in listed(name, section)]
         return [Option("sampler", "sampler", kind, meaning), *own]
 
@@ -134,9 +116,10 @@ class DiffusionPipeline(Pipeline):
         sampler = build_sampler(options.sampler, self.own_parts)
         start = start_shape(self.recipe, options.sampler, canvas)
         check_latents(options, canvas.shape)
-        sampler.levels(self.denoiser)  # what cannot be visited is said before anything is made
+        sampler.levels(self.denoiser)  # by which networks may decide what they leave out
         model = wrap_network(self.denoiser, options.network, sampler)
         model = canvas.wrap(self._guided(model, options, classes))
+        sampler.check(model)
         if self.device.type != "meta":  # where nothing is decoded
             self.codec.prepare()
         facts = self._facts(options, canvas)
@@ -203,17 +186,6 @@ class DiffusionPipeline(Pipeline):
                 k: "inf" if v == math.inf else v for k, v in options.sampler.model_dump().items()
             },
         }
-
-    def _warn_if_classes_are_needed(self) -> None:
-        if self.recipe.objective.label_dropout > 0 or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            "this model was trained without label dropout, so it has not learned to do without a "
-            "class, which guidance relies on; expect poor images. Train with "
-            "objective.label_dropout=0.1, or guide by a weaker model",
-            stacklevel=5,
-        )
 
     def encode(
         self,

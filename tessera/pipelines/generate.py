@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
 from tessera.images import open_image, save_png
-from tessera.pipelines.base import Pipeline, Plan, SampledBatch
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.plan import Plan, SampledBatch
 from tessera.pipelines.usage import Usage
 from tessera.progress import progress
-from tessera.sampling.core import SamplerState
+from tessera.sampling.core import SamplerState, means
 from tessera.sampling.output import (
     SETTINGS_FILE,
     Trajectory,
@@ -46,6 +47,7 @@ class JobSummary:
         saved_flops: share of the FLOPs that was saved by running parts of networks, as counted on
             the main process; None if all networks ran whole.
         saved_seconds: the same of the time; None if there is nothing to compare with.
+        reported: what refinements say about the samples, see `Pipeline.reported`.
     """
 
     made: int
@@ -54,6 +56,7 @@ class JobSummary:
     evaluations: float
     saved_flops: float | None = None
     saved_seconds: float | None = None
+    reported: dict[str, float] = field(default_factory=dict)
 
 
 class Job:
@@ -296,4 +299,5 @@ def _run(
         evaluations=sum(report[1] for report in reports) / max(made, 1),
         saved_flops=job.saved_flops() if total and distributed.is_main() else None,
         saved_seconds=usage.seconds_saved(job.pipe.networks()),
+        reported=means(*distributed.gather(job.plan.report())),
     )

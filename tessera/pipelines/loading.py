@@ -18,14 +18,15 @@ from tessera.pipelines.base import Pipeline
 from tessera.pipelines.counting import Cost
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import ExpertsPipeline
+from tessera.pipelines.mar import MarPipeline
 from tessera.pipelines.relay import RelayPipeline
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
-from tessera.recipes.parts import NO_PARTS, Parts, described, external
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 
 KINDS: dict[str, type[Pipeline]] = {
-    kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline, RelayPipeline)
+    kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline, RelayPipeline, MarPipeline)
 }
 """Every kind of pipeline, by the name that stands in its folder."""
 
@@ -121,9 +122,13 @@ def build_pipeline(
     names = recipe.ema_names[: 1 + len(other_emas)]
     if len(names) != 1 + len(other_emas):
         raise ValueError(f"{1 + len(other_emas)} averages, but the recipe has {len(names)}")
-    return DiffusionPipeline(
+    if model is None:
+        model = build_model(recipe, parts)
+    kinds = (kind for kind in KINDS.values() if kind.of_model is not None)
+    kind = next(kind for kind in kinds if isinstance(model, kind.of_model))  # type: ignore[arg-type]
+    return kind(
         recipe,
-        build_model(recipe, parts) if model is None else model,
+        model,
         images_seen=images_seen,
         class_names=class_names,
         other_emas=dict(zip(names[1:], other_emas, strict=True)),
@@ -142,16 +147,4 @@ def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
     """
     with torch.device("meta"):
         model = build_model(recipe, parts)
-    try:
-        return build_pipeline(recipe, model, parts=parts).cost(**options)
-    except RuntimeError as error:  # of tensors with more numbers than can be counted
-        if external(recipe):
-            raise TesseraError(
-                f"{recipe.name}: what its own parts compute cannot be counted on tensors without "
-                f"data, for they look at values, or hold tensors that are no buffers: "
-                f"{described(error)}"
-            ) from error
-        raise TesseraError(
-            f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
-            "images or training.micro_batch smaller"
-        ) from error
+    return build_pipeline(recipe, model, parts=parts).cost(**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 import torch
@@ -14,8 +14,12 @@ from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
 from tessera.recipes.messages import describe
 from tessera.recipes.overrides import merge
-from tessera.recipes.schema import SAMPLERS, SamplerConfig, Section
-from tessera.recipes.schema.sampling import SamplerSection
+from tessera.recipes.schema import (
+    SAMPLERS,
+    DenoisingSamplerSection,
+    SamplerConfig,
+    Section,
+)
 from tessera.recipes.text import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -47,6 +51,10 @@ def listed(title: str, section: Section) -> Iterator[Option]:
         value, meaning = getattr(section, name), type(section).model_fields[name].description or ""
         if isinstance(value, dict) and value:
             yield from (Option(title, f"{name}.{k}", v, meaning) for k, v in value.items())
+        elif isinstance(value, Section):
+            yield Option(title, f"{name}.kind", getattr(value, "kind", None), meaning)
+            for option in listed(title, value):
+                yield replace(option, name=f"{name}.{option.name}")
         else:
             yield Option(title, name, value, meaning)
 
@@ -59,9 +67,17 @@ def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:
     """
     if wanted is None or wanted == section.kind:
         return section
-    if wanted not in SAMPLERS:
-        raise TesseraError(f"`sampler={wanted}`: there is none. Choose {', '.join(SAMPLERS)}")
-    return SAMPLERS[wanted]()
+    known = samplers(section)
+    if wanted not in known:
+        raise TesseraError(
+            f"`sampler={wanted}`: there is none for this model. Choose {', '.join(known)}"
+        )
+    return known[wanted]()
+
+
+def samplers(section: SamplerConfig) -> dict[str, type[SamplerConfig]]:
+    """Those that sample from the same kind of model, by name."""
+    return {kind: other for kind, other in SAMPLERS.items() if other.family == section.family}
 
 
 def fill(
@@ -154,7 +170,7 @@ def _changed(section: AnySection, values: Mapping[str, Any]) -> AnySection:
     if not values:
         return section
     before = section.model_dump()
-    if isinstance(section, SamplerSection) and values.get("levels") is not None:
+    if isinstance(section, DenoisingSamplerSection) and values.get("levels") is not None:
         # Other noise levels take the place of those that the recipe gives the sampler.
         before = {k: v for k, v in before.items() if k not in section.OWN_LEVELS}
     merged = merge(before, values)
@@ -178,7 +194,7 @@ def foreign_sampler_options(section: SamplerConfig) -> dict[str, str]:
     own = type(section).model_fields
     external = "; an own sampler has it as options.{}, if at all" if "options" in own else ""
     owners: dict[str, list[str]] = {}
-    for kind, other in SAMPLERS.items():
+    for kind, other in samplers(section).items():
         for name in _names(other):
             if name not in own and kind != "external":
                 owners.setdefault(name, []).append(f"`sampler={kind}`")

@@ -33,7 +33,7 @@ from tessera.recipes.schema import (
     SamplerConfig,
     Section,
 )
-from tessera.sampling.core import NoiseSource, Sampler, SamplerState, enlarged
+from tessera.sampling.core import NoiseSource, Report, Sampler, SamplerState, enlarged
 
 Pictures = NDArray[np.uint8] | Tensor
 """Pictures to start from: images, uint8 [N, h, w, C], or what is in model space, [N, C, h, w]."""
@@ -92,9 +92,7 @@ class SampleOptions:
         refused |= _refused(recipe, sections)
         filled: dict[str, Any] = fill(sections, given, refused)
         try:
-            filled["sampler"] = filled["sampler"].fitted(
-                recipe.objective, bounded=recipe.codec.of_pixels
-            )
+            filled["sampler"] = recipe.fit(filled["sampler"])
         except ValueError as error:
             raise TesseraError(str(error)) from None
         return cls(
@@ -167,6 +165,10 @@ class DiffusionPlan:
     seen: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def report(self) -> Report:
+        """What the refinement says about all samples so far."""
+        return self.sampler.report()
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a sample in model space."""
@@ -175,6 +177,10 @@ class DiffusionPlan:
     def networks(self) -> list[nn.Module]:
         """All networks that run, parts of a network that run alone included."""
         return self.denoiser.networks()
+
+    def helpers(self) -> list[nn.Module]:
+        """None."""
+        return []
 
     def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' noise, or the canvas's part of it."""
@@ -257,6 +263,11 @@ def start_shape(
             f"pictures of {canvas.shown[0]}x{canvas.shown[1]} pixels (height x width) are not made "
             f"by enlarging others {block} times. Give sides that are multiples of {block}, and "
             "leave out `layout=pad`"
+        )
+    if canvas.x % block or canvas.y % block:
+        raise TesseraError(
+            f"the window begins at column {canvas.x} and row {canvas.y}, between the pixels that "
+            f"are enlarged {block} times. Let it begin at multiples of {block}"
         )
     return canvas.channels, canvas.height // block, canvas.width // block
 

@@ -23,7 +23,7 @@ from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.labels import Label, Seeds, list_seeds
 from tessera.pipelines.options import Option, divide_options
 from tessera.pipelines.plans import DiffusionPlan, Pictures, Start, check_start, fits_start
-from tessera.sampling.core import NoiseSource, SamplerState
+from tessera.sampling.core import NoiseSource, Report, SamplerState
 
 STAGES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 """What the stages are called in options."""
@@ -61,6 +61,10 @@ class RelayPlan:
         """All networks that run, of all stages."""
         return [*dict.fromkeys(network for plan in self.plans for network in plan.networks())]
 
+    def helpers(self) -> list[nn.Module]:
+        """None."""
+        return []
+
     def noise(self, source: NoiseSource) -> NoiseSource:
         """The seeds' noise, with which a stage goes on where the one before has stopped."""
         return source
@@ -87,6 +91,11 @@ class RelayPlan:
     def picture(self, x: Tensor) -> Tensor:
         """The part of a state's `x` that is shown."""
         return self.plans[-1].picture(x)
+
+    def report(self) -> Report:
+        """What the refinements of the stages say about all samples so far, behind their names."""
+        stages = zip(self.facts["stages"], self.plans, strict=True)
+        return {f"{s}.{name}": v for s, plan in stages for name, v in plan.report().items()}
 
 
 class RelayPipeline(Pipeline):
@@ -173,6 +182,14 @@ class RelayPipeline(Pipeline):
 
     def _training(self) -> counting.Training:
         return counting.together([pipe._training() for pipe in self.pipes])
+
+    def costs(self, **options: Any) -> dict[str, counting.Cost]:
+        """What each stage that runs costs, by its name."""
+        running, own = self._divide(options)
+        return {
+            self.names[index]: self.pipes[index].cost(**given)
+            for index, given in zip(running, own, strict=True)
+        }
 
     def options(self, sampler: str | None = None) -> list[Option]:
         takes = {name: ["sampler"] for name in self.names}

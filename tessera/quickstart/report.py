@@ -195,7 +195,8 @@ def _facts(result: QuickstartResult) -> str:
                  f"{channels} channel, 10 classes"),
         ("network", f"{recipe.network.kind}, {result.parameters:,} parameters"),
         ("training", f"{training.images:,} images in batches of {training.batch}, "
-                     f"{training.precision}, learning rate {recipe.optimizer.lr:g}"),
+                     f"{training.precision}, learning rate "
+                     f"{recipe.optimizer.for_batch(training.batch).lr:g}"),
         ("sampling", f"{sampler.kind}, {dict(sampler).get('steps')} steps, guidance {GUIDANCE:g}, "
                      "weights averaged with half-life "
                      f"{recipe.ema[0].halflife_images:,.0f} images"),

@@ -19,6 +19,7 @@ from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy_objective import EnergyObjective, EnergyTerms
 from tessera.diffusion.experts import sigma_range
+from tessera.diffusion.masked import MaskedModel, MaskedObjective
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, Objective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
 from tessera.diffusion.skipping import (
@@ -31,6 +32,7 @@ from tessera.model import Model
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.dit import DiT, EnergyDiT
 from tessera.networks.lego import Lego
+from tessera.networks.mar import Mar
 from tessera.networks.patched_unet import PatchedUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.recipes import schema
@@ -42,6 +44,7 @@ from tessera.sampling.core import Levels, Refine, Sampler
 from tessera.sampling.ddpm import ddim_sampler, ddpm_sampler
 from tessera.sampling.edm import edm_sampler
 from tessera.sampling.levels import edm_levels, listed_levels, process_levels
+from tessera.sampling.masked import MaskedSampler
 from tessera.sampling.mcmc import Refinement
 from tessera.sampling.relay import relay_sampler
 
@@ -74,7 +77,12 @@ def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1)
     Raises:
         RecipeError: an external part was not handed over, or it does not fit into memory.
     """
-    return build_denoiser(recipe, parts, copies)
+    network = build_network(recipe, parts, copies)
+    if isinstance(network, Mar):
+        process = build_preconditioning(recipe.preconditioning)
+        assert isinstance(process, Discrete)
+        return MaskedModel(network, process, recipe.shape, recipe.data.num_classes)
+    return preconditioned(recipe, network)
 
 
 def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
@@ -102,6 +110,10 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
         case schema.EnergyDiTConfig():
             # Its gradient has no second half, where others put out a variance that is left out.
             return _transformer(EnergyDiT, recipe, section, channels)
+        case schema.MarConfig():
+            options = _options(section) | section.dimensions._asdict()
+            options.pop("size")
+            return Mar(resolution, channels, recipe.data.num_classes, **options)
         case schema.ExternalNetworkConfig():
             return own_network(recipe, section, parts)
         case schema.SongUNetConfig():
@@ -180,12 +192,14 @@ def build_objective(
     section: schema.ObjectiveConfig,
     noise_levels: tuple[float, float] = EVERYWHERE,
     steps: int = 0,
+    side: int | None = None,
 ) -> DenoisingObjective | DiscreteObjective:
     """What training minimises.
 
     Args:
         noise_levels: low <= σ < high, of an expert.
         steps: number of the denoiser's noise levels, for the objective of discrete processes.
+        side: of whole images, where parts of them are trained on.
     """
     match section:
         case schema.EdmObjectiveConfig():
@@ -200,10 +214,10 @@ def build_objective(
             options = _options(section)
             noise = {name: options.pop(name) for name in ("block_scale", "unit_variance")}
             options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
-            corruption = BlurCorruption(blur=build_blur(section), **noise)
+            corruption = BlurCorruption(blur=build_blur(section), side=side, **noise)
             return BlurObjective(sigma_range=noise_levels, corruption=corruption, **options)
-        case schema.ExternalObjectiveConfig():
-            raise ValueError("an external objective is made by `recipe_objective`")
+        case schema.MarObjectiveConfig() | schema.ExternalObjectiveConfig():
+            raise ValueError(f"the objective {section.kind} is made by `recipe_objective`")
 
 
 def build_blur(section: schema.BlurObjectiveConfig | schema.RelaySamplerConfig) -> Blur:
@@ -221,7 +235,9 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
         noise_levels = sigma_range(recipe.snr_splits, recipe.expert)
     scaling = build_preconditioning(recipe.preconditioning)
     steps = len(scaling.levels) if isinstance(scaling, Iddpm | Discrete) else 0
-    objective = build_objective(section, noise_levels, steps)
+    if isinstance(section, schema.MarObjectiveConfig):
+        return MaskedObjective(steps, **_options(section))
+    objective = build_objective(section, noise_levels, steps, recipe.shape[1])
     if recipe.energy is None:
         return objective
     return EnergyObjective(objective, EnergyTerms(**_options(recipe.energy)))
@@ -234,6 +250,7 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
         case schema.FullViewConfig():
             return FullView(training.batch)
         case schema.PatchViewConfig():
+            objective = recipe_objective(recipe, parts)
             return PatchView(
                 side,
                 training.batch,
@@ -244,7 +261,8 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
                 progressive=view.schedule == "progressive",
                 total_images=training.images,
                 per_pixel=view.per_pixel,
-                reduction=getattr(recipe_objective(recipe, parts), "reduction", "sum"),
+                reduction=getattr(objective, "reduction", "sum"),
+                align=getattr(objective, "alignment", 1),
             )
 
 
@@ -287,6 +305,8 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
     Raises:
         RecipeError: an external part was not handed over.
     """
+    if isinstance(section, schema.MarSamplerConfig):
+        raise ValueError("the sampler of masked models is made by `build_masked_sampler`")
     options = section.model_dump(exclude={"kind", "levels", "refine"})
     if section.refine is not None:
         options["refine"] = build_refine(section.refine, parts)
@@ -304,9 +324,15 @@ def build_sampler(section: schema.SamplerConfig, parts: Parts = NO_PARTS) -> Sam
         case schema.RelaySamplerConfig():
             options = {k: v for k, v in options.items() if k not in schema.BLUR_KEYS}
             sampler = relay_sampler(blur=build_blur(section), **options)
+    sampler = replace(sampler, refine=options.get("refine"))
     if section.levels is None:
         return sampler
     return replace(sampler, levels=build_levels(section.levels))
+
+
+def build_masked_sampler(section: schema.MarSamplerConfig) -> MaskedSampler:
+    """The sampler of models of masked tokens with its options bound."""
+    return MaskedSampler(**_options(section))
 
 
 def wrap_network(denoiser: Denoiser, section: schema.Section | None, sampler: Sampler) -> Denoiser:

@@ -156,6 +156,12 @@ def own_objective(
             f"the own part 'objective' has reduction={reduction!r}; it is 'sum' or 'mean', by "
             "which the loss of an image comes from those of its pixels"
         )
+    alignment = getattr(made, "alignment", 1)
+    if type(alignment) is not int or alignment < 1:
+        raise RecipeError(
+            f"the own part 'objective' has alignment={alignment!r}; it is a whole number of "
+            "pixels, on whose multiples patches begin and end"
+        )
     objective: Objective = made
     return objective
 

@@ -12,26 +12,36 @@ from pydantic import ValidationError
 
 from tessera.errors import RecipeError
 from tessera.files import user_path
-from tessera.recipes import edm, energy, laptop, lego, patch, pdm, relay
+from tessera.recipes import edm, energy, laptop, lego, mar, patch, pdm, relay
 from tessera.recipes.messages import describe, sections, select, suggestion
 from tessera.recipes.overrides import Data, apply_overrides, merge
-from tessera.recipes.schema import Recipe
+from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.schema import Epoch, Recipe
 from tessera.recipes.text import read_yaml
 
 _SUFFIXES = (".yaml", ".yml", ".json")
+_SOME = 1_000_000  # images in the place of an epoch, while its size is not known
 
 
 def shipped() -> dict[str, Callable[[], Recipe]]:
     """The recipes of the library: name to the function that makes it."""
-    methods = (laptop, edm, patch, lego, pdm, relay, energy)
+    methods = (laptop, edm, patch, lego, pdm, relay, energy, mar)
     return {name: made for method in methods for name, made in method.RECIPES.items()}
 
 
-def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str | os.PathLike[str], overrides: Sequence[str] = (), parts: Parts = NO_PARTS
+) -> Recipe:
     """A shipped recipe, or one from a YAML or JSON file, with `key.path=value` overrides.
 
     A file may begin with `base: NAME` (a shipped recipe or another file, relative to it), and then
     holds only what differs. Its `name` defaults to the file's.
+
+    Numbers of images may be given in epochs, such as `training.images=20 epochs`: then the data
+    set is opened to count its images.
+
+    Args:
+        parts: of which `dataset`, if it is there, stands in the place of `data.path`.
 
     Raises:
         RecipeError: no such recipe or file, or a key or value that does not fit; the message names
@@ -42,18 +52,29 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
         (8, 16, 32)
     """
     source = os.fspath(name_or_path)
-    return parse_recipe(apply_overrides(_read(source), overrides), source)
+    return parse_recipe(apply_overrides(_read(source), overrides), source, parts)
 
 
-def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Validate plain data; `source` names it in the message.
+def parse_recipe(
+    data: Mapping[str, Any], source: str = "recipe", parts: Parts = NO_PARTS
+) -> Recipe:
+    """Validate plain data; `source` names it in the message, `parts` are as of `load_recipe`.
 
     Raises:
-        RecipeError: keys or values that do not fit, all of them listed.
+        RecipeError: keys or values that do not fit, all of them listed; or epochs without data.
     """
-    complete = _default_kinds(data)
+    complete, epoch = _default_kinds(data), Epoch(_SOME)
+    recipe = _validated(complete, source, epoch)
+    if not epoch.asked:
+        return recipe
+    from tessera.recipes.datasets import epoch_images
+
+    return _validated(complete, source, Epoch(epoch_images(recipe, parts)))
+
+
+def _validated(complete: Data, source: str, epoch: Epoch) -> Recipe:
     try:
-        return Recipe.model_validate(complete)
+        return Recipe.model_validate(complete, context=epoch)
     except ValidationError as error:
         lines = describe(error, complete).splitlines()
         text = f" {lines[0]}" if len(lines) == 1 else "\n  " + "\n  ".join(lines)

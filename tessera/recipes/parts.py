@@ -127,7 +127,7 @@ def external(recipe: Recipe) -> dict[str, str]:
         "network": recipe.network,
         "objective": recipe.objective,
         "sampler": recipe.sampling,
-        "refine": recipe.sampling.refine,
+        "refine": getattr(recipe.sampling, "refine", None),
     }
     return {
         name: _KEYS[name]

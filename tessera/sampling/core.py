@@ -54,12 +54,20 @@ class SamplerState:
 class Refine(Protocol):
     """Hook after each step: x at noise level σ to a better x at the same σ (e.g. MCMC).
 
-    The denoiser is that of the step, with all its wrappers; after the last step σ is 0.
+    The denoiser is that of the step, with all its wrappers; after the last step σ is 0. A hook may
+    have two methods more: `check(denoiser)` raises where the denoiser is none that it works with,
+    before anything is made; `report()` gives numbers about all that it has refined so far, each as
+    (sum, count), of which the mean is shown.
     """
 
     def __call__(
         self, denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning, noise: NoiseSource
     ) -> Tensor: ...
+
+
+Report = dict[str, tuple[float, float]]
+"""Numbers by name, each the mean of what `count` samples, steps or the like added up: (sum, count).
+"""
 
 
 class Solver(Protocol):
@@ -94,6 +102,7 @@ class Sampler:
     Attributes:
         levels: where the steps begin, of the denoiser at hand.
         solver: makes the steps.
+        refine: the hook after each step that is bound in the solver, if there is one.
 
     Example:
         >>> from tessera.sampling.edm import sample_edm
@@ -103,12 +112,41 @@ class Sampler:
 
     levels: Levels
     solver: Solver
+    refine: Refine | None = None
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Say what cannot be, before anything is made.
+
+        Args:
+            denoiser: with all its wrappers.
+
+        Raises:
+            TesseraError: the denoiser has no such noise levels, or is none to be refined so.
+        """
+        self.levels(denoiser)
+        check = getattr(self.refine, "check", None)
+        if check is not None:
+            check(denoiser)
+
+    def report(self) -> Report:
+        """What the refinement says about all samples so far; see `Refine`."""
+        report = getattr(self.refine, "report", None)
+        found: Report = {} if report is None else report()
+        return found
 
     def __call__(
         self, denoiser: Denoiser, latents: Tensor, cond: Conditioning, noise: NoiseSource
     ) -> Iterator[SamplerState]:
         """From `latents` to samples; see `Solver`."""
         return self.solver(denoiser, latents, cond, noise, self.levels(denoiser))
+
+
+def means(*reports: Report) -> dict[str, float]:
+    """The mean of each number over everything that was reported."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    pairs = {n: [report[n] for report in reports if n in report] for n in names}
+    totals = {n: (sum(t for t, _ in p), sum(count for _, count in p)) for n, p in pairs.items()}
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def enlarged(images: Tensor, block: int) -> Tensor:

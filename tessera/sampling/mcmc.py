@@ -15,15 +15,9 @@ from torch import Tensor
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser
-from tessera.diffusion.energy import (
-    Clamp,
-    adaptive_steps,
-    descend,
-    energy_network,
-    time_of,
-)
+from tessera.diffusion.energy import Clamp, adaptive_steps, descend
 from tessera.errors import TesseraError
-from tessera.sampling.core import NoiseSource
+from tessera.sampling.core import NoiseSource, Report
 
 
 @dataclass
@@ -80,6 +74,20 @@ class Refinement:
         if self.steps is not None and self.steps < 0:
             raise TesseraError(f"steps={self.steps}: give a number of steps, or none at all")
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Refuse a denoiser without an energy.
+
+        Raises:
+            TesseraError: it has none, or not the levels that `level` needs.
+        """
+        denoiser.check_energy()
+        if self.level == "step":
+            _known_levels(denoiser)
+
+    def report(self) -> Report:
+        """The share of steps that were accepted, "acceptance_rate"; waits for the device."""
+        return {"acceptance_rate": (float(self.tally.accepted), self.tally.tried)}
+
     @torch.no_grad()
     def __call__(
         self, denoiser: Denoiser, x: Tensor, sigma: float, cond: Conditioning, noise: NoiseSource
@@ -89,14 +97,16 @@ class Refinement:
         Raises:
             TesseraError: the model has no energy, or not the levels that `level` needs.
         """
-        network = energy_network(denoiser, sigma)
         level = sigma if self.level == "state" else _level_before(denoiser, sigma)
         if level == 0 or self.steps == 0:
             return x
         levels = torch.full((len(x),), level, dtype=torch.float64)
         steps = self.steps
         if steps is None:
-            steps = int(adaptive_steps(time_of(denoiser, levels[:1]), 5))
+            steps = int(adaptive_steps(denoiser.time(levels[:1]), 5))
+        step_size: float | Tensor | None = self.step_size
+        if step_size is None:
+            step_size = denoiser.energy_network(sigma).step_size
         # The network sees the state's x_t, whatever level it is told.
         factor = math.sqrt((1 + level**2) / (1 + sigma**2))
         path = descend(
@@ -104,11 +114,12 @@ class Refinement:
             x * factor,
             levels,
             cond,
-            step_size=float(network.step_size) if self.step_size is None else self.step_size,
+            step_size=step_size,
             steps=steps,
             clamp=self.clamp,
             reject=self.reject,
-            stop_early=self.reject,
+            # Where costs are counted, nothing is known of energies: no step is left out.
+            stop_early=self.reject and x.device.type != "meta",
         )
         self.tally.add(path.accepted, steps)
         return path.z / factor
@@ -120,11 +131,16 @@ def _level_before(denoiser: Denoiser, sigma: float) -> float:
     Raises:
         TesseraError: it knows a continuous range.
     """
+    levels = _known_levels(denoiser)
+    above = levels[levels > sigma * (1 + 1e-6)]
+    return float(above[0] if len(above) else levels[-1])
+
+
+def _known_levels(denoiser: Denoiser) -> Tensor:
     levels = denoiser.levels
     if levels is None:
         raise TesseraError(
             "level=step needs a model that knows discrete noise levels, and this one knows a "
             "continuous range. Use level=state"
         )
-    above = levels[levels > sigma * (1 + 1e-6)]
-    return float(above[0] if len(above) else levels[-1])
+    return levels

@@ -94,7 +94,9 @@ class Feed:
         small patches has more images than others, so that it takes no more rounds."""
         training = self._recipe.training
         count = len(batch.numbers)
-        size = (training.micro_batch or count) * batch.plan.images // training.batch
+        size = count
+        if training.micro_batch is not None:
+            size = training.micro_batch * batch.plan.images // training.batch
         first = batch.plan.first_image + distributed.rank() * count
         for start in range(0, count, size):
             rows = slice(start, start + size)

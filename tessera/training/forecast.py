@@ -44,6 +44,7 @@ class Timings:
         steps: a step of each kind.
         preview, scores, checkpoint: one each; 0 where there are none.
         memory_bytes: as of a `Forecast`.
+        validation: one; 0 where there is none.
     """
 
     steps: Mapping[Kind, float]
@@ -51,6 +52,7 @@ class Timings:
     scores: float
     checkpoint: float
     memory_bytes: int
+    validation: float = 0.0
 
     def forecast(self, recipe: Recipe, view: View, images_seen: int) -> Forecast:
         """What is left of the run of `recipe` after `images_seen` images."""
@@ -65,6 +67,7 @@ class Timings:
             events.append((self.preview, run.preview.every_images))
         if scores is not None:
             events.append((self.scores, scores.every_images))
+        events.append((self.validation, recipe.validation.every_images))
         # Each is made at every multiple of its interval, and once at the end.
         extra = sum(
             seconds * (math.ceil(total / every) - images_seen // every)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.diffusion.objectives import Objective
 from tessera.errors import CheckpointError
-from tessera.model import Model
+from tessera.model import Model, reported
 from tessera.precision import autocast, resolve
 from tessera.randomness import Draws, derive_seed
 from tessera.recipes.build import build_model, recipe_objective
@@ -103,7 +103,8 @@ class Learner:
         precision = resolve(training.precision, device)
         training = training.model_copy(update={"precision": precision})
         self._precision = precision
-        self._config, self.training, self.device = optimizer, training, device
+        self._config = optimizer = optimizer.for_batch(training.batch)
+        self.training, self.device = training, device
         set_precision(training)
         self.step = step.to(device).train()
         # FSDP shards contiguous weights only; the images are channels-last all the same.
@@ -155,20 +156,41 @@ class Learner:
         self, micro: MicroBatch, images: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add to the gradients; the sum of each term over the micro-batch, and by quartile."""
-        x = micro.x
-        if self.training.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with self._autocast():
-            terms: dict[str, Tensor] = self._module(x, micro.cond, micro.draws)
+        terms = self._terms(self._module, micro)
         # DDP and FSDP average over processes; the objective is a mean over the global batch.
         weight = micro.weight * distributed.world() / images
         loss = terms["loss"].float().sum() * weight
         torch.autograd.backward(loss * self.loss_scale.scale if self.loss_scale.active else loss)
-        quartile = terms.pop("quartile", None)
-        values = {name: value.detach().float() for name, value in terms.items()}
-        sums = {name: value.sum() for name, value in values.items()}
-        sums = {"loss_per_pixel": sums["loss"] / x[0].numel(), **sums}
-        return sums, {} if quartile is None else _by_quartile(values, quartile)
+        return _sums(terms, micro.x[0].numel())
+
+    def _terms(
+        self, step: Callable[..., dict[str, Tensor]], micro: MicroBatch
+    ) -> dict[str, Tensor]:
+        """What `step`, model and objective, makes of a micro-batch."""
+        x = micro.x
+        if self.training.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return step(x, micro.cond, micro.draws)
+
+    def evaluate(
+        self, model: nn.Module, micro: MicroBatch, counted: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums of the terms of another model, and by quartile, as of `Update`; nothing is learned.
+
+        Args:
+            model: in the place of the trained one.
+            counted: which images of `micro` count, bool [B].
+        """
+        step, objective = TrainStep(model, self.step.objective), self.step.objective
+        state = objective.training if isinstance(objective, nn.Module) else False
+        try:
+            with torch.no_grad():
+                terms = self._terms(step.eval(), micro)
+        finally:
+            if isinstance(objective, nn.Module):
+                objective.train(state)
+        return _sums({name: term[counted] for name, term in terms.items()}, micro.x[0].numel())
 
     def _apply(self, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> Tensor:
         """Unscale, clip, and step unless `bad`; 1 if the step was skipped, else 0."""
@@ -213,6 +235,14 @@ class Learner:
             found[f"optimizer/{name}"] = tensor
         # The first checkpoints called every model a denoiser; their names stay readable.
         return {_MODEL.sub(r"\1denoiser.", name, count=1): t for name, t in found.items()}
+
+    def reports(self) -> dict[str, float]:
+        """Numbers that model and objective want logged; waits for the device.
+
+        All processes must ask, because they may hold parts of them.
+        """
+        found = {name: parallel.whole(number) for name, number in reported(self.step).items()}
+        return {name: float(number) for name, number in found.items()}
 
     def counters(self) -> dict[str, float]:
         """Loss scale and skipped steps; waits for the device."""
@@ -278,6 +308,15 @@ def learner_of(
     check_trained(recipe, model, objective)
     step = TrainStep(model, objective)
     return Learner(step, recipe.optimizer, recipe.ema, recipe.training, device)
+
+
+def _sums(terms: dict[str, Tensor], pixels: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The sum of each term [B] over the images, and by quartile."""
+    quartile = terms.pop("quartile", None)
+    values = {name: value.detach().float() for name, value in terms.items()}
+    sums = {name: value.sum() for name, value in values.items()}
+    sums = {"loss_per_pixel": sums["loss"] / pixels, **sums}
+    return sums, {} if quartile is None else _by_quartile(values, quartile)
 
 
 def _by_quartile(values: dict[str, Tensor], quartile: Tensor) -> dict[str, Tensor]:

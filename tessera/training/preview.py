@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.data.codec import Codec
-from tessera.errors import TesseraError
+from tessera.errors import RecipeError, TesseraError
 from tessera.images import grid, save_png
 from tessera.model import Model, with_tensors
 from tessera.pipelines.base import Pipeline
+from tessera.pipelines.labels import choose_labels
 from tessera.pipelines.loading import build_pipeline
 from tessera.pipelines.plans import Pictures
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.parts import NO_PARTS, Parts
-from tessera.recipes.schema import Recipe
+from tessera.recipes.schema import PreviewConfig, Recipe
 from tessera.training.learner import Learner
 from tessera.training.tracking import Tracker
 
@@ -55,14 +56,17 @@ class Preview:
             return
         assert self._codec is not None
         pipeline.codec = self._codec
-        count, classes = config.rows * config.columns, self._recipe.data.num_classes
-        labels = [i % config.columns % classes for i in range(count)] if classes else None
+        count = config.rows * config.columns
+        labels = shown_labels(config, self._recipe.data.num_classes)
         start: dict[str, Any] = {} if self._start_from is None else {"start_from": self._start_from}
         images = pipeline.sample(range(count), labels, **start)
         picture = grid(images, columns=config.columns)
         save_png(self._folder / f"{images_seen:012d}.png", picture)
         for tracker in self._trackers:
             tracker.picture("samples", picture, images_seen)
+            if pipeline.reported:
+                reported = {f"samples_{name}": v for name, v in pipeline.reported.items()}
+                tracker.log({"images": images_seen, **reported})
 
     def _decodes(self) -> bool:
         """Whether samples can be made visible; if not, that is said once and training goes on."""
@@ -75,6 +79,41 @@ class Preview:
             warnings.warn(f"no previews will be made: {error}", stacklevel=3)
             return False
         return True
+
+
+def shown_labels(config: PreviewConfig, num_classes: int) -> list[int | str] | None:
+    """The class of each image of a grid: the same in a column, as far as there are columns."""
+    if not num_classes:
+        return None
+    count, columns = config.rows * config.columns, config.columns
+    if config.labels is None:
+        return [i % columns % num_classes for i in range(count)]
+    of_columns = len(config.labels) <= columns
+    places = [i % columns if of_columns else i for i in range(count)]
+    return [config.labels[place % len(config.labels)] for place in places]
+
+
+def check_labels(recipe: Recipe, class_names: Sequence[str] | None) -> None:
+    """Say before the training, not at the first preview, that there are no such classes.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    config, classes = recipe.run.preview, recipe.data.num_classes
+    if config is None or config.labels is None:
+        return
+    try:
+        choose_labels(config.labels, range(len(config.labels)), classes, class_names)
+    except TesseraError as error:
+        raise RecipeError(f"run.preview.labels: {error}") from None
+
+
+def averaged_model(recipe: Recipe, learner: Learner, parts: Parts = NO_PARTS) -> Model:
+    """The model with the weights of the first average, in `eval` mode, on every process.
+
+    It shares the tensors of the average, which the next step changes.
+    """
+    return _with_weights(recipe, learner, learner.average(0), parts).eval()
 
 
 def ema_pipeline(

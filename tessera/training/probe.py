@@ -74,6 +74,7 @@ def measure(
     seconds: float = SECONDS,
     *,
     parts: Parts = NO_PARTS,
+    validated: int = 0,
     show: bool = True,
 ) -> Timings:
     """Time the parts of the run of `recipe` on this machine, and note the memory that they need.
@@ -83,6 +84,7 @@ def measure(
     Args:
         seconds: about how long; much less for runs that are soon over.
         parts: functions that make external parts.
+        validated: images of a validation.
         show: with a progress bar where there is a terminal.
     """
     if device.type == "cuda":
@@ -93,7 +95,7 @@ def measure(
     shown = progress("measuring", seconds) if show else contextlib.nullcontext(None)
     with shown as bar:
         tick = bar.update if bar else lambda done: None
-        bench = _Bench(recipe, feed, device, parts, seconds, tick)
+        bench = _Bench(recipe, feed, device, parts, validated, seconds, tick)
         result = bench.measured()
     del bench
     gc.collect()
@@ -112,13 +114,14 @@ class _Bench:
         feed: Feed,
         device: torch.device,
         parts: Parts,
+        validated: int,
         seconds: float,
         tick: Callable[[float], None],
     ) -> None:
         self._recipe, self._feed, self._device = recipe, feed, device
         self._seconds, self._tick = seconds, tick
         self._begin = time.perf_counter()
-        self._parts = parts
+        self._parts, self._validated = parts, validated
         self._learner: Learner = learner_of(
             recipe, fresh_model(recipe, device, parts), device, parts
         )
@@ -138,9 +141,10 @@ class _Bench:
             steps[kind] = self._with_reading(computed, read * kind[0], cpu * kind[0])
         per_image = min(t / images for (images, _), t in steps.items())
         preview, scores = self._sampling(per_image)
-        checkpoint = self._checkpoint()
+        checkpoint, validation = self._checkpoint(), self._validation(per_image)
         memory = max(self._memory, self._peak()) + self._pages_of_data()
-        return Timings(steps, preview, scores, checkpoint, max(distributed.gather(memory)))
+        peak = max(distributed.gather(memory))
+        return Timings(steps, preview, scores, checkpoint, peak, validation)
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -268,6 +272,10 @@ class _Bench:
                 steps, seconds = state.steps, time.perf_counter() - begin
                 begin = time.perf_counter()
         return seconds * steps / batch
+
+    def _validation(self, per_image: float) -> float:
+        """Seconds of a validation: forward passes, of which a training step is three or so."""
+        return self._validated * per_image / 3
 
     def _checkpoint(self) -> float:
         """Seconds to write, read back and hash what a checkpoint and a pipeline hold."""

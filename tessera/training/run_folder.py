@@ -10,6 +10,7 @@ from tessera import distributed
 from tessera.errors import CheckpointError, RecipeError, TrainingError
 from tessera.files import atomic_file, is_left_over, tidy, user_path
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.recipes.text import write_yaml
 from tessera.training import run_lock
@@ -29,6 +30,7 @@ _CHANGEABLE = (
     "description",
     "run",
     "evaluate",
+    "validation",
     "sampling",
     "training.images",
     "training.micro_batch",
@@ -38,6 +40,7 @@ _CHANGEABLE = (
     "training.parallel",
     "training.max_skipped",
     "data.path",
+    "data.validation",
     "data.cache",
     "data.workers",
 )
@@ -128,7 +131,7 @@ def anchored(recipe: Recipe) -> Recipe:
     the same bytes.
     """
     data = dump_recipe(recipe)
-    for section, keys in (("data", ("path",)), ("evaluate", ("reference", "weights"))):
+    for section, keys in (("data", ("path", "validation")), ("evaluate", ("reference", "weights"))):
         for key in keys:
             if data[section] is not None:
                 data[section][key] = _absolute(data[section][key])
@@ -139,8 +142,10 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
 
 
-def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of an existing run, with changes.
+def read_recipe(
+    folder: str | Path, overrides: list[str] | None = None, parts: Parts = NO_PARTS
+) -> Recipe:
+    """The recipe of an existing run, with changes; `parts` are as of `load_recipe`.
 
     Raises:
         CheckpointError: there is no run.
@@ -155,7 +160,7 @@ def read_recipe(folder: str | Path, overrides: list[str] | None = None) -> Recip
     recipe = load_recipe(path)
     if not overrides:
         return recipe
-    changed = load_recipe(path, overrides)
+    changed = load_recipe(path, overrides, parts)
     check_same(recipe, changed)
     return changed
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that all processes agree to follow after the same step."""
+"""Signals to stop as a request that all processes agree to follow after the same step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from torch import Tensor
 
 from tessera import distributed
 
+# Windows has no SIGUSR1.
+_REQUESTS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
 _NOTE = b"\nfinishing the step and saving; press Ctrl-C again to stop at once without saving\n"
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGINT are remembered instead of followed at once.
+    """Context in which SIGTERM, SIGINT and SIGUSR1 are remembered instead of followed at once.
 
-    A second Ctrl-C ends the process in the ordinary way. Outside of the main thread, where Python
-    delivers no signals, nothing is installed.
+    Slurm sends SIGUSR1 as a warning that time is running out (`--signal=USR1@300`). A second
+    Ctrl-C ends the process in the ordinary way. Outside of the main thread, where Python delivers
+    no signals, nothing is installed.
 
     Attributes:
         signal: number of the signal that all processes agreed to follow; None so far.
@@ -35,7 +40,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _REQUESTS:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

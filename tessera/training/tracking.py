@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import resource
 import secrets
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -49,16 +52,10 @@ class Meter:
         """Count a step over `images` images."""
         terms = {**update.terms, "grad_norm": update.grad_norm}
         values = torch.stack(list(terms.values())).to(self._dtype) * images
-        names, pairs = [*terms], [torch.stack([values, torch.full_like(values, images)], dim=1)]
-        for name, sums in update.quartiles.items():
-            if name != "images":
-                names += [f"{name}_q{quarter}" for quarter in range(4)]
-                pair = torch.stack([sums, update.quartiles["images"]], dim=1)
-                pairs.append(pair.to(self._dtype))
-        step, group = torch.cat(pairs), tuple(names)
+        group, step = sums_and_counts(terms, values, images, update.quartiles)
         step = torch.where(update.bad > 0, torch.zeros_like(step), step)
         if group not in self._sums:
-            begin = [self._begin.pop(name, [0.0, 0.0]) for name in names]
+            begin = [self._begin.pop(name, [0.0, 0.0]) for name in group]
             self._sums[group] = torch.tensor(begin, dtype=self._dtype, device=self._device)
         self._sums[group] = self._sums[group] + step
 
@@ -81,6 +78,44 @@ class Meter:
         self._sums, self._begin = {}, dict(state)
 
 
+def sums_and_counts(
+    names: Iterable[str], sums: Tensor, images: int, quartiles: dict[str, Tensor]
+) -> tuple[tuple[str, ...], Tensor]:
+    """The names of terms and of their quarters, and the sum and count [N, 2] of each.
+
+    Args:
+        names, sums: of the terms, over `images` images.
+        quartiles: as of an `Update`.
+    """
+    named, pairs = [*names], [torch.stack([sums, torch.full_like(sums, images)], dim=1)]
+    for name, values in quartiles.items():
+        if name != "images":
+            named += [f"{name}_q{quarter}" for quarter in range(4)]
+            pairs.append(torch.stack([values, quartiles["images"]], dim=1).to(sums.dtype))
+    return tuple(named), torch.cat(pairs)
+
+
+def finite(value: float) -> float | None:
+    """The value as lines of metrics hold it; None for NaN and infinity."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the values of a tensor are spread.
+
+    Attributes:
+        counts: values in each bin, [N].
+        edges: of the bins, rising, [N + 1].
+        total, squares: sums of the values and of their squares.
+    """
+
+    counts: NDArray[np.float64]
+    edges: NDArray[np.float64]
+    total: float
+    squares: float
+
+
 class Tracker(Protocol):
     """Somewhere that metrics and pictures go; the horizontal axis is images seen."""
 
@@ -90,6 +125,10 @@ class Tracker(Protocol):
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
         """Take a picture [H, W, C]."""
+        ...
+
+    def histograms(self, histograms: dict[str, Histogram], images: int) -> None:
+        """Take histograms by their names."""
         ...
 
     def close(self) -> None:
@@ -111,6 +150,9 @@ class JsonLines:
             self._file.flush()
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        pass
+
+    def histograms(self, histograms: dict[str, Histogram], images: int) -> None:
         pass
 
     def close(self) -> None:
@@ -144,6 +186,9 @@ class StatusLines:
         print(text, file=sys.stderr, flush=True)
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
+        pass
+
+    def histograms(self, histograms: dict[str, Histogram], images: int) -> None:
         pass
 
     def close(self) -> None:
@@ -215,6 +260,21 @@ class TensorBoard:
         with writing(self._folder):
             self._writer.add_image(name, image, images, dataformats="HWC")
 
+    def histograms(self, histograms: dict[str, Histogram], images: int) -> None:
+        with writing(self._folder):
+            for name, found in histograms.items():
+                self._writer.add_histogram_raw(
+                    name,
+                    min=found.edges[0],
+                    max=found.edges[-1],
+                    num=found.counts.sum(),
+                    sum=found.total,
+                    sum_squares=found.squares,
+                    bucket_limits=found.edges[1:].tolist(),
+                    bucket_counts=found.counts.tolist(),
+                    global_step=images,
+                )
+
     def close(self) -> None:
         with writing(self._folder):
             self._writer.close()
@@ -255,6 +315,13 @@ class WeightsAndBiases:
 
     def picture(self, name: str, image: NDArray[np.uint8], images: int) -> None:
         self._run.log({name: self._wandb.Image(image), "images": images})
+
+    def histograms(self, histograms: dict[str, Histogram], images: int) -> None:
+        made = {
+            name: self._wandb.Histogram(np_histogram=(found.counts, found.edges))
+            for name, found in histograms.items()
+        }
+        self._run.log({**made, "images": images})
 
     def close(self) -> None:
         self._run.finish()

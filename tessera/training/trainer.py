@@ -25,13 +25,15 @@ from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training import faults, run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
-from tessera.training.evaluation import Evaluation, check_reference
+from tessera.training.evaluation import check_reference
 from tessera.training.feed import Feed
 from tessera.training.forecast import Forecast
 from tessera.training.learner import Update, fresh_model, learner_of
-from tessera.training.preview import Preview, ema_pipeline
+from tessera.training.occasions import Due, occasions
+from tessera.training.preview import check_labels, ema_pipeline
 from tessera.training.probe import measure
 from tessera.training.signals import StopRequest
+from tessera.training.validation import validation_images
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,15 @@ class Trainer:
             recipe = _without_path(recipe)
         self.recipe = recipe = run_folder.anchored(recipe)
         self._feed = Feed(recipe, self.device, parts)
+        self._validated = validation_images(recipe, self.device, self.dataset, parts)
+        check_labels(recipe, self.dataset.class_names)
         tracking.check(recipe)
         if recipe.evaluate is not None and recipe.expert is None:
             check_reference(recipe, recipe.evaluate, parts)
-        measured = measure(recipe, self._feed, self.device, parts=parts) if probe else None
+        measured = None
+        if probe:
+            validated = 0 if self._validated is None else self._validated.count
+            measured = measure(recipe, self._feed, self.device, parts=parts, validated=validated)
         model = fresh_model(recipe, self.device, parts)
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, model.network)
@@ -159,7 +166,7 @@ class Trainer:
     # ------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Train to the end, or until SIGTERM or Ctrl-C (see `stopped_by`)."""
+        """Train to the end, or until SIGTERM, SIGUSR1 or Ctrl-C (see `stopped_by`)."""
         for _ in self.steps():
             pass
 
@@ -175,10 +182,6 @@ class Trainer:
                 full, the memory used up, or another process gone; it names the last checkpoint.
         """
         run, total = self.recipe.run, self.recipe.training.images
-        previews, scores = run.preview, self.recipe.evaluate
-        if self.recipe.expert is not None:
-            self._say_that_experts_make_no_images()
-            previews = scores = None
         with contextlib.ExitStack() as stack:
             stack.enter_context(
                 faults.in_words(self.run_dir, self.recipe.training, lambda: self._saved)
@@ -187,11 +190,9 @@ class Trainer:
             self._tidy()
             stop = stack.enter_context(StopRequest())
             trackers = self._open_trackers(stack)
-            about = self.recipe, self.dataset.class_names, self.run_dir, trackers
-            wanted = 0 if previews is None else previews.rows * previews.columns
-            preview = Preview(*about, self._feed.start_pictures(wanted), self._parts)
-            wanted = 0 if scores is None else scores.images
-            evaluation = Evaluation(*about, self._feed.start_pictures(wanted), self._parts)
+            events = occasions(
+                self.recipe, self._feed, self._validated, self.run_dir, trackers, self._parts
+            )
             bar = stack.enter_context(
                 progress(
                     "training",
@@ -214,12 +215,10 @@ class Trainer:
                     for tracker in trackers:
                         tracker.log(metrics)
                     bar.update(self.images_seen, note=tracking.describe_metrics(metrics))
-                if previews is not None and due(previews.every_images):
-                    with clock.paused():
-                        preview.make(self.learner, self.images_seen)
-                if scores is not None and due(scores.every_images) and self._settled(True):
-                    with clock.paused():
-                        evaluation.make(self.learner, self.images_seen)
+                for event in events:
+                    if due(event.every) and (not event.settled or self._settled(True)):
+                        with clock.paused():
+                            event.make(self.learner, self.images_seen)
                 stopping = stop.agreed()
                 save_pending = save_pending or stopping or due(run.checkpoint_every_images)
                 if save_pending and self._settled(due.finished):
@@ -246,7 +245,7 @@ class Trainer:
         means = self._meter.means()
         counters = self.learner.counters()
         self._check_streak(counters["skipped_in_a_row"])
-        return {
+        values: tracking.Metrics = {
             "images": self.images_seen,
             "step": self.step,
             **means,
@@ -257,6 +256,10 @@ class Trainer:
             "images_per_second": round(clock.speed(self.images_seen), 3),
             "memory_gb": round(tracking.memory_gb(self.device), 3),
         }
+        reports = self.learner.reports()
+        if taken := sorted(values.keys() & reports.keys()):
+            raise TrainingError(f"reports() names {', '.join(taken)}, which the log has already")
+        return values | {name: tracking.finite(value) for name, value in reports.items()}
 
     def _settled(self, finished: bool) -> bool:
         """Whether the last step was a good one, so that its weights may be kept.
@@ -362,23 +365,6 @@ class Trainer:
             if self._clock is clock:  # and not that of a later call
                 self._seconds, self._clock = clock.seconds, None
 
-    def _say_that_experts_make_no_images(self) -> None:
-        asked = [
-            name
-            for name, section in (
-                ("previews", self.recipe.run.preview),
-                ("scores", self.recipe.evaluate),
-            )
-            if section is not None
-        ]
-        if asked and distributed.is_main():
-            print(
-                f"note: expert {self.recipe.expert} knows its own noise levels only and makes no "
-                f"images alone, so there will be no {' and no '.join(asked)}; put the experts "
-                "together with: tessera experts",
-                file=sys.stderr,
-            )
-
     def _tidy(self) -> None:
         """Finish what a killed process may have left undone, before anything else is written."""
         with distributed.main_first():
@@ -441,18 +427,6 @@ def _without_path(recipe: Recipe) -> Recipe:
     )
     data = recipe.data.model_copy(update={"path": None})
     return recipe.model_copy(update={"data": data})
-
-
-class Due:
-    """What is to be done after a step, given the images seen before and after it."""
-
-    def __init__(self, before: int, after: int, total: int) -> None:
-        self._before, self._after = before, after
-        self.finished = after >= total
-
-    def __call__(self, every: int) -> bool:
-        """Whether a multiple of `every` images has been reached, or the end of the run."""
-        return self.finished or self._after // every > self._before // every
 
 
 class Clock:

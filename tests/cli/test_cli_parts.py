@@ -67,7 +67,10 @@ def test_every_command_that_opens_a_model_takes_parts() -> None:
         for name, command in [*root.commands.items(), *root.commands["eval"].commands.items()]
         if any("--with" in parameter.opts for parameter in command.params)
     }
-    assert takes == {"train", "sample", "cost", "experts", "bricks", "nll"}
+    assert takes == {
+        "train", "sample", "cost", "experts", "relay", "bricks", "energy", "nll", "features",
+        "reference", "score",
+    }  # fmt: skip
 
 
 def test_a_resumed_run_names_its_parts_again(trained: Path, tmp_path: Path) -> None:
@@ -145,6 +148,22 @@ def test_two_processes(folder: Path, trained: Path, monkeypatch: pytest.MonkeyPa
     run(*arguments, f"run.dir={folder / 'one'}")
     one, two = (load_file(folder / n / "pipeline" / "model.safetensors") for n in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+def test_relays_and_scores_take_parts(trained: Path, tmp_path: Path) -> None:
+    images = trained.parent / "tiny.safetensors"
+    for arguments in (["score", trained, images], ["features", trained, tmp_path / "f.npz"]):
+        with pytest.raises(RecipeError, match="--with MODULE"):
+            run("eval", *arguments, "--num", "4", "--device", "cpu")
+    score = ["eval", "score", *WITH, trained, images]
+    told = run(*score, "--features", "classifier", "--num", "8", "--training-images", "64",
+               "--device", "cpu", "--json")  # fmt: skip
+    assert json.loads(told[told.index("{") :])
+    # Both are of the same size, so the parts were found, and it is said what is wrong.
+    with pytest.raises(TesseraError, match="starts from noise"):
+        run("relay", *WITH, trained, trained, tmp_path / "r")
+    with pytest.raises(RecipeError, match="--with MODULE"):
+        run("relay", trained, trained, tmp_path / "r")
 
 
 # ---------------------------------------------------------------------------------------- mistakes

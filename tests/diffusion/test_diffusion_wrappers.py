@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
-from tessera.diffusion.denoiser import Denoiser, Posterior, Wrapper
+from tessera.diffusion.denoiser import Denoiser, Posterior, Valued, Wrapper
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.experts import Experts
 from tessera.diffusion.guidance import Guided
 from tessera.diffusion.preconditioning import Preconditioned
 from tessera.diffusion.skipping import BrickSchedule, Range, Skipping
 from tessera.diffusion.windows import Windows
+from tessera.errors import TesseraError
 from tessera.model import Model
 from tessera.sampling.ddpm import clipped, ddpm_sampler
 from tessera.sampling.seeds import SeedNoise
@@ -53,6 +55,15 @@ class Marked(Preconditioned):
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return LEVELS[(sigma[..., None] - LEVELS).abs().argmin(-1)]
 
+    def time(self, sigma: Tensor) -> Tensor:
+        return sigma / 10
+
+    def value(self, z: Tensor, sigma: Tensor, cond: Conditioning, *, gradient: bool) -> Valued:
+        return Valued(z.sum(dim=(1, 2, 3)), z + 1 if gradient else None)
+
+    def energy_network(self, sigma: float = 0.0) -> Any:
+        return self.network
+
 
 SCHEDULE = BrickSchedule((Range(0.8, 2.0, 1),))
 WRAPPERS: dict[str, Callable[[Marked], Denoiser]] = {
@@ -86,7 +97,8 @@ def test_every_property_of_a_denoiser_is_here() -> None:
     own = {n for kind in kinds for n in vars(kind) | inspect.get_annotations(kind)}
     own = {name for name in own if not name.startswith("_")} - {"network", "networks"}
     values = {"shape", "num_classes", "sigma_min", "sigma_max", "guided", "levels"}
-    assert own == values | {"round_sigma", "for_step", "for_levels", "forward"}
+    energies = {"value", "check_energy", "energy_network", "time"}
+    assert own == values | energies | {"round_sigma", "for_step", "for_levels", "forward"}
 
 
 @every_wrapper
@@ -109,6 +121,27 @@ def test_steps_and_levels_reach_the_inner_denoiser(name: str) -> None:
     assert type(visited) is type(wrapper)
     stepped = wrapper.for_step(4.0)
     assert innermost(stepped).mark == " step 4"
+
+
+@every_wrapper
+def test_energies_are_those_of_the_inner_denoiser_or_refused(name: str) -> None:
+    """Windows overlap and stacks change their number of parts: neither is one energy's gradient."""
+    inner = Marked()
+    wrapper, sigma = WRAPPERS[name](inner), torch.tensor([0.6, 4.0])
+    assert torch.equal(wrapper.time(sigma), inner.time(sigma))
+    assert wrapper.energy_network() is inner.network
+    if name in ("Windows", "Skipping"):
+        with pytest.raises(TesseraError, match=name):
+            wrapper.check_energy()
+        with pytest.raises(TesseraError, match=name):
+            wrapper.value(Z, sigma, COND, gradient=True)
+        return
+    wrapper.check_energy()
+    found = wrapper.value(Z, sigma, COND, gradient=True)
+    assert found.mean is not None
+    torch.testing.assert_close(found.energy, Z.sum(dim=(1, 2, 3)))
+    torch.testing.assert_close(found.mean, Z + 1)
+    assert wrapper.value(Z, sigma, COND, gradient=False).mean is None
 
 
 @every_wrapper

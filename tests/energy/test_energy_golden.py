@@ -20,7 +20,6 @@ from tessera.diffusion.energy import (
     descend,
     energy,
     landscape,
-    time_of,
 )
 from tessera.diffusion.energy_objective import contrastive, refinement_energies, refinement_loss
 from tessera.diffusion.guidance import Guided
@@ -228,10 +227,10 @@ def test_numbers_of_steps() -> None:
     denoiser, _ = recorded("opt_step")
     facts = case("energy", "opt_step")["facts"]
     for row in facts["adaptive_steps"]:
-        time = time_of(denoiser, levels(denoiser, torch.tensor([row["t"]])))
+        time = denoiser.time(levels(denoiser, torch.tensor([row["t"]])))
         assert adaptive_steps(time, 2 if row["keep_grad"] else 5).tolist() == [row["steps"]]
     row = facts["adaptive_steps_batch"]
-    time = time_of(denoiser, levels(denoiser, torch.tensor(row["t"]))).mean()
+    time = denoiser.time(levels(denoiser, torch.tensor(row["t"]))).mean()
     assert int(adaptive_steps(time, 5)) == row["steps"]
 
 
@@ -295,7 +294,7 @@ def test_refinement_as_released() -> None:
     ) -> Tensor:
         level = levels(denoiser, torch.tensor([next(number)]).expand(len(x)))
         factor = column((1 + level**2).sqrt()) / (1 + sigma**2) ** 0.5
-        steps = int(adaptive_steps(time_of(denoiser, level)[0], 5))
+        steps = int(adaptive_steps(denoiser.time(level)[0], 5))
         return (
             descend(denoiser, x * factor, level, cond, step_size=0.5, steps=steps, clamp="clean").z
             / factor
@@ -382,7 +381,7 @@ def test_all_terms_together() -> None:
     sigma = levels(denoiser, golden["in.t"]).float()
     numbers = {"timestep": golden["in.t"], "noise": golden["in.mse_noise"]}
     mse = objective(denoiser)(denoiser, x, cond, RecordedDraws(numbers))["loss"].mean()
-    mean_time = time_of(denoiser, sigma).mean()
+    mean_time = denoiser.time(sigma).mean()
     energy_loss = contrastive(
         denoiser,
         x,

@@ -77,7 +77,7 @@ def test_fresh_networks() -> None:
     """Blocks begin as the identity, the plain output as zero, an energy's gradient not."""
     x = torch.randn(2, 3, 8, 8)
     assert not DiT(8, 3, 5, depth=2, width=16, heads=2)(x, torch.ones(2), Conditioning()).any()
-    energy = EnergyDiT(8, 3, depth=2, width=16, heads=2)
+    energy = EnergyDiT(8, 3, depth=2, width=16, heads=2, patch=1)
     gradient = energy(x, torch.ones(2), Conditioning())
     # All blocks are closed and the head takes the mean: the same vector for every token.
     torch.testing.assert_close(gradient, gradient[:, :, :1, :1].expand_as(x))

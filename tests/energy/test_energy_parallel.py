@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from energy_case import random_energy
+from processes_case import in_processes
 from torch import Tensor
 
 from tessera import distributed
@@ -45,25 +43,18 @@ def gradients(mode: str | None, rows: slice, terms: EnergyTerms) -> dict[str, Te
     }
 
 
-def process(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with distributed.session():
-        for mode in MODES:
-            for index, terms in enumerate(TERMS):
-                found = gradients(mode, slice(2 * rank, 2 * rank + 2), terms)
-                if rank == 0:
-                    torch.save(found, folder / f"{mode}-{index}.pt")
+def process(folder: Path) -> None:
+    rank = distributed.rank()
+    for mode in MODES:
+        for index, terms in enumerate(TERMS):
+            found = gradients(mode, slice(2 * rank, 2 * rank + 2), terms)
+            if rank == 0:
+                torch.save(found, folder / f"{mode}-{index}.pt")
 
 
 @pytest.mark.slow
 def test_parallel_gradients(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(process, args=(port, tmp_path), nprocs=2, start_method="fork")
+    in_processes(2, process, tmp_path)
     for index, terms in enumerate(TERMS):
         expected = gradients(None, slice(None), terms)
         for mode in MODES:

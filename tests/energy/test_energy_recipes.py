@@ -60,8 +60,8 @@ def test_published_sizes(kind: str, size: str, patch: int, shape: tuple[int, int
 
 
 def test_sizes_in_part_of_ones_own() -> None:
-    recipe = load_recipe("cifar10-small", ["network.kind=dit", "network.size=B/8", "network.patch=4",
-                                           "network.depth=3", "network.mlp_ratio=2"])  # fmt: skip
+    keys = ["size=B/8", "patch=4", "depth=3", "mlp_ratio=2"]
+    recipe = load_recipe("cifar10-small", ["network.kind=dit", *(f"network.{k}" for k in keys)])
     with torch.device("meta"):
         network = build_denoiser(recipe).network
     assert (network.patch, len(network.layers), network.width) == (4, 3, 768)
@@ -82,6 +82,10 @@ def test_sizes_in_part_of_ones_own() -> None:
         (["network.kind=energy_dit", "energy.contrastive_steps=2"], "set contrastive above 0"),
         (["network.kind=energy_dit", "energy.refines=step_size"], "set refinement above 0"),
         (["network.kind=energy_dit", "energy.refinement_steps=1"], "must be at least 2"),
+        (
+            ["network.kind=energy_dit", "network.recompute=true", "training.compile=true"],
+            "a compiled energy keeps",
+        ),
         (["network.kind=energy_dit", "training.precision=fp16"], "float16 loses its small values"),
         (
             ["network.kind=energy_dit", "energy.contrastive=1", "objective.kind=blur",

@@ -22,7 +22,6 @@ from tessera.diffusion.energy import (
     descend,
     energy,
     landscape,
-    time_of,
 )
 from tessera.diffusion.energy_objective import (
     EnergyObjective,
@@ -106,6 +105,16 @@ def test_denoisers_without_an_energy() -> None:
         energy(Guided(model, 2.0, channels=2), x, sigma, cond)
     with pytest.raises(TesseraError, match="kind Windows"):
         energy(Windows(model, (8, 8)), torch.randn(1, 3, 8, 8), sigma[:1], Conditioning())
+    # Before anything is evaluated, whatever is around what has none.
+    Guided(Experts([model, model], [1.0]), 2.0, weak=model).check_energy()
+    for other in (plain, Guided(model, 2.0, channels=2), Windows(model, (8, 8))):
+        for around in (other, Guided(other, 2.0), Guided(model, 2.0, weak=plain)):
+            with pytest.raises(TesseraError, match="energ"):
+                Refinement().check(around)
+    with pytest.raises(TesseraError, match="network is a DiT"):
+        Experts([model, plain], [1.0]).check_energy()
+    with pytest.raises(TesseraError, match="level=state"):
+        Refinement(level="step").check(model)
 
 
 @given(
@@ -157,11 +166,11 @@ def test_images_of_different_patience() -> None:
 def test_time_of_continuous_levels_is_near_that_of_the_linear_schedule() -> None:
     discrete = DiscreteDenoiser(random_energy(), Discrete(prediction="eps"), SHAPE, 5)
     sigma = discrete.levels[torch.tensor([0, 100, 500, 999])]
-    exact = time_of(Guided(discrete, 2.0), sigma)
+    exact = Guided(discrete, 2.0).time(sigma)
     torch.testing.assert_close(exact, torch.tensor([0, 0.1, 0.5, 0.999]).double())
-    torch.testing.assert_close(time_of(denoiser_of("edm"), sigma), exact, atol=0.01, rtol=0)
+    torch.testing.assert_close(denoiser_of("edm").time(sigma), exact, atol=0.01, rtol=0)
     visited = discrete.for_levels(sigma)
-    torch.testing.assert_close(time_of(visited, sigma), exact)
+    torch.testing.assert_close(visited.time(sigma), exact)
 
 
 class Counting(nn.Module):

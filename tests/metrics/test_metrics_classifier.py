@@ -187,12 +187,23 @@ def test_the_whole_cycle_is_passed_in_larger_strides(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.optim, "AdamW", Recorded)
     monkeypatch.setattr(module, "_LOOK_STEPS", 2)
-    monkeypatch.setattr(module, "_accuracy", Mock(side_effect=[0.5, 0.6, 0.6, 0.5, 0.6, 0.6]))
+    monkeypatch.setattr(module, "_accuracy", Mock(side_effect=[0.5, 0.95, 0.95, 0.5, 0.95, 0.95]))
     train_classifier(stripes(20, size=4), training_images=50 * module._BATCH)
     # Three looks without a better one after the second; the rest of 40 steps in strides of 6.
     assert len(rates) == 10 + 6
     assert max(rates) > 0.9 * module._RATE
     assert rates[-1] < 0.1 * module._RATE
+
+
+def test_hard_sets_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where most images are still wrong, a few looks without a better accuracy say nothing."""
+    monkeypatch.setattr(module, "_LOOK_STEPS", 2)
+    looks = [0.2, 0.3, 0.3, 0.25, 0.3, 0.28, 0.3, 0.31, *[0.3] * module._PATIENCE, 0.5]
+    monkeypatch.setattr(module, "_accuracy", Mock(side_effect=looks))
+    steps = seen(stripes(20, size=4), monkeypatch, training_images=200 * module._BATCH) // 128
+    # All looks up to the last without a better one, and two thirds as many steps after them.
+    before = 2 * (len(looks) - 1)
+    assert before <= steps < 2 * before
 
 
 def test_label_vectors_are_no_classes() -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tessera.pipelines.relay import STAGES
-from tessera.recipes.build import build_denoiser
+from tessera.recipes.build import build_model
 from tessera.recipes.loading import load_recipe, shipped
 from tessera.recipes.messages import sections
+from tessera.recipes.parts import Parts
 from tessera.recipes.schema import SAMPLERS, GuidanceConfig, Recipe, Section
+from tessera.training.probe import blank_images
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -61,7 +63,7 @@ def test_recipes_exist(page: Path) -> None:
     text = page.read_text()
     used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)(?![\w.-])", text)
     for name in re.findall(
-        r"`((?:edm|patch|lego|pdm|relay|dit|energy|cifar10|quickstart)-[a-z0-9{},-]+)`", text
+        r"`((?:edm|patch|lego|pdm|relay|dit|energy|mar|cifar10|quickstart)-[a-z0-9{},-]+)`", text
     ):
         # Not the names of modules and options, which have no digits.
         if re.search(r"\d|digits", name):
@@ -77,7 +79,7 @@ def test_parameters_of_the_table() -> None:
         pattern = re.sub(r"{([^}]*)}", lambda m: f"({m[1].replace(',', '|')})", names)
         for name in filter(re.compile(pattern).fullmatch, shipped()):
             with torch.device("meta"):
-                count = sum(p.numel() for p in build_denoiser(shipped()[name]()).parameters())
+                count = sum(p.numel() for p in build_model(shipped()[name]()).parameters())
             assert abs(count / 1e6 - float(millions)) < (1 if "." not in millions else 0.06), name
             listed.add(name)
     assert listed == set(shipped())
@@ -100,4 +102,4 @@ def test_the_example_of_overrides() -> None:
     overrides = re.findall(r"^\| `([^`]+=[^`]+)`", table, re.M)
     assert len(overrides) > 7
     for override in overrides:
-        load_recipe("edm-cifar10-cond-vp", [override])
+        load_recipe("edm-cifar10-cond-vp", [override], Parts(dataset=blank_images))

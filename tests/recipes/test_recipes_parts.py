@@ -211,15 +211,17 @@ def test_what_an_objective_gives_is_checked(terms: Any, words: str) -> None:
         check_trained(chosen, model, recipe_objective(chosen, parts))
 
 
-def test_an_objective_says_how_it_reduces() -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("reduction", "max"), ("alignment", 0), ("alignment", "2")]
+)
+def test_what_an_objective_says_of_itself(name: str, value: Any) -> None:
     class Odd:
-        reduction = "max"
-
         def __call__(self, *_: Any) -> dict[str, Any]:
             return {}
 
+    setattr(Odd, name, value)
     parts = Parts(objective=lambda recipe: Odd())
-    with pytest.raises(RecipeError, match="reduction='max'"):
+    with pytest.raises(RecipeError, match=f"{name}={value!r}"):
         recipe_objective(recipe(objective={"kind": "external"}), parts)
 
 

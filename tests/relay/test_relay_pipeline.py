@@ -10,35 +10,22 @@ import numpy as np
 import pytest
 import torch
 from data_files import random_images, write_packed
-from numpy.typing import NDArray
-from training_case import BASE, read_metrics
-from typer.testing import CliRunner
+from relay_tiny import FIRST, SECOND, pipeline, recipe, run, small
+from training_case import read_metrics
 
 import tessera
-from tessera.cli import app
 from tessera.data.dataset import ShrunkDataset, open_dataset
 from tessera.diffusion.blur import Blur, BlurCorruption, block_dct, block_idct, dct_matrix
 from tessera.errors import RecipeError, TesseraError
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import assemble
-from tessera.pipelines.loading import build_pipeline
 from tessera.pipelines.relay import RelayPipeline, assemble_relay
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import build_denoiser
-from tessera.recipes.loading import parse_recipe
-from tessera.recipes.overrides import merge
-from tessera.recipes.schema import Recipe
 from tessera.sampling.seeds import SeedNoise
 from tessera.training.evaluation import Evaluation
 from tessera.training.feed import Feed
 from tessera.training.trainer import Trainer
 
-SECOND: dict[str, Any] = {
-    "objective": {"kind": "blur", "block": 2, "label_dropout": 0.1},
-    "sampling": {"kind": "relay", "steps": 4},
-}
-FIRST: dict[str, Any] = {"data": {"resolution": 4, "shrink": 2}}
 LEGO = {
     "kind": "lego", "width": 16, "heads": 2, "mlp_ratio": 2, "bricks": [
         {"size": 4, "patch": 2, "depth": 1}, {"size": 8, "patch": 2, "depth": 1},
@@ -50,28 +37,6 @@ PATCHED = {
 }  # fmt: skip
 
 
-def recipe(*changes: dict[str, Any], **more: Any) -> Recipe:
-    made = BASE
-    for change in (*changes, more):
-        made = merge(made, change)
-    return parse_recipe(made)
-
-
-def pipeline(*changes: dict[str, Any], **more: Any) -> DiffusionPipeline:
-    """With random weights, which make all images differ."""
-    own = recipe(*changes, **more)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = build_denoiser(own)
-        for parameter in denoiser.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    made = build_pipeline(
-        own, denoiser, images_seen=100, class_names=("ant", "bee")[: own.data.num_classes] or None
-    )
-    assert isinstance(made, DiffusionPipeline)
-    return made
-
-
 @pytest.fixture(scope="module")
 def relay() -> RelayPipeline:
     return assemble_relay([pipeline(FIRST, name="low"), pipeline(SECOND, name="high")])
@@ -81,18 +46,6 @@ def relay() -> RelayPipeline:
 def three() -> RelayPipeline:
     third = {**SECOND, "data": {"resolution": 16}}
     return assemble_relay([pipeline(FIRST), pipeline(SECOND), pipeline(third)])
-
-
-def small(count: int = 3, side: int = 4) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(random_images(count, size=side).transpose(0, 2, 3, 1))
-
-
-def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 # ------------------------------------------------------------------------------------- training
@@ -379,7 +332,10 @@ def test_the_command_refuses(tmp_path: Path) -> None:
         ({"objective": {"block": 8}}, "must divide"),
         ({"objective": {"prob_length": 1.1}}, "prob_length"),
         ({"sampling": {"block": 4}}, "objective.block=2"),
-        ({"view": {"kind": "patches", "sizes": [4, 8]}}, "whole images only"),
+        (
+            {"view": {"kind": "patches", "sizes": [3, 8]}},
+            r"blocks of 2x2.*network: 2, 4, 6, 8\. Set",
+        ),
         ({"low_resolution": 2}, "different pictures"),
         ({"objective": {"kind": "edm"}}, "objective.kind=blur"),
         ({"objective": {"kind": "external"}}, "block, blur_sigma_max"),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes_case import in_processes
 from safetensors.torch import load_file
 from training_case import read_metrics, tiny_recipe
 
@@ -20,30 +17,6 @@ from tessera import distributed
 from tessera.training.trainer import Trainer
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-def _process(rank: int, world: int, port: int, function: Callable[..., Any], *args: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    try:
-        with distributed.session():
-            function(*args)
-    except BaseException:
-        traceback.print_exc()
-        sys.stdout.flush()
-        raise
-
-
-def in_processes(world: int, function: Callable[..., Any], *args: Any) -> None:
-    """Run `function` in `world` processes that know of each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(
-        _process, args=(world, port, function, *args), nprocs=world, start_method="fork"
-    )
 
 
 def train(folder: Path, run_dir: Path, changes: dict[str, Any]) -> None:

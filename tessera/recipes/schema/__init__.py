@@ -1,6 +1,6 @@
 """The configuration of everything, as frozen, validated models; `kind` selects from a union."""
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import Epoch, Listed, NonNegative, Probability, Section, UserPath
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -23,6 +23,7 @@ from tessera.recipes.schema.diffusion import (
     EnergyConfig,
     ExternalObjectiveConfig,
     IddpmPreconditioningConfig,
+    MarObjectiveConfig,
     ObjectiveConfig,
     ObjectiveSection,
     PreconditioningConfig,
@@ -39,6 +40,7 @@ from tessera.recipes.schema.networks import (
     EnergyDiTConfig,
     ExternalNetworkConfig,
     LegoConfig,
+    MarConfig,
     NetworkConfig,
     NetworkSection,
     PatchedUNetConfig,
@@ -54,12 +56,14 @@ from tessera.recipes.schema.sampling import (
     AblationSamplerConfig,
     DdimSamplerConfig,
     DdpmSamplerConfig,
+    DenoisingSamplerSection,
     EdmLevelsConfig,
     EdmSamplerConfig,
     ExternalRefineConfig,
     ExternalSamplerConfig,
     LevelsConfig,
     ListedLevelsConfig,
+    MarSamplerConfig,
     McmcRefineConfig,
     MethodLevelsConfig,
     ProcessLevelsConfig,
@@ -78,6 +82,7 @@ from tessera.recipes.schema.training import (
     PreviewConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -96,6 +101,7 @@ __all__ = [
     "DataConfig",
     "DdimSamplerConfig",
     "DdpmSamplerConfig",
+    "DenoisingSamplerSection",
     "DiTConfig",
     "DiscreteObjectiveConfig",
     "DiscretePreconditioningConfig",
@@ -106,6 +112,7 @@ __all__ = [
     "EmaConfig",
     "EnergyConfig",
     "EnergyDiTConfig",
+    "Epoch",
     "EvaluateConfig",
     "ExternalNetworkConfig",
     "ExternalObjectiveConfig",
@@ -119,6 +126,9 @@ __all__ = [
     "LevelsConfig",
     "Listed",
     "ListedLevelsConfig",
+    "MarConfig",
+    "MarObjectiveConfig",
+    "MarSamplerConfig",
     "McmcRefineConfig",
     "MethodLevelsConfig",
     "Metric",
@@ -151,6 +161,7 @@ __all__ = [
     "UNetSection",
     "UserPath",
     "VaeCodecConfig",
+    "ValidationConfig",
     "VeObjectiveConfig",
     "VePreconditioningConfig",
     "ViewConfig",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,8 +15,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
     model_validator,
 )
+
+_EPOCHS = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*epochs?")
 
 
 def _listed(value: Any) -> Any:
@@ -44,7 +51,36 @@ def _plain(value: Any, name: str = "options") -> Any:
     )
 
 
+@dataclass
+class Epoch:
+    """What turns epochs into images while a recipe is read; the context of its validation.
+
+    Attributes:
+        images: of an epoch.
+        asked: whether a key was given in epochs.
+    """
+
+    images: int
+    asked: bool = False
+
+
+def _in_images(value: Any, info: ValidationInfo) -> Any:
+    """`20 epochs` as a number of images."""
+    match = _EPOCHS.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    if not isinstance(info.context, Epoch):
+        raise ValueError(f"{value!r} needs the data set; read it with load_recipe or parse_recipe")
+    info.context.asked = True
+    return round(float(match[1]) * info.context.images)
+
+
 Listed = BeforeValidator(_listed)
+InImages = BeforeValidator(_in_images)
+"""Of a key that counts images of the run: `20 epochs` is understood, too."""
+Images = Annotated[PositiveInt, InImages]
+ImagesFromZero = Annotated[int, Field(ge=0), InImages]
+HalfLife = Annotated[PositiveFloat, Field(le=1e15), InImages]
 Options = Annotated[dict[str, Any], AfterValidator(_plain)]
 """Keyword arguments of a function that makes an external part."""
 Probability = Annotated[float, Field(ge=0, le=1)]

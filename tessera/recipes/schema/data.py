@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 from tessera.recipes.schema.base import (
     Factor,
@@ -25,12 +25,19 @@ class DataConfig(Section):
     )
     resolution: Side = Field(description="height and width of the images, pixels")
     shrink: Factor = Field(
-        1, description="train on means of blocks of so many pixels a side of the images at path"
+        1,
+        description="train on means of blocks of so many pixels or latents a side",
     )
     channels: Literal[1, 3] = 3
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
     xflip: bool = Field(False, description="double the set by mirrored copies")
     max_images: PositiveInt | None = Field(None, description="train on a random subset")
+    validation: UserPath | None = Field(
+        None, description="set like that at path, on which the loss is measured"
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the images at path that is measured on and not trained on"
+    )
     order: Literal["epochs", "windowed"] = Field(
         "epochs", description="a fresh shuffle each epoch, or EDM's windowed shuffle"
     )
@@ -38,6 +45,17 @@ class DataConfig(Section):
     workers: int = Field(
         2, ge=0, le=1024, description="threads that read ahead; 0 reads in the training step"
     )
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> Self:
+        if self.validation is not None and self.held_out is not None:
+            raise ValueError("give validation, another set, or held_out, a share of this one")
+        return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images that are not trained on."""
+        return self.validation is not None or self.held_out is not None
 
 
 class CodecSection(Section):
@@ -89,10 +107,6 @@ class VaeCodecConfig(CodecSection):
     def check(self, data: DataConfig) -> None:
         if data.channels != 3:
             raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
-        if data.shrink != 1:
-            raise ValueError(
-                "data.shrink works on images and not on latents; make latents of smaller images"
-            )
         if data.resolution % self.downsample:
             raise ValueError(
                 f"data.resolution ({data.resolution}) must be a multiple of codec.downsample "

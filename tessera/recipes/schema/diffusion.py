@@ -106,12 +106,20 @@ class ObjectiveSection(Section):
     external: ClassVar[bool] = False
     """The caller's own: nothing is known of it."""
 
+    family: ClassVar[str | None] = "denoiser"
+    """Of which kind of model it is the objective; None: of any."""
+
     from_pictures: ClassVar[bool] = False
     """Its models do not know pure noise: sampling starts from a picture."""
 
     label_dropout: Probability = Field(
         0.0, description="share of images trained without their class, for guidance"
     )
+
+    @property
+    def alignment(self) -> int:
+        """Images are cut on a grid of so many pixels only; 1: anywhere."""
+        return 1
 
     def simplest(self) -> Self:
         """The same with noise levels that are drawn without looking at tensors' values."""
@@ -193,6 +201,10 @@ class BlurObjectiveConfig(ObjectiveSection):
     released_floor: bool = Field(False, description="the floor as the released code computes it")
     max_weight: PositiveFloat = 1e5
 
+    @property
+    def alignment(self) -> int:
+        return self.block
+
 
 class EnergyConfig(Section):
     """What an energy is trained on beside the denoising objective."""
@@ -225,10 +237,30 @@ class EnergyConfig(Section):
         return self
 
 
+class MarObjectiveConfig(ObjectiveSection):
+    """MAR: tokens are taken away, and each is denoised given the others.
+
+    The tokens' diffusion is the process of the preconditioning.
+    """
+
+    needs_levels = True
+    family = "masked"
+
+    kind: Literal["mar"] = "mar"
+    label_dropout: Probability = Field(
+        0.1, description="share of images trained without their class, for guidance"
+    )
+    mask_ratio_min: float = Field(
+        0.7, ge=0, lt=1, description="least share of the tokens that a step takes away"
+    )
+    repeats: Factor = Field(4, description="noise levels at which each token is trained at once")
+
+
 class ExternalObjectiveConfig(ObjectiveSection):
     """An objective of the caller's own: `Parts.objective` makes it."""
 
     external = True
+    family = None
 
     kind: Literal["external"] = "external"
     name: str = Field("", description="for people who read the recipe")
@@ -241,6 +273,7 @@ ObjectiveConfig = Annotated[
     | VeObjectiveConfig
     | DiscreteObjectiveConfig
     | BlurObjectiveConfig
+    | MarObjectiveConfig
     | ExternalObjectiveConfig,
     Field(discriminator="kind"),
 ]

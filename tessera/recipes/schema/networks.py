@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from tessera.networks.mar_sizes import MAR_SIZES, MarSize
 from tessera.networks.presets import SIZES, Preset
 from tessera.networks.sides import halved, tiled
 from tessera.recipes.schema.base import (
@@ -45,6 +46,14 @@ class NetworkSection(Section):
     def learns_step_size(self) -> bool:
         """Whether the step size of descent on its energy is a parameter."""
         return False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it computes blocks again going back, for less memory."""
+        return False
+
+    family: ClassVar[str] = "denoiser"
+    """Of which kind of model it is the network; objective and sampler must be of the same."""
 
     @property
     def learns_variance(self) -> bool:
@@ -315,6 +324,10 @@ class TransformerSection(NetworkSection):
             self.depth or named.depth, self.width or named.width, self.heads or named.heads
         )
 
+    @property
+    def recomputes(self) -> bool:
+        return self.recompute
+
     def fits(self, side: int) -> bool:
         return side > 0 and side % self.token == 0
 
@@ -383,6 +396,63 @@ class EnergyDiTConfig(TransformerSection):
         return self
 
 
+class MarConfig(NetworkSection):
+    """MAR (Li et al. 2024): encoder and decoder of masked tokens, and a head that makes tokens."""
+
+    family = "masked"
+
+    kind: Literal["mar"] = "mar"
+    size: Literal["base", "large", "huge"] = Field("base", description="published size")
+    patch: Factor = Field(1, description="side of a token in model space, pixels")
+    width: Width | None = Field(None, description="of the encoder's tokens; null: of the size")
+    depth: Factor | None = Field(None, description="blocks of the encoder; null: of the size")
+    heads: Width | None = Field(None, description="of its attention; null: of the size")
+    decoder_width: Width | None = Field(None, description="null: as the encoder")
+    decoder_depth: Factor | None = Field(None, description="null: as the encoder")
+    decoder_heads: Width | None = Field(None, description="null: as the encoder")
+    mlp_ratio: PositiveFloat = Field(4, le=1024)
+    buffer: Factor = Field(64, description="copies of the class before the encoder's tokens")
+    attn_dropout: float = Field(0.1, ge=0, lt=1, description="of attention weights")
+    dropout: float = Field(0.1, ge=0, lt=1, description="after attention and within MLPs")
+    head_width: Width | None = Field(None, description="of the head; null: of the size")
+    head_depth: Factor | None = Field(None, description="blocks of the head; null: of the size")
+
+    @property
+    def dimensions(self) -> MarSize:
+        """Of the encoder and the head."""
+        named = MAR_SIZES[self.size]
+        return MarSize(*(getattr(self, name) or getattr(named, name) for name in named._fields))
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        own = self.dimensions
+        pairs = {
+            "": (own.width, own.heads),
+            "decoder_": (self.decoder_width or own.width, self.decoder_heads or own.heads),
+        }
+        for name, (width, heads) in pairs.items():
+            if width % heads:
+                raise ValueError(
+                    f"{name}width ({width}) must be a multiple of {name}heads ({heads})"
+                )
+        return self
+
+    def fits(self, side: int) -> bool:
+        return side > 0 and side % self.patch == 0
+
+    @property
+    def sides(self) -> str:
+        return f"a multiple of {self.patch}, the side of a token (network.patch)"
+
+    def check(self, side: int) -> None:
+        tokens = (side // self.patch) ** 2
+        if tokens < 2 or tokens * self.dimensions.width > 2**26:
+            raise ValueError(
+                f"network.patch ({self.patch}) makes {tokens:,} token(s) of an image of side "
+                f"{side}; make it {'smaller' if tokens < 2 else 'larger'}"
+            )
+
+
 class ExternalNetworkConfig(NetworkSection):
     """A network of the caller's own: `Parts.network` makes it."""
 
@@ -409,6 +479,7 @@ NetworkConfig = Annotated[
     | PatchedUNetConfig
     | DiTConfig
     | EnergyDiTConfig
+    | MarConfig
     | ExternalNetworkConfig,
     Field(discriminator="kind"),
 ]

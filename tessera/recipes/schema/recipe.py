@@ -32,6 +32,7 @@ from tessera.recipes.schema.training import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 
@@ -69,6 +70,7 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplerConfig = EdmSamplerConfig()
     evaluate: EvaluateConfig | None = None
+    validation: ValidationConfig = ValidationConfig()
     run: RunConfig = RunConfig()
 
     @property
@@ -89,7 +91,16 @@ class Recipe(Section):
     @property
     def fitted_sampling(self) -> SamplerConfig:
         """The sampler, with what it leaves open taken from the training."""
-        return self.sampling.fitted(self.objective, bounded=self.codec.of_pixels)
+        return self.fit(self.sampling)
+
+    def fit(self, sampler: SamplerConfig) -> SamplerConfig:
+        """A sampler, with what it leaves open taken from the training.
+
+        Raises:
+            ValueError: it cannot sample from models that are trained so.
+        """
+        energy = self.network.has_energy or self.network.external
+        return sampler.fitted(self.objective, bounded=self.codec.of_pixels, energy=energy)
 
     @property
     def coord_frequencies(self) -> int | None:
@@ -165,6 +176,36 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _are_of_one_family(self) -> Self:
+        for name, section in (("objective", self.objective), ("sampling", self.sampling)):
+            if section.family not in (self.network.family, None):
+                needed = "mar" if self.network.family == "masked" else "another"
+                raise ValueError(
+                    f"network.kind={self.network.kind} and {name}.kind={section.kind} do not go "
+                    f"together: set {name}.kind={needed}, or change the network"
+                )
+        if self.network.family == "masked":
+            for name, given in {
+                "augment": self.augment is not None,
+                "coords": self.coords is not None,
+                "view.kind=patches": self.view.crops,
+                "snr_splits": bool(self.snr_splits),
+            }.items():
+                if given:
+                    raise ValueError(
+                        f"network.kind={self.network.kind} is trained on whole images at all noise "
+                        f"levels, and told nothing but the class; leave out {name}"
+                    )
+            prediction = getattr(self.preconditioning, "prediction", None)
+            if prediction != "eps":
+                raise ValueError(
+                    f"network.kind={self.network.kind} makes tokens by a discrete process, whose "
+                    "noise it predicts: set preconditioning.kind=discrete and "
+                    "preconditioning.prediction=eps"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _levels_fit(self) -> Self:
         if self.objective.needs_levels and not self.preconditioning.has_levels:
             raise ValueError(
@@ -206,6 +247,11 @@ class Recipe(Section):
                 "network.learn_step_size: nothing would train the step size. Set energy.refinement,"
                 " its weight in the loss, like 0.1"
             )
+        if network.has_energy and network.recomputes and self.training.compile:
+            raise ValueError(
+                "network.recompute: a compiled energy keeps what it computes. Set network.recompute"
+                "=false, or training.compile=false"
+            )
         if network.has_energy and self.training.precision == "fp16":
             raise ValueError(
                 "training.precision=fp16: an energy's gradient is taken inside of the network, "
@@ -220,11 +266,6 @@ class Recipe(Section):
             raise ValueError(
                 f"objective.block ({block}) must divide the side of the images ({self.shape[1]}) "
                 "into at least two blocks"
-            )
-        if block is not None and self.view.crops:
-            raise ValueError(
-                "objective.kind=blur works on whole images only for now: blocks would have to lie "
-                "on the same grid in all patches. Set view.kind=full"
             )
         if self.low_resolution is None:
             return self
@@ -272,6 +313,7 @@ class Recipe(Section):
             raise ValueError(
                 f"view.sizes has patches of {sizes[-1]} pixels, but the images have {side}"
             )
+        self._check_alignment(sizes)
         for size in sizes:
             if not self.network.fits(size):
                 raise ValueError(
@@ -295,6 +337,26 @@ class Recipe(Section):
             )
         return self
 
+    def _check_alignment(self, sizes: tuple[int, ...]) -> None:
+        """Raise for patches that the objective cannot cut out."""
+        grid, side = self.objective.alignment, self.shape[1]
+        wrong = [size for size in sizes if size % grid]
+        if not wrong:
+            return
+        fitting = [size for size in range(grid, side + 1, grid) if self.network.fits(size)]
+        raise ValueError(
+            f"patches of {wrong[0]} pixels cannot be cut into the objective's blocks of "
+            f"{grid}x{grid}: their side must be a multiple of {grid} that fits the network: "
+            f"{_shortened(fitting)}. Set view.sizes"
+        )
+
 
 def _text(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
+
+
+def _shortened(values: list[int]) -> str:
+    """Numbers for a message, the middle of many left out."""
+    if len(values) <= 8:
+        return _text(tuple(values)) or "none does"
+    return f"{_text(tuple(values[:4]))}, ..., {_text(tuple(values[-2:]))}"

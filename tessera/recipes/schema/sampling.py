@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveFloat, model_validator
 
 from tessera.recipes.schema.base import (
     Clamp,
@@ -124,14 +125,33 @@ class ExternalRefineConfig(RefineSection):
     options: Options = Field({}, description="keyword arguments of the function")
 
 
-RefineConfig = Annotated[McmcRefineConfig | ExternalRefineConfig, Field(discriminator="kind")]
+def _usual_kind(value: Any) -> Any:
+    """Keys of descent say so by themselves; others are those of the caller's own hook."""
+    if not isinstance(value, Mapping) or "kind" in value:
+        return value
+    own = value.keys() & (McmcRefineConfig.model_fields.keys() - {"kind"})
+    return {"kind": "mcmc" if own else "external", **value}
+
+
+RefineConfig = Annotated[
+    Annotated[McmcRefineConfig | ExternalRefineConfig, Field(discriminator="kind")],
+    BeforeValidator(_usual_kind),
+]
+
+
+def _check_refine(refine: RefineConfig | None, energy: bool) -> None:
+    if refine is not None and refine.needs_energy and not energy:
+        raise ValueError(
+            f"refine.kind={refine.kind} descends on the energy of a model, and this one has none: "
+            "choose another refinement, or train with network.kind=energy_dit"
+        )
 
 
 class SamplerSection(Section):
-    """What every sampler has."""
+    """What every sampler has, and says of itself."""
 
-    OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
-    """Keys of the sampler that place its own noise levels."""
+    family: ClassVar[str] = "denoiser"
+    """From which kind of model it samples."""
 
     starts_from_noise: ClassVar[bool] = True
     """False where a picture is what it starts from, or where nobody but the caller knows."""
@@ -155,22 +175,38 @@ class SamplerSection(Section):
         """
         return None
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
         """The section with what it leaves open taken from how the model was trained.
 
         Args:
             objective: that of the training.
             bounded: the values of x do not leave [-1, 1].
+            energy: the network has an energy, or may have one.
 
         Raises:
             ValueError: it cannot sample from models that were trained so.
         """
+        _check_refine(self.refine, energy)
         if objective.from_pictures and self.starts_from_noise:
             raise ValueError(
                 "models of this objective start from pictures, not from noise: `sampler=relay` "
                 "(in recipes sampling.kind=relay) samples from them"
             )
         return self
+
+
+class DenoisingSamplerSection(SamplerSection):
+    """What every sampler of denoisers has."""
+
+    OWN_LEVELS: ClassVar[tuple[str, ...]] = ()
+    """Keys of the sampler that place its own noise levels."""
+
+    levels: LevelsConfig | None = Field(
+        None,
+        description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
+        "process or list, and levels.steps=N or levels.sigmas=80,10,1",
+    )
+    refine: RefineConfig | None = Field(None, description="improves x after each step")
 
     @model_validator(mode="after")
     def _one_set_of_levels(self) -> Self:
@@ -186,7 +222,7 @@ class SamplerSection(Section):
         return self
 
 
-class EdmSamplerConfig(SamplerSection):
+class EdmSamplerConfig(DenoisingSamplerSection):
     """EDM, algorithm 2 (deterministic with s_churn 0)."""
 
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
@@ -210,7 +246,7 @@ class EdmSamplerConfig(SamplerSection):
         return self
 
 
-class RelaySamplerConfig(SamplerSection):
+class RelaySamplerConfig(DenoisingSamplerSection):
     """Relay diffusion: from an enlarged picture to a sharp one.
 
     Keys of the blur that are null are those of the training (objective.kind=blur).
@@ -256,7 +292,8 @@ class RelaySamplerConfig(SamplerSection):
     def enlarges(self) -> int | None:
         return self.block
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
+        _check_refine(self.refine, energy)
         if isinstance(objective, BlurObjectiveConfig):
             if self.block not in (None, objective.block):
                 raise ValueError(
@@ -284,7 +321,7 @@ BLUR_KEYS = ("block", "blur_sigma_max", "prob_length", "min_scale", "p_mean", "p
 """Of the blur, in the objective and in the sampler."""
 
 
-class AblationSamplerConfig(SamplerSection):
+class AblationSamplerConfig(DenoisingSamplerSection):
     """EDM, algorithm 1 generalised: any time steps, schedule σ(t) and scaling s(t)."""
 
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
@@ -322,7 +359,7 @@ class AblationSamplerConfig(SamplerSection):
         return self
 
 
-class ProcessSamplerConfig(SamplerSection):
+class ProcessSamplerConfig(DenoisingSamplerSection):
     """What samplers of discrete processes share."""
 
     OWN_LEVELS = ("steps", "noise_schedule")
@@ -336,9 +373,9 @@ class ProcessSamplerConfig(SamplerSection):
     quantile: Probability = Field(0.995, description="of dynamic clipping")
     noise_schedule: str | None = Field(None, description=OF_CONTINUOUS)
 
-    def fitted(self, objective: ObjectiveSection, *, bounded: bool) -> Self:
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
         """Estimates that may leave [-1, 1] are clipped only if `clip` says how."""
-        section = super().fitted(objective, bounded=bounded)
+        section = super().fitted(objective, bounded=bounded, energy=energy)
         if section.clip == "auto" and not bounded:
             return section.model_copy(update={"clip": "none"})
         return section
@@ -360,7 +397,7 @@ class DdimSamplerConfig(ProcessSamplerConfig):
     eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
 
 
-class ExternalSamplerConfig(SamplerSection):
+class ExternalSamplerConfig(DenoisingSamplerSection):
     """A sampler of the caller's own: `Parts.sampler` makes it."""
 
     starts_from_noise = False
@@ -370,12 +407,28 @@ class ExternalSamplerConfig(SamplerSection):
     options: Options = Field({}, description="keyword arguments of the function")
 
 
+class MarSamplerConfig(SamplerSection):
+    """MAR: tokens in random order, several at a time."""
+
+    family = "masked"
+
+    kind: Literal["mar"] = "mar"
+    num_iter: Steps = Field(64, description="iterations; at most as many as there are tokens")
+    head_steps: str = Field("100", description=f"of each token's diffusion: {SPACING}")
+    temperature: NonNegative = Field(1.0, description="factor of the noise that these add")
+    guidance: FiniteFloat = Field(1.0, description="weight; 1 is none")
+    guidance_schedule: Literal["linear", "constant"] = Field(
+        "linear", description="linear: from 1 up to the weight, as the image fills; or constant"
+    )
+
+
 SamplerConfig = Annotated[
     EdmSamplerConfig
     | AblationSamplerConfig
     | RelaySamplerConfig
     | DdpmSamplerConfig
     | DdimSamplerConfig
+    | MarSamplerConfig
     | ExternalSamplerConfig,
     Field(discriminator="kind"),
 ]
@@ -386,6 +439,7 @@ SAMPLERS: dict[str, type[SamplerConfig]] = {
     "ddpm": DdpmSamplerConfig,
     "ddim": DdimSamplerConfig,
     "relay": RelaySamplerConfig,
+    "mar": MarSamplerConfig,
     "external": ExternalSamplerConfig,
 }
 """The samplers by their kind."""

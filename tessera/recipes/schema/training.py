@@ -7,7 +7,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tessera.precision import Precision
-from tessera.recipes.schema.base import Factor, Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import (
+    Factor,
+    HalfLife,
+    Images,
+    ImagesFromZero,
+    Listed,
+    NonNegative,
+    Probability,
+    Section,
+    UserPath,
+)
 
 
 class OptimizerConfig(Section):
@@ -15,13 +25,16 @@ class OptimizerConfig(Section):
 
     kind: Literal["adam", "adamw"] = "adam"
     lr: PositiveFloat = 1e-3
+    lr_batch: PositiveInt | None = Field(
+        None, description="batch that lr is meant for; another one scales it; null: whatever it is"
+    )
     betas: Annotated[tuple[Probability, Probability], Listed] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegative = 0
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
-    rampup_images: int = Field(10_000_000, ge=0, description="linear warm-up from 0")
+    rampup_images: ImagesFromZero = Field(10_000_000, description="linear warm-up from 0")
     decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
-    decay_start_images: int = Field(0, ge=0, description="images before the decay begins")
+    decay_start_images: ImagesFromZero = Field(0, description="images before the decay begins")
     final_lr: NonNegative = Field(0, description="where cosine and linear decay end")
 
     @model_validator(mode="after")
@@ -30,11 +43,17 @@ class OptimizerConfig(Section):
             raise ValueError("decay=inverse_sqrt needs decay_start_images above 0")
         return self
 
+    def for_batch(self, batch: int) -> OptimizerConfig:
+        """With the learning rate of steps over `batch` images: lr x batch / lr_batch."""
+        if self.lr_batch is None:
+            return self
+        return self.model_copy(update={"lr": self.lr * batch / self.lr_batch, "lr_batch": None})
+
 
 class EmaConfig(Section):
     """One exponential moving average of the weights."""
 
-    halflife_images: PositiveFloat = Field(500_000, le=1e15)
+    halflife_images: HalfLife = 500_000
     rampup_ratio: PositiveFloat | None = Field(
         0.05, description="half-life at most this share of the images seen; null for no ramp-up"
     )
@@ -43,7 +62,7 @@ class EmaConfig(Section):
 class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
-    images: PositiveInt = Field(200_000_000, description="images to train on, in all")
+    images: Images = Field(200_000_000, description="images to train on, in all")
     batch: PositiveInt = Field(
         512, le=2**20, description="images of one optimiser step, over all devices"
     )
@@ -87,9 +106,21 @@ class TrainingConfig(Section):
 class PreviewConfig(Section):
     """Sample grids made while training, always from the same seeds."""
 
-    every_images: PositiveInt = 2_500_000
+    every_images: Images = 2_500_000
     rows: Factor = 8
     columns: Factor = 8
+    labels: Annotated[tuple[int | str, ...] | None, Listed] = Field(
+        None, min_length=1, description="classes shown, by number or name; null: one after another"
+    )
+
+    @model_validator(mode="after")
+    def _room_for_labels(self) -> Self:
+        if self.labels is not None and len(self.labels) > self.rows * self.columns:
+            raise ValueError(
+                f"labels has {len(self.labels)} classes, and rows x columns shows "
+                f"{self.rows * self.columns} images"
+            )
+        return self
 
 
 Metric = Literal["fd", "fid", "sfid", "is", "kid", "pr"]
@@ -101,7 +132,7 @@ class EvaluateConfig(Section):
     metrics: Annotated[tuple[Metric, ...], Listed] = Field(
         ("fd",), min_length=1, description="the first decides which model is best"
     )
-    every_images: PositiveInt = 5_000_000
+    every_images: Images = 5_000_000
     images: int = Field(5_000, ge=2, description="samples for a score, always of the same seeds")
     batch: PositiveInt = 64
     features: Literal["classifier", "inception", "dinov2"] = "classifier"
@@ -128,14 +159,24 @@ class EvaluateConfig(Section):
         return self
 
 
+class ValidationConfig(Section):
+    """The loss of the averaged weights on images that are not trained on (`data.validation`)."""
+
+    every_images: Images = 2_500_000
+    images: PositiveInt = Field(10_000, description="images of the set, always the same; at most")
+
+
 class RunConfig(Section):
     """The run folder and what is written to it."""
 
     dir: UserPath | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
-    log_every_images: PositiveInt = 50_000
-    checkpoint_every_images: PositiveInt = 2_500_000
+    log_every_images: Images = 50_000
+    checkpoint_every_images: Images = 2_500_000
     keep: PositiveInt = Field(2, description="checkpoints kept")
     preview: PreviewConfig | None = PreviewConfig()
+    histograms_every_images: Images | None = Field(
+        None, description="histograms of weights and gradients, to TensorBoard and wandb"
+    )
     tensorboard: bool = True
     wandb: str | None = Field(None, description="Weights & Biases project")
     timeout_minutes: PositiveFloat = Field(
