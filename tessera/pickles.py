@@ -7,6 +7,7 @@ in a table of what the reader expects, and a name that is not in it ends the rea
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import pickletools
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 
 from tessera.errors import DataError
 
-# A released network has 30,000 operations, a batch of CIFAR-10 60,000.
+# A released network has 30,000 operations, its training state 150,000, a batch of CIFAR-10 60,000.
 _OPERATIONS = 500_000
+LARGE = 65_536
+"""Bytes of a string from which on it may be left where it is."""
 _TUPLE = 100_000
 """Values in a tuple with all that is in its tuples: what hashing it goes through."""
 
@@ -49,14 +52,19 @@ def load_pickle(
     *,
     encoding: str = "ASCII",
     persistent: Callable[[Any], Any] | None = None,
+    large: Callable[[int, int], Any] | None = None,
 ) -> Any:
     """What a pickle holds, built from plain values and `names` alone.
+
+    Afterwards the file stands behind the pickle.
 
     Args:
         names: everything the pickle may refer to. Their values must be safe to call with any
             arguments, and safe to set attributes of.
         encoding: of the strings that Python 2 wrote; "bytes" leaves them undecoded.
         persistent: gives the values that the pickle refers to by a persistent id.
+        large: gives what stands for strings of `LARGE` bytes or more, by offset in the file and
+            length; they are not read. Not together with `persistent`.
 
     Raises:
         DataError: the pickle is damaged, would take time or memory out of all proportion to its
@@ -64,11 +72,20 @@ def load_pickle(
     """
     with _damage():
         start = file.tell()
-        _check_program(file)
-        file.seek(start)
-        reader = _Reader(file, encoding=encoding)
-        reader.names, reader.persistent = names, persistent
-        return reader.load()
+        if large is None:
+            _check_program(pickletools.genops(file))
+            file.seek(start)
+            reader = _Reader(file, encoding=encoding)
+            reader.names, reader.persistent = names, persistent
+            return reader.load()
+        spared = _SparedStrings(file)
+        _check_program(spared.operations())
+        end = file.tell()
+        reader = _Reader(io.BytesIO(spared.program(end)), encoding=encoding)
+        reader.names, reader.persistent = names, lambda index: large(*spared.strings[index])
+        value = reader.load()
+        file.seek(end)
+        return value
 
 
 @contextlib.contextmanager
@@ -82,7 +99,77 @@ def _damage() -> Iterator[None]:
         raise DataError(f"not a whole pickle of the expected kind ({reason})") from error
 
 
-def _check_program(file: IO[bytes]) -> None:
+Operation = tuple[pickletools.OpcodeInfo, Any, int | None]
+
+
+class _Unread(bytes):
+    """Stands for a string that was skipped, of which it has the length."""
+
+    size = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class _SparedStrings:
+    """A pickle as a program without its large strings, which are put in by number.
+
+    Args:
+        file: stands at the beginning of the pickle, and can seek.
+
+    Attributes:
+        strings: offset in the file and length of each large string.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._operation, self._start = file, b"", file.tell()
+        self.strings: list[tuple[int, int]] = []
+        self._changed: list[tuple[int, int, bytes]] = []  # from, to, and what to put there
+
+    def operations(self) -> Iterator[Operation]:
+        """As `pickletools.genops`; arguments of large strings have a length and nothing else."""
+        for operation, argument, position in pickletools.genops(self):  # type: ignore[arg-type]
+            assert position is not None
+            if operation.name in ("PERSID", "BINPERSID"):
+                raise DataError("it refers to values outside of the pickle")
+            if operation.name == "FRAME":  # without strings it would have another length
+                self._changed.append((position, self.tell(), b""))
+            elif isinstance(argument, _Unread):
+                number = pickle.BININT + (len(self.strings) - 1).to_bytes(4, "little")
+                self._changed.append((position, self.tell(), number + pickle.BINPERSID))
+            yield operation, argument, position
+
+    def program(self, end: int) -> bytes:
+        """What ends at `end`, when all operations have been gone through."""
+        parts, at = [], self._start
+        for first, after, text in [*self._changed, (end, end, b"")]:
+            self._file.seek(at)
+            parts += [self._file.read(first - at), text]
+            at = after
+        return b"".join(parts)
+
+    # What pickletools needs of a file.
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readline(self) -> bytes:
+        return self._file.readline()
+
+    def read(self, size: int) -> bytes:
+        if size == 1:
+            self._operation = self._file.read(1)
+            return self._operation
+        if size < LARGE or self._operation not in (pickle.BINBYTES, pickle.BINBYTES8):
+            return self._file.read(size)
+        self.strings.append((self._file.tell(), size))
+        self._file.seek(size, 1)
+        unread = _Unread()
+        unread.size = size
+        return unread
+
+
+def _check_program(operations: Iterator[Operation]) -> None:
     """Go through a pickle without running it, and refuse what the reader itself would suffer from.
 
     That are numbers of remembered values that make it reserve gigabytes, and tuples of tuples that
@@ -90,7 +177,7 @@ def _check_program(file: IO[bytes]) -> None:
     """
     stack: list[Any] = []  # of each value what hashing it goes through; at marks `markobject`
     memo: dict[int, int] = {}
-    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+    for count, (operation, argument, _) in enumerate(operations):
         if count > _OPERATIONS:
             raise DataError(f"a pickle of more than {_OPERATIONS:,} operations")
         name, takes = operation.name, len(operation.stack_before)

@@ -41,3 +41,11 @@ def print_facts(
     for name, value in rows.items() if isinstance(rows, Mapping) else rows:
         table.add_row(name, str(value))
     Console().print(table)
+
+
+def print_rows(head: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
+    """Print a table with a head."""
+    table = make_table(*(Column(name, overflow="fold") for name in head), title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,125 +1,144 @@
-"""What a released checkpoint consists of, and what a converter for one family of them provides."""
+"""What a converter for one family of checkpoints provides, and what it finds in a file."""
 
 from __future__ import annotations
 
-import re
-import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tessera.convert.unpickle import ClosedObject, read_container
+from tessera.convert.records import StoredTensor
 from tessera.errors import CheckpointError
 from tessera.recipes.schema import Recipe
 
+Data = dict[str, Any]
+"""Sections of a recipe as plain data."""
 
-def brief(value: Any) -> str:
-    """A value of a file in a message: shortened, whatever is in it."""
-    return value[:40] if isinstance(value, str) else reprlib.repr(value)[:80]
+AVERAGE, TRAINED = "ema", "raw"
+"""What the averaged weights are called, and the trained weights themselves."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A network snapshot or a training state of the released training loop, closed.
+class CheckpointFile:
+    """A file that was opened with nothing run.
 
     Attributes:
         path: the file.
-        weights: "ema" for the average in a snapshot, "raw" for the trained weights themselves.
-        network: the preconditioned network.
-        loss, augment: what it was trained by; None where the file does not hold it.
-        dataset: arguments of the data reader, empty where the file does not hold them.
+        data: what it holds: plain values, records and stored tensors.
+        container: how it is packed, in words.
     """
 
     path: Path
-    weights: Literal["ema", "raw"]
-    network: ClosedObject
-    loss: ClosedObject | None = None
-    augment: ClosedObject | None = None
-    dataset: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def images_seen(self) -> int:
-        """Images trained on, by the thousands in the name of the file; 0 if it has none."""
-        found = re.fullmatch(r"(?:network-snapshot|training-state)-(\d+)", self.path.stem)
-        return 1000 * int(found[1]) if found else 0
+    data: Any
+    container: str
 
     def error(self, text: str) -> CheckpointError:
         """An error about the file."""
         return CheckpointError(f"{self.path} cannot be converted: {text}")
 
-    def arguments(
-        self, record: ClosedObject, names: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        """The arguments that an object was made with, by our names.
 
-        Args:
-            names: released name to ours, of all that are known; None for any, as they are called.
+@dataclass(frozen=True)
+class Settings:
+    """What the caller says of a file beside the file itself.
 
-        Raises:
-            CheckpointError: other arguments, or some without a name.
-        """
-        given = record.state.get("_init_kwargs")
-        if not isinstance(given, dict) or record.state.get("_init_args"):
-            raise self.error(f"it does not say by name how its {record.class_name} was made")
-        unknown = [name for name in given if names is not None and name not in names]
-        if unknown:
-            raise self.error(
-                f"its {record.class_name} was made with {', '.join(map(brief, unknown))}, which "
-                "the released code has not"
-            )
-        return {name if names is None else names[name]: value for name, value in given.items()}
+    Attributes:
+        preset: a recipe, or a published model, that says what the file does not.
+        own: options of the family, by name.
+        overrides: options that are keys of the recipe, as `key.path=value`.
+        first: side of the pictures that the stage before makes, of a relay in two files.
+    """
+
+    preset: str | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    first: int | None = None
+
+
+class Ignored(NamedTuple):
+    """Why a tensor of a file has no place in the network."""
+
+    reason: str
+
+
+Place = Callable[[str, Tensor], tuple[str, Tensor] | Ignored]
+"""A tensor of the file, with its name, to its name and values in our network."""
+
+
+class Need(NamedTuple):
+    """Something that no file of a family says, and that cannot be guessed.
+
+    Attributes:
+        keys: of options, any of which says it.
+        meaning: what to give.
+    """
+
+    keys: tuple[str, ...]
+    meaning: str
 
 
 @dataclass(frozen=True)
-class Converter:
-    """How the checkpoints of one family of networks become pipelines.
+class Description:
+    """What a family has found in a file, before the caller's options are looked at.
+
+    Of a key in several of the sections, the first that has it counts: options, `said`, `inferred`,
+    the preset, `assumed`.
 
     Attributes:
-        family: what messages call it.
-        networks: class names of the preconditioned networks that it knows.
-        recipe: the recipe of a checkpoint, and the images that it was trained on. Raises
-            CheckpointError or RecipeError for what the library has not.
-        state: state dict of the preconditioned network to that of our network. Raises
-            CheckpointError.
-        classes: (module, name) of classes that its files refer to beside those of EDM's.
+        weights: the tensors of each named state, the default first, by their names in the file.
+        said: sections of the recipe that the file's own configuration gives.
+        inferred: those that the shapes of its tensors give.
+        assumed: those of the released code's defaults.
+        needs: what must come from a preset or from options.
+        published: the preset of a published file of this name; used if its network is the file's.
+        free: keys in which the file may differ from its preset all the same.
+        presets: sections of presets that are no recipes, by name.
+        place: where each tensor belongs, in the network of the settled recipe.
+        constant: whether a tensor of our network is a constant that files need not have.
+        images_seen: images trained on; 0 if the file does not say.
+        notes: what else the caller should know, in sentences.
     """
 
-    family: str
-    networks: tuple[str, ...]
-    recipe: Callable[[Checkpoint], tuple[Recipe, int]]
-    state: Callable[[Checkpoint, Recipe, dict[str, Tensor]], dict[str, Tensor]]
+    weights: Mapping[str, Mapping[str, StoredTensor]]
+    place: Callable[[Recipe], Place]
+    said: Data = field(default_factory=dict)
+    inferred: Data = field(default_factory=dict)
+    assumed: Data = field(default_factory=dict)
+    needs: Sequence[Need] = ()
+    published: str | None = None
+    free: frozenset[str] = frozenset()
+    presets: Mapping[str, Data] = field(default_factory=dict)
+    constant: Callable[[str], bool] = lambda name: False
+    images_seen: int = 0
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one family become pipelines.
+
+    Attributes:
+        kind: the value of `--kind`.
+        title: what messages call it.
+        recognise: whether a file is of this family, by its content alone.
+        describe: what is in such a file. Raises CheckpointError for what the library has not.
+        options: its own options, name to meaning, beside keys of the recipe.
+        classes: (module, name) of classes that its files refer to, beside those of PyTorch.
+    """
+
+    kind: str
+    title: str
+    recognise: Callable[[CheckpointFile], bool]
+    describe: Callable[[CheckpointFile, Settings], Description]
+    options: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[tuple[str, str], ...] = ()
 
 
-def read_checkpoint(path: Path, classes: Collection[tuple[str, str]] = ()) -> Checkpoint:
-    """Open a network snapshot (`.pkl`) or a training state (`.pt`), with nothing run.
+def prefixed(prefix: str) -> Callable[[Recipe], Place]:
+    """For families whose names are ours behind a prefix."""
 
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    data = read_container(path, classes)
-    if isinstance(data, dict):
-        if isinstance(data.get("ema"), ClosedObject):
-            loss, augment = (_record(data.get(name)) for name in ("loss_fn", "augment_pipe"))
-            dataset = data.get("dataset_kwargs")
-            return Checkpoint(
-                path,
-                "ema",
-                data["ema"],
-                loss,
-                augment,
-                dataset if isinstance(dataset, dict) else {},
-            )
-        if isinstance(data.get("net"), ClosedObject):
-            return Checkpoint(path, "raw", data["net"])
-    raise CheckpointError(
-        f"{path} holds no network: neither 'ema', as network-snapshot-*.pkl, nor 'net', as "
-        "training-state-*.pt"
-    )
+    def place(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return name.removeprefix(prefix), tensor
 
-
-def _record(value: Any) -> ClosedObject | None:
-    return value if isinstance(value, ClosedObject) else None
+    return lambda recipe: place

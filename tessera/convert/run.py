@@ -1,139 +1,272 @@
-"""Released checkpoints to pipeline folders."""
+"""Released checkpoints to pipeline folders: everything is known before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tessera.convert import edm
-from tessera.convert.checkpoint import Checkpoint, Converter, read_checkpoint
-from tessera.convert.unpickle import module_state
+from tessera.convert.checkpoint import CheckpointFile, Description, Family, Ignored, Settings
+from tessera.convert.families import find_family, open_checkpoint
+from tessera.convert.records import StoredTensor, brief, check_stored, read_tensors
+from tessera.convert.settle import Settled, settle
 from tessera.errors import CheckpointError, DataError
-from tessera.files import user_path
 from tessera.pipelines.folder import mismatches, not_finite, write_folder
 from tessera.recipes.build import build_network
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
+from tessera.recipes.size import hollow
 
-# A converter for another family is one file with a `CONVERTER`, and its entry here.
-CONVERTERS = (edm.CONVERTER,)
+
+class TensorFacts(NamedTuple):
+    """One tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What a conversion has made.
+class Part:
+    """A model that was found in a file, or in two: its average and its trained weights.
 
     Attributes:
-        folder: the pipeline folder.
-        family: whose checkpoint it was.
-        recipe: of the model.
-        weights: names of the weights in the folder, the default first.
-        parameters: trainable numbers of the network.
+        source: the file.
+        family: what it is of.
+        settled: the recipe, and where it came from.
+        network: ours, without numbers.
+        states: its state dict for each named state, the default first.
+        ignored: tensors of the file that have no place in it, and why.
         images_seen: images trained on; 0 if the file does not say.
+        notes: what else the caller should know.
     """
 
-    folder: Path
-    family: str
-    recipe: Recipe
-    weights: tuple[str, ...]
-    parameters: int
+    source: CheckpointFile
+    family: Family
+    settled: Settled
+    network: nn.Module
+    states: Mapping[str, Mapping[str, Tensor]]
+    ignored: Mapping[str, str]
     images_seen: int
+    notes: Sequence[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the model."""
+        return self.settled.recipe
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers of the network."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def write(self, folder: Path) -> None:
+        """Write it as a pipeline folder."""
+        write_folder(
+            folder,
+            "diffusion",
+            dump_recipe(self.recipe),
+            self.states,
+            images_seen=self.images_seen,
+            class_names=None,
+        )
 
 
-def convert_checkpoint(source: Path, dest: Path, *, snapshot: Path | None = None) -> Converted:
-    """Write the model in a released checkpoint as a pipeline folder. Nothing in it is run.
+@dataclass(frozen=True)
+class Read:
+    """A file whose family has described it.
+
+    Attributes:
+        source, family, settings: the file, what it is of, and what the caller says of it.
+        description: what the family found.
+        options: what the caller said, as it was given.
+    """
+
+    source: CheckpointFile
+    family: Family
+    settings: Settings
+    description: Description
+    options: Sequence[str] = ()
+
+    @property
+    def tensors(self) -> Mapping[str, Sequence[TensorFacts]]:
+        """The tensors of each state in the file, none of them read."""
+        return {
+            name: [_facts(key, tensor) for key, tensor in tensors.items()]
+            for name, tensors in self.description.weights.items()
+        }
+
+    def settled(self) -> Settled:
+        """The recipe of the model in the file.
+
+        Raises:
+            CheckpointError, RecipeError: see `settle`.
+        """
+        return settle(self.source, self.description, self.settings)
+
+
+def read_source(path: Path, kind: str | None = None, options: Sequence[str] = ()) -> Read:
+    """Open a file and find out what is in it; no tensor is read.
 
     Args:
-        source: a network snapshot (`.pkl`), which gives weights called "ema", or a training state
-            (`.pt`), which gives the trained weights themselves, called "raw".
-        dest: the folder to write, which must not exist.
-        snapshot: with a training state, the network snapshot of the same moment: its averaged
-            weights become the default, beside "raw".
+        kind: of checkpoint; by default it is found out.
+        options: `key=value`: of the family, of the recipe, and `preset=NAME`.
 
     Raises:
-        CheckpointError: `dest` exists, or a file cannot be read or is of another kind.
-        RecipeError: the network is one that the library has not.
+        CheckpointError: it cannot be read, or is of no kind known here.
     """
-    source, dest = user_path(source), user_path(dest)
-    snapshot = None if snapshot is None else user_path(snapshot)
-    if dest.exists():
-        raise CheckpointError(f"{dest} exists already. Name another folder, or remove it first")
-    classes = {pair for converter in CONVERTERS for pair in converter.classes}
-    checkpoints = [
-        read_checkpoint(path, classes) for path in (snapshot, source) if path is not None
-    ]
-    _check_pair(checkpoints)
-    first = checkpoints[0]
-    converter = _converter(first)
-    recipe, images_seen = _recipe(first, converter)
-    # Not on the meta device, which imports the compiler: slower than drawing the weights.
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(recipe)
-    states: dict[str, Mapping[str, Tensor]] = {
-        c.weights: _state(c, converter, recipe, network) for c in checkpoints
-    }
-    write_folder(
-        dest, "diffusion", dump_recipe(recipe), states, images_seen=images_seen, class_names=None
-    )
-    parameters = sum(p.numel() for p in network.parameters())
-    return Converted(dest, converter.family, recipe, tuple(states), parameters, images_seen)
+    source = open_checkpoint(path)
+    family = find_family(source, kind)
+    read = describe_source(source, family, settings_of(family, options))
+    return replace(read, options=options)
 
 
-def _check_pair(checkpoints: list[Checkpoint]) -> None:
-    """Raise unless this is one file, or a snapshot and the training state that belongs to it."""
-    if len(checkpoints) == 1:
-        return
-    snapshot, state = checkpoints
-    if (snapshot.weights, state.weights) != ("ema", "raw"):
-        raise CheckpointError(
-            "two files make one pipeline only if the first is a training state (.pt) and "
-            f"--snapshot its network snapshot (.pkl); these are {state.path} and {snapshot.path}"
-        )
-    if snapshot.images_seen != state.images_seen:
-        raise CheckpointError(
-            f"{state.path} and {snapshot.path} are not of the same moment of a training: their "
-            f"names say {state.images_seen} and {snapshot.images_seen} images"
-        )
+def describe_source(source: CheckpointFile, family: Family, settings: Settings) -> Read:
+    """What a family finds in a file of its own.
 
-
-def _converter(checkpoint: Checkpoint) -> Converter:
-    name = checkpoint.network.class_name
-    for converter in CONVERTERS:
-        if name in converter.networks:
-            return converter
-    known = "; ".join(f"{c.family}: {', '.join(c.networks)}" for c in CONVERTERS)
-    raise checkpoint.error(f"its network is a {name}, which is not known here. Known are {known}")
-
-
-def _recipe(checkpoint: Checkpoint, converter: Converter) -> tuple[Recipe, int]:
+    Raises:
+        CheckpointError: something that the library has not, or that makes no sense.
+    """
     try:
-        return converter.recipe(checkpoint)
-    except (TypeError, ValueError, AttributeError) as error:  # numbers where there should be none
-        reason = " ".join(str(error).split())
-        raise checkpoint.error(f"its configuration makes no sense ({reason})") from error
+        description = family.describe(source, settings)
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        reason = brief(" ".join(str(error).split()) or type(error).__name__)
+        raise source.error(f"its configuration makes no sense ({reason})") from error
+    return Read(source, family, settings, description)
+
+
+def settings_of(family: Family, options: Sequence[str], first: int | None = None) -> Settings:
+    """The caller's options for a file: the family's own, a preset, and keys of the recipe.
+
+    Args:
+        first: side of the pictures that the stage before makes, of a relay in two files.
+
+    Raises:
+        CheckpointError: an option without a value.
+    """
+    preset: str | None = None
+    own: dict[str, Any] = {}
+    overrides: list[str] = []
+    for option in options:
+        key, separator, value = option.partition("=")
+        key = key.removeprefix("--")
+        if not separator or not key:
+            raise CheckpointError(f"{option!r} is not of the form key=value")
+        if key == "preset":
+            preset = value
+        elif key in family.options:
+            own[key] = value
+        else:
+            overrides.append(f"{key}={value}")
+    return Settings(preset, own, overrides, first)
+
+
+def read_part(read: Read) -> Part:
+    """The model in a file, with all its tensors in place.
+
+    Raises:
+        CheckpointError: they are damaged, or not those of the network that the file describes.
+        RecipeError: the library has no such network.
+    """
+    settled = read.settled()
+    for tensors in read.description.weights.values():
+        with _reading(read.source):
+            check_stored(tensors)  # before a network of their sizes is made
+    network = _network(read.source, settled.recipe)
+    states: dict[str, Mapping[str, Tensor]] = {}
+    ignored: dict[str, str] = {}
+    for name, tensors in read.description.weights.items():
+        states[name], left = _state(read, settled.recipe, network, tensors)
+        ignored |= left
+    # Of a published file that is recognised, the training is known.
+    images = read.description.images_seen
+    if settled.published is not None and not images:
+        images = settled.recipe.training.images
+    return Part(
+        read.source,
+        read.family,
+        settled,
+        network,
+        states,
+        ignored,
+        images,
+        read.description.notes,
+    )
+
+
+@contextlib.contextmanager
+def _reading(source: CheckpointFile) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise source.error(f"{error}. Download or copy it again") from error
+
+
+def _network(source: CheckpointFile, recipe: Recipe) -> nn.Module:
+    try:
+        return hollow(partial(build_network, recipe))
+    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
+        raise source.error("its network would be larger than tensors can be") from error
 
 
 def _state(
-    checkpoint: Checkpoint, converter: Converter, recipe: Recipe, network: nn.Module
-) -> Mapping[str, Tensor]:
-    """The checkpoint's weights as the state dict of `network`."""
-    try:
-        state = converter.state(checkpoint, recipe, module_state(checkpoint.network))
-    except DataError as error:
-        raise checkpoint.error(f"{error}. Download or copy it again") from error
-    problems = mismatches(state, network.state_dict())
+    read: Read, recipe: Recipe, network: nn.Module, tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict of `network`, and what of the file has no place in it."""
+    source, expected = read.source, network.state_dict()
+    with _reading(source):
+        found = read_tensors(tensors)
+    state: dict[str, Tensor] = {}
+    ignored: dict[str, str] = {}
+    place = read.description.place(recipe)
+    for name, tensor in found.items():
+        put = _put(source, place, name, tensor)
+        if isinstance(put, Ignored):
+            ignored[name] = put.reason
+        elif put[0] in state:
+            raise source.error(f"{brief(name)} and another of its tensors are one of ours")
+        else:
+            # Copies in half precision are exact in ours.
+            half = put[1].dtype in (torch.float16, torch.bfloat16)
+            state[put[0]] = (put[1].to(torch.float32) if half else put[1]).contiguous()
+    for name, constant in expected.items():
+        if name not in state and read.description.constant(name) and not constant.is_meta:
+            state[name] = constant
+    problems = mismatches(state, expected)
     other = [name for name, tensor in state.items() if tensor.dtype != torch.float32]
     if other:
         problems.append(f"{len(other)} tensors are not float32 ({', '.join(other[:3])})")
     if problems:
-        raise checkpoint.error(
+        raise source.error(
             "its tensors are not those of the network that it describes: " + "; ".join(problems)
         )
     broken = not_finite(state)
     if broken:
-        raise checkpoint.error(f"{broken}; its training had failed before it was saved")
-    return state
+        raise source.error(f"{broken}; its training had failed before it was saved")
+    return state, ignored
+
+
+def _put(
+    source: CheckpointFile, place: Callable[[str, Tensor], Any], name: str, tensor: Tensor
+) -> Any:
+    try:
+        return place(name, tensor)
+    except RuntimeError as error:  # of reshaping
+        raise source.error(
+            f"its tensor {brief(name)} of shape {tuple(tensor.shape)} does not fit the network"
+        ) from error
+
+
+def merged(averaged: Part, trained: Part) -> Part:
+    """A model whose average is in one file and whose trained weights are in another."""
+    return replace(averaged, states={**averaged.states, **trained.states})
+
+
+def _facts(name: str, tensor: StoredTensor) -> TensorFacts:
+    return TensorFacts(name, tensor.shape, str(tensor.storage.dtype).removeprefix("torch."))

@@ -1,160 +1,41 @@
-"""Files that the released training code of EDM and its descendants wrote, as inert values.
+"""Files that released training code wrote, opened with nothing run.
 
-Two containers hold the same objects: a network snapshot (`.pkl`) is a plain pickle, a training
-state (`.pt`) a ZIP of `torch.save`. Nothing of a file is run. An object becomes a `ClosedObject`
-that holds the name of its class and its attributes, a tensor becomes a `StoredTensor` that is read
-when it is asked for, and a file that refers to anything that is not listed here is refused.
+Three containers hold the same kinds of objects: a plain pickle (`.pkl`), the ZIP of `torch.save`,
+and what `torch.save` wrote before PyTorch 1.6: several pickles in a row, and then all numbers. The
+file is mapped into memory, and the numbers of a tensor are read when it is asked for. A file that
+refers to anything that is not listed in `names` is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import math
+import mmap
 import zipfile
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import IO, Any, NamedTuple, cast
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from tessera.convert.names import checkpoint_names
+from tessera.convert.records import Storage, as_mapping, brief, damage
 from tessera.errors import CheckpointError, DataError
-from tessera.pickles import BYTES, Names, Stand, load_pickle
+from tessera.pickles import load_pickle
 
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-# Classes that are pickled by their import path, beside those with a source text of their own.
-_PLAIN_CLASSES = (
-    ("torch.nn.modules.container", "ModuleDict"),
-    ("torch.nn.modules.container", "ModuleList"),
-    ("torch.nn.modules.container", "Sequential"),
-    ("torch.nn.modules.activation", "SiLU"),
-)
-
-_NESTING = 16  # modules within modules; the released networks have five
-_TENSORS = 100_000  # of a network; the largest released one has 1,000
+# A pickle of the number that files of `torch.save` began with.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PROTOCOL = 1001
 
 
-class _Frozen(type):
-    """Classes whose attributes a pickle cannot set."""
+class Container(NamedTuple):
+    """What is in a file, and how it is packed."""
 
-    def __setattr__(cls, name: str, value: Any) -> NoReturn:
-        raise TypeError("not a value with a state")
-
-
-class ClosedObject(metaclass=_Frozen):
-    """An object of the file that stays closed: the name of its class and its attributes.
-
-    Attributes:
-        class_name: without the module.
-        state: the attributes by name; plain values, records and stored tensors.
-    """
-
-    class_name = ""
-    state: Mapping[str, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = _mapping(state, "state of an object")
+    data: Any
+    kind: str
 
 
-class Storage(Protocol):
-    """The numbers that tensors are views of."""
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of the file they take."""
-        ...
-
-    def read(self) -> Tensor:
-        """All of them, one-dimensional, on the CPU. Raises DataError if they are damaged."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """A storage within the pickle: the bytes of a whole file of `torch.save` in its old format."""
-
-    data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
-
-    def read(self) -> Tensor:
-        with _damage("a tensor's numbers"):
-            if self.data[:4] == b"PK\3\4":  # which could be a bomb, and is not the old format
-                raise DataError("a tensor's numbers in a ZIP of their own")
-            storage = torch.load(io.BytesIO(self.data), map_location="cpu", weights_only=True)
-            if not isinstance(storage, torch.storage.TypedStorage):
-                raise DataError(f"a {type(storage).__name__} in place of a tensor's numbers")
-            return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A storage that is a member of the ZIP around the pickle: little-endian numbers."""
-
-    archive: zipfile.ZipFile
-    name: str
-    dtype: torch.dtype
-    count: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        data = bytearray(_read_member(self.archive, self.name))
-        if len(data) != self.count * self.dtype.itemsize:
-            raise DataError(f"{self.name} in it has {len(data)} bytes, not those of its tensor")
-        empty = torch.empty(0, dtype=self.dtype)  # PyTorch makes no tensor of an empty buffer
-        return torch.frombuffer(data, dtype=self.dtype) if data else empty
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the file: a view of a storage."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """The tensor, contiguous, on the CPU.
-
-        Raises:
-            DataError: damaged, or not within its storage.
-        """
-        return self.view_of(self.storage.read())
-
-    def view_of(self, flat: Tensor) -> Tensor:
-        """As `read`, where all numbers of the storage have been read."""
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        if math.prod(self.shape) > len(flat) or (0 not in self.shape and last >= len(flat)):
-            raise DataError(f"a tensor of shape {self.shape} is larger than what is stored of it")
-        with _damage("a tensor"):
-            view = flat.as_strided(self.shape, self.stride, self.offset)
-            return view.clone(memory_format=torch.contiguous_format)
-
-
-def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any:
-    """What a network snapshot (`.pkl`) or a training state (`.pt`) holds, with nothing run.
+def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Container:
+    """What a checkpoint holds, with nothing run.
 
     Args:
         classes: (module, name) of further classes that may occur; they become records too.
@@ -163,13 +44,17 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any
         CheckpointError: no such file, damaged, of another kind, or it refers to what is not
             allowed; the message names it.
     """
-    names = {**_NAMES, **{key: _record_class(key[1]) for key in classes}}
     try:
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\3\4":
-                return _read_zip(path, names)
-            file.seek(0)
-            return load_pickle(file, names)
+            if not file.read(1):
+                raise DataError("it is empty")
+            # Private pages: whatever writes to a tensor does not write to the file.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if mapped[:4] == b"PK\3\4":
+            return Container(_read_zip(path, mapped, classes), "torch ZIP")
+        if mapped[: len(_LEGACY)] == _LEGACY:
+            return Container(_read_legacy(_Mapped(mapped), classes), "old torch file")
+        return Container(_read_pickle(mapped, classes), "pickle")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
     except (DataError, OSError) as error:
@@ -179,167 +64,169 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Any
         ) from error
 
 
-def module_state(module: ClosedObject) -> dict[str, Tensor]:
-    """The state dict of a recorded module: parameters and buffers of it and of its children.
+class _Mapped(io.RawIOBase):
+    """A part of a mapped file as a file that is read without moving it anywhere else."""
 
-    Raises:
-        DataError: it is no module, a tensor is damaged, or tensors repeat what is stored once.
-    """
-    found: dict[str, StoredTensor] = {}
-    _collect(module, "", found)
-    storages = {tensor.storage for tensor in found.values()}
-    stored = sum(storage.nbytes for storage in storages)
-    if sum(math.prod(tensor.shape) for tensor in found.values()) > 2 * stored:
-        raise DataError("its tensors have more numbers than are stored of them")
-    flat = {storage: storage.read() for storage in storages}
-    return {name: tensor.view_of(flat[tensor.storage]) for name, tensor in found.items()}
+    def __init__(self, mapped: mmap.mmap, start: int = 0, end: int | None = None) -> None:
+        self.mapped, self._at = mapped, start
+        self.end = len(mapped) if end is None else min(end, len(mapped))
 
+    @property
+    def stream(self) -> IO[bytes]:
+        """Itself, as the type that readers ask for."""
+        return cast("IO[bytes]", self)
 
-def _collect(module: Any, prefix: str, result: dict[str, StoredTensor]) -> None:
-    if not isinstance(module, ClosedObject) or prefix.count(".") > _NESTING:
-        raise DataError(f"{prefix.rstrip('.')[:80] or 'it'} is no module of a network")
-    passing = module.state.get("_non_persistent_buffers_set") or ()
-    tensors = [
-        *_mapping(module.state.get("_parameters", {}), "_parameters").items(),
-        *(
-            (name, value)
-            for name, value in _mapping(module.state.get("_buffers", {}), "_buffers").items()
-            if name not in passing
-        ),
-    ]
-    for name, value in tensors:
-        if isinstance(value, StoredTensor):
-            result[prefix + name] = value
-        elif value is not None:
-            raise DataError(f"{prefix}{name} is no tensor")
-    for name, child in _mapping(module.state.get("_modules", {}), "_modules").items():
-        if len(result) > _TENSORS:
-            raise DataError(f"a network of more than {_TENSORS:,} tensors")
-        if child is not None:
-            _collect(child, f"{prefix}{name}.", result)
+    def read(self, size: int = -1, /) -> bytes:
+        end = self.end if size < 0 else min(self._at + size, self.end)
+        data = self.mapped[self._at : end]
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        end = self.mapped.find(b"\n", self._at, self.end)
+        return self.read(self.end - self._at if end < 0 else end + 1 - self._at)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = offset + (self._at if whence == 1 else 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
 
-def _read_zip(path: Path, names: Names) -> Any:
-    with _damage("the ZIP"):
-        archive = zipfile.ZipFile(path)  # stays open while there are tensors to read from it
-    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise DataError("a ZIP without the one data.pkl that torch.save writes")
-    folder = pickles[0].removesuffix("data.pkl")
-    order = f"{folder}byteorder"
-    if order in archive.namelist() and _read_member(archive, order).strip() != b"little":
-        raise DataError("its numbers are big-endian")
+class _Large(NamedTuple):
+    """A string of bytes that stayed in the file."""
 
-    def storage(pid: Any) -> Storage:
-        match pid:
-            case ("storage", torch.dtype() as dtype, str(key), str(), int(count)):
-                return _Member(archive, f"{folder}data/{key}", dtype, count)
-        raise DataError("it refers to a tensor in a way that torch.save does not")
+    offset: int
+    size: int
 
-    return load_pickle(io.BytesIO(_read_member(archive, pickles[0])), names, persistent=storage)
+
+# ------------------------------------------------------------------------------------ plain pickles
+
+
+def _read_pickle(mapped: mmap.mmap, classes: Collection[tuple[str, str]]) -> Any:
+    def embedded(data: Any) -> Storage:
+        if isinstance(data, _Large):
+            return _embedded(mapped, data.offset, data.offset + data.size)
+        if not isinstance(data, bytes):
+            raise DataError("a tensor's numbers that are no bytes")
+        small = mmap.mmap(-1, max(len(data), 1))
+        small[: len(data)] = data
+        return _embedded(small, 0, len(data))
+
+    names = checkpoint_names(classes, embedded)
+    return load_pickle(_Mapped(mapped).stream, names, large=_Large)
+
+
+def _embedded(mapped: mmap.mmap, start: int, end: int) -> Storage:
+    """The storage in a whole old file of `torch.save` that is a string of a pickle."""
+    if mapped[start : start + 4] == b"PK\3\4":  # which could be a bomb, and is not the old format
+        raise DataError("a tensor's numbers in a ZIP of their own")
+    with damage("a tensor's numbers"):
+        storage = _read_legacy(_Mapped(mapped, start, end), ())
+    if not isinstance(storage, Storage):
+        raise DataError("something else in place of a tensor's numbers")
+    return storage
+
+
+# ------------------------------------------------------------------------------------- torch's ZIPs
+
+
+def _read_zip(path: Path, mapped: mmap.mmap, classes: Collection[tuple[str, str]]) -> Any:
+    with damage("the ZIP"), zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise DataError("a ZIP without the one data.pkl that torch.save writes")
+        folder = pickles[0].removesuffix("data.pkl")
+        order = f"{folder}byteorder"
+        if order in archive.namelist() and _read_member(archive, order).strip() != b"little":
+            raise DataError("its numbers are big-endian")
+        members: dict[str, Storage] = {}
+
+        def storage(pid: Any) -> Storage:
+            match pid:
+                case ("storage", torch.dtype() as dtype, str(key), str(), int(count)):
+                    if key not in members:
+                        name = f"{folder}data/{key}"
+                        members[key] = _member(archive, mapped, name, dtype, count)
+                    return members[key]
+            raise DataError("it refers to a tensor in a way that torch.save does not")
+
+        names = checkpoint_names(classes, _nothing_embedded)
+        program = io.BytesIO(_read_member(archive, pickles[0]))
+        return load_pickle(program, names, persistent=storage)
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    with _damage(f"{name} in it"):
-        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            raise DataError(f"{name} in it is compressed, which torch.save does not do")
+    with damage(f"{name} in it"):
+        _stored(archive, name)
         return archive.read(name)
 
 
-@contextlib.contextmanager
-def _damage(what: str) -> Iterator[None]:
-    """Everything that damaged files make readers raise, as a DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{what} cannot be read ({reason})") from error
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise DataError(f"{name} in it is compressed, which torch.save does not do")
+    return info
 
 
-# --------------------------------------------------------------- what stands for the file's names
+def _member(
+    archive: zipfile.ZipFile, mapped: mmap.mmap, name: str, dtype: torch.dtype, count: int
+) -> Storage:
+    """The storage that is a member of the ZIP."""
+    with damage(f"{name} in it"):
+        info = _stored(archive, name)
+        # Its own header, whose name and extra field may have other lengths than in the directory.
+        header = mapped[info.header_offset : info.header_offset + 30]
+        if header[:4] != b"PK\3\4":
+            raise DataError(f"{name} in it is not where the ZIP says")
+        lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        offset = info.header_offset + 30 + sum(lengths)
+    if info.file_size != count * dtype.itemsize:
+        raise DataError(f"{name} in it has {info.file_size} bytes, not those of its tensor")
+    return Storage(mapped, f"{name} in it", dtype, count, offset, info.CRC)
 
 
-def _persistent_object(meta: Any) -> ClosedObject:
-    """An object with its class's source text, which is dropped unread."""
-    meta = _mapping(meta, "description of an object")
-    name = meta.get("class_name")
-    if meta.get("type") != "class" or not isinstance(name, str):
-        raise DataError("an object without the name of its class")
-    record = ClosedObject()
-    record.class_name = name
-    record.__setstate__(meta.get("state"))
-    return record
+def _nothing_embedded(data: Any) -> Storage:
+    raise DataError("a tensor's numbers within the pickle of torch.save")
 
 
-def _record_class(name: str) -> type[ClosedObject]:
-    return cast("type[ClosedObject]", _Frozen(name, (ClosedObject,), {"class_name": name}))
+# ------------------------------------------------------------------------------ old files of torch
 
 
-def _rebuild_parameter(data: Any, requires_grad: Any = True, hooks: Any = None) -> StoredTensor:
-    if not isinstance(data, StoredTensor):
-        raise DataError("a parameter that is no tensor")
-    return data
+def _read_legacy(file: _Mapped, classes: Collection[tuple[str, str]]) -> Any:
+    """Magic number, protocol, system, the object, keys of the storages; then count and numbers."""
+    names = checkpoint_names(classes, _nothing_embedded)
+    _, protocol, system = (load_pickle(file.stream, {}) for _ in range(3))
+    if protocol != _LEGACY_PROTOCOL:
+        raise DataError(f"an old file of PyTorch of protocol {brief(protocol)}")
+    if not as_mapping(system, "description of the writer's machine").get("little_endian", True):
+        raise DataError("its numbers are big-endian")
+    storages: dict[str, Storage] = {}
 
+    def storage(pid: Any) -> Storage:
+        match pid:
+            case ("storage", torch.dtype() as dtype, str(key), str(), int(count), None):
+                return storages.setdefault(
+                    key, Storage(file.mapped, f"storage {key[:40]} in it", dtype, count)
+                )
+        raise DataError("it refers to a tensor in a way that this reader does not know")
 
-def _rebuild_tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any,
-    requires_grad: Any = False, hooks: Any = None, metadata: Any = None,
-) -> StoredTensor:  # fmt: skip
-    numbers = [offset, *shape, *stride]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise DataError("a tensor of impossible shape")
-    if not isinstance(storage, _Embedded | _Member) or len(shape) != len(stride):
-        raise DataError("a tensor without its numbers")
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
-
-
-def _embedded(data: Any) -> _Embedded:
-    if not isinstance(data, bytes):
-        raise DataError("a tensor's numbers that are no bytes")
-    return _Embedded(data)
-
-
-class _Kind(ClosedObject):
-    """The type of a NumPy number, by its code."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", "|", "="):
-            raise DataError("its numbers are big-endian")
-
-
-def _scalar(kind: Any, data: bytes) -> bool | int | float:
-    code = kind.code if isinstance(kind, _Kind) else None
-    if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1"):
-        raise DataError("a NumPy number of unknown type")
-    (value,) = np.frombuffer(data, np.dtype(f"<{code}")).tolist()
-    result: bool | int | float = value
-    return result
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise DataError(f"the {what} is not what it should be")
+    value = load_pickle(file.stream, names, persistent=storage)
+    keys = load_pickle(file.stream, {})
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise DataError("its list of storages is not that of its tensors")
+    for key in keys:
+        found = storages[key]
+        if int.from_bytes(file.read(8), "little", signed=True) != found.count or found.count < 0:
+            raise DataError(f"{found.name} is not as long as its tensors say")
+        found.offset = file.tell()
+        if found.offset + found.nbytes > file.end:
+            raise DataError(f"{found.name} is not whole")
+        file.seek(found.nbytes, 1)
     return value
-
-
-_NAMES: Names = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): Stand(_persistent_object),
-    **{key: _record_class(key[1]) for key in _PLAIN_CLASSES},
-    ("dnnlib.util", "EasyDict"): OrderedDict,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("torch._utils", "_rebuild_parameter"): Stand(_rebuild_parameter),
-    ("torch._utils", "_rebuild_tensor_v2"): Stand(_rebuild_tensor),
-    ("torch.storage", "_load_from_bytes"): Stand(_embedded),
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-    ("numpy", "dtype"): _Kind,
-    ("numpy.core.multiarray", "scalar"): Stand(_scalar),
-    ("numpy._core.multiarray", "scalar"): Stand(_scalar),
-    **BYTES,
-}

@@ -19,14 +19,12 @@ from tessera.networks.layers import (
     zero,
 )
 
-CHANNELS_PER_HEAD = 64
-
 
 class AdmUNet(nn.Module):
     """U-Net with adaptive group norms and multi-head attention at several resolutions.
 
-    Where a level asks for attention but has fewer than 64 channels, it has none, as in the
-    released code (recipes refuse such settings).
+    Where a level asks for attention but is narrower than a head, it has none, as in EDM's released
+    code (recipes refuse such settings).
 
     Args:
         resolution: height and width that the levels are named and attention is chosen by; other
@@ -34,11 +32,17 @@ class AdmUNet(nn.Module):
         in_channels, out_channels: channels of the input image and of the raw output.
         num_classes: 0 for a network without classes.
         augment_dim: number of augmentation labels; 0 for none.
-        model_channels, channel_mult: width, and its multiplier at each level.
+        model_channels, channel_mult: width, and its multiplier at each level, rounded down.
         channel_mult_emb: width of the conditioning vector as a multiple of `model_channels`.
         num_blocks: residual blocks of each level of the encoder; the decoder has one more.
         attn_resolutions: resolutions with self-attention, in all blocks.
         dropout: probability, in every block.
+        head_channels: width of an attention head.
+        heads: attention heads of every level, in place of a width.
+        groups: of every normalisation; None: a quarter of its channels, at most 32.
+        learn_variance: put out as many channels again, (1 - v) / 2 of the v in [-1, 1] that the
+            released networks of guided diffusion put out: the place of a step's log variance
+            between the larger and the smaller bound.
         coord_frequencies: of the coordinate channels, see `CoordinateInput`; None: no coordinates.
     """
 
@@ -51,11 +55,15 @@ class AdmUNet(nn.Module):
         augment_dim: int = 0,
         *,
         model_channels: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult: Sequence[float] = (1, 2, 3, 4),
         channel_mult_emb: int = 4,
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
+        head_channels: int = 64,
+        heads: int | None = None,
+        groups: int | None = None,
+        learn_variance: bool = False,
         coord_frequencies: int | None = None,
     ) -> None:
         super().__init__()
@@ -75,13 +83,16 @@ class AdmUNet(nn.Module):
         def block(
             c_in: int, c_out: int, attention: bool = False, up: bool = False, down: bool = False
         ) -> UNetBlock:
-            heads = c_out // CHANNELS_PER_HEAD if attention else 0
+            number = (heads or c_out // head_channels) if attention else 0
             return UNetBlock(
-                c_in, c_out, emb_channels, up=up, down=down, heads=heads, dropout=dropout
-            )
+                c_in, c_out, emb_channels, up=up, down=down, heads=number, dropout=dropout,
+                groups=groups,
+            )  # fmt: skip
 
+        self.learn_variance = learn_variance
+        widths = [int(model_channels * mult) for mult in channel_mult]
         self.enc = nn.ModuleDict()
-        channels = model_channels * channel_mult[0]
+        channels = widths[0]
         skips = [channels]
         for level, name in enumerate(levels):
             attention = resolution >> level in attn_resolutions
@@ -91,9 +102,8 @@ class AdmUNet(nn.Module):
                 self.enc[f"{name}_down"] = block(channels, channels, down=True)
                 skips.append(channels)
             for index in range(num_blocks):
-                width = model_channels * channel_mult[level]
-                self.enc[f"{name}_block{index}"] = block(channels, width, attention)
-                channels = width
+                self.enc[f"{name}_block{index}"] = block(channels, widths[level], attention)
+                channels = widths[level]
                 skips.append(channels)
 
         self.dec = nn.ModuleDict()
@@ -105,11 +115,11 @@ class AdmUNet(nn.Module):
             else:
                 self.dec[f"{name}_up"] = block(channels, channels, up=True)
             for index in range(num_blocks + 1):
-                width = model_channels * channel_mult[level]
+                width = widths[level]
                 self.dec[f"{name}_block{index}"] = block(channels + skips.pop(), width, attention)
                 channels = width
-        self.out_norm = GroupNorm(channels)
-        self.out_conv = Conv(channels, out_channels, 3)
+        self.out_norm = GroupNorm(channels, groups=groups)
+        self.out_conv = Conv(channels, out_channels * (1 + learn_variance), 3)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -129,7 +139,10 @@ class AdmUNet(nn.Module):
                 yield module
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W]."""
+        """Scaled input x [B, C, H, W] and noise conditioning [B] to raw output [B, C', H, W].
+
+        With a learned variance, the second half of twice as many channels is in [0, 1].
+        """
         emb = self._embed(noise, cond)
         x = self.coords(x, cond)
         skips = []
@@ -139,7 +152,10 @@ class AdmUNet(nn.Module):
         for name, block in self.dec.items():
             x = block(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
         out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
-        return out
+        if not self.learn_variance:
+            return out
+        image, variance = out.chunk(2, dim=1)
+        return torch.cat([image, (1 - variance) / 2], dim=1)
 
     def _embed(self, noise: Tensor, cond: Conditioning) -> Tensor:
         """The conditioning vector, float32 [B, E]."""

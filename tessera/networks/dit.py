@@ -216,8 +216,9 @@ class DiT(Trunk):
 
     Args:
         shape, options: see `Trunk`.
-        learn_variance: put out as many channels again, (1 + v) / 2 of the v that the released
-            networks put out: the place of the log variance between its bounds.
+        learn_variance: put out as many channels again, (1 - v) / 2 of the v in [-1, 1] that the
+            released networks put out: the place of a step's log variance between the larger and
+            the smaller bound.
 
     Example:
         >>> network = DiT(16, 4, 10, depth=1, width=32, heads=2, patch=2)
@@ -250,7 +251,7 @@ class DiT(Trunk):
         if not self.learn_variance:
             return output
         image, variance = output.chunk(2, dim=1)
-        return torch.cat([image, (variance + 1) / 2], dim=1)
+        return torch.cat([image, (1 - variance) / 2], dim=1)
 
     def _block(self, block: nn.Module, h: Tensor, c: Tensor, span: int, twice: bool) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

@@ -118,22 +118,23 @@ class GroupNorm(nn.Module):
     """Group normalisation in float32 whatever the input's dtype, which the result keeps.
 
     Args:
-        channels: number of channels; there are min(32, channels // 4) groups.
+        channels: number of channels.
         eps: added to the variance.
+        groups: number of groups; None: min(32, channels // 4).
 
     Raises:
         TesseraError: the groups would not be of equal size.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, groups: int | None = None) -> None:
         super().__init__()
-        self.groups = min(32, channels // 4)
+        self.groups = min(32, channels // 4) if groups is None else groups
         if self.groups == 0 or channels % self.groups:
             raise TesseraError(
                 f"the network has a layer of {channels} channels, which do not divide into "
                 f"{max(self.groups, 1)} groups for normalisation (a quarter of the channels, at "
-                "most 32). Change network.model_channels or network.channel_mult: powers of two, "
-                "or multiples of 32, always fit"
+                "most 32, or network.groups). Change network.model_channels or "
+                "network.channel_mult: powers of two, or multiples of 32, always fit"
             )
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -285,6 +286,7 @@ class UNetBlock(nn.Module):
         resample_proj: give the skip connection of a resampling block a 1x1 convolution even if the
             width stays.
         adaptive: emb scales and shifts the normalised h (ADM) instead of being added before.
+        groups: of the group norms, see `GroupNorm`.
     """
 
     def __init__(
@@ -302,6 +304,7 @@ class UNetBlock(nn.Module):
         taps: Sequence[float] = (1, 1),
         resample_proj: bool = False,
         adaptive: bool = True,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -309,10 +312,10 @@ class UNetBlock(nn.Module):
         self.dropout = Dropout(dropout)
         self.skip_scale = skip_scale
         self.adaptive = adaptive
-        self.norm0 = GroupNorm(in_channels, eps)
+        self.norm0 = GroupNorm(in_channels, eps, groups)
         self.conv0 = Conv(in_channels, out_channels, 3, up=up, down=down, taps=taps)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if adaptive else 1))
-        self.norm1 = GroupNorm(out_channels, eps)
+        self.norm1 = GroupNorm(out_channels, eps, groups)
         self.conv1 = Conv(out_channels, out_channels, 3)
         self.skip: nn.Module | None = None
         if in_channels != out_channels or (resample_proj and (up or down)):
@@ -320,7 +323,7 @@ class UNetBlock(nn.Module):
         elif up or down:
             self.skip = Resample(taps, up)
         if heads:
-            self.norm2 = GroupNorm(out_channels, eps)
+            self.norm2 = GroupNorm(out_channels, eps, groups)
             self.qkv = Conv(out_channels, out_channels * 3, 1)
             self.proj = Conv(out_channels, out_channels, 1)
 

@@ -198,10 +198,11 @@ def find_folder(source: str | Path) -> Path:
             f"{path} holds no pipeline: neither config.json nor pipeline/config.json is there. "
             "Name a pipeline folder, or the folder of a run that has saved a checkpoint"
         )
-    if path.suffix in (".pkl", ".pt") and path.is_file():
+    if path.is_file():
+        folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pipeline")
         raise CheckpointError(
-            f"{path} is not a pipeline. If it is a checkpoint of EDM's released code, make a "
-            f"pipeline of it once: tessera convert {path} {path.with_suffix('')}"
+            f"{path} is a file and no pipeline. If it is a released checkpoint, make a pipeline of "
+            f"it once: tessera convert {path} {folder}"
         )
     if is_hub_id(source):
         return _download(str(source))
@@ -229,7 +230,7 @@ def read_config(folder: Path) -> FolderConfig:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is not the configuration of a tessera pipeline. Of other tools' models, "
-            "checkpoints of EDM's released code can be made into one: tessera convert"
+            "released checkpoints can be made into one: tessera convert CHECKPOINT FOLDER"
         )
     version = config.get("version")
     if version not in READABLE:

@@ -34,10 +34,18 @@ class _Hollow(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `build` makes, with parameters of their size and without numbers.
+
+    Buffers that are computed, as filters are, have theirs.
+    """
+    with torch.random.fork_rng(devices=[]), _Hollow():
+        return build()
+
+
 def network_bytes(build: Callable[[], nn.Module]) -> int:
     """Bytes of the parameters and buffers of the module that `build` makes, without making them."""
-    with torch.random.fork_rng(devices=[]), _Hollow():
-        network = build()
+    network = hollow(build)
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 

@@ -24,10 +24,11 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
-from tessera.convert.checkpoint import Checkpoint
-from tessera.convert.edm import edm_recipe
-from tessera.convert.run import convert_checkpoint
-from tessera.convert.unpickle import ClosedObject
+from tessera.convert.assemble import plan_conversion
+from tessera.convert.checkpoint import CheckpointFile, Settings
+from tessera.convert.families import find_family
+from tessera.convert.records import ClosedObject
+from tessera.convert.run import Part, Read, describe_source
 from tessera.errors import CheckpointError, RecipeError, TesseraError
 from tessera.networks.adm_unet import AdmUNet
 from tessera.recipes.loading import shipped
@@ -36,6 +37,7 @@ from tessera.recipes.schema import (
     EdmObjectiveConfig,
     EdmPreconditioningConfig,
     IddpmPreconditioningConfig,
+    Recipe,
     SongUNetConfig,
     VeObjectiveConfig,
     VePreconditioningConfig,
@@ -44,6 +46,13 @@ from tessera.recipes.schema import (
 
 NETWORKS = ["net_ddpmpp", "net_ncsnpp", "net_adm", "net_songskip"]
 CLASSES = {"edm": "EDMPrecond", "vp": "VPPrecond", "ve": "VEPrecond"}
+
+
+def convert(dest: Path, *sources: Path) -> Part:
+    """Write a pipeline of one or two checkpoints."""
+    plan = plan_conversion(sources)
+    plan.write(dest)
+    return plan.parts[0]
 
 
 def recorded_weights(kind: str) -> dict[str, Tensor]:
@@ -63,16 +72,16 @@ def same(folder: Path, file: str, expected: dict[str, Tensor]) -> bool:
 )
 def test_recorded_files(tmp_path: Path, file: str, name: str, images: int) -> None:
     path = recorded_file(file, tmp_path, "network-snapshot-002500.pkl" if images else None)
-    made = convert_checkpoint(path, tmp_path / "made")
+    made = convert(tmp_path / "made", path)
     assert same(tmp_path / "made", "model.safetensors", recorded_weights(name))
-    assert made.weights == ("ema" if name == "ema" else "raw",)
+    assert [*made.states] == ["ema" if name == "ema" else "raw"]
     assert made.parameters == sum(
         value.numel()
         for key, value in recorded_weights(name).items()
         if not key.endswith("resample_filter")
     )
     pipe = tessera.load(tmp_path / "made", device="cpu")
-    assert (pipe.ema, pipe.images_seen) == (made.weights[0], images)
+    assert (pipe.ema, pipe.images_seen) == (next(iter(made.states)), images)
     assert pipe.recipe.shape == (3, 8, 8)
     assert pipe.recipe.data.num_classes == 4
     assert pipe.recipe.data.path is None
@@ -86,8 +95,8 @@ def test_recorded_files(tmp_path: Path, file: str, name: str, images: int) -> No
 def test_average_and_trained_weights_together(tmp_path: Path) -> None:
     snapshot = recorded_file(SNAPSHOT, tmp_path, "network-snapshot-000001.pkl")
     state = recorded_file(STATE, tmp_path, "training-state-000001.pt")
-    made = convert_checkpoint(state, tmp_path / "made", snapshot=snapshot)
-    assert made.weights == ("ema", "raw")
+    made = convert(tmp_path / "made", state, snapshot)
+    assert [*made.states] == ["ema", "raw"]
     assert same(tmp_path / "made", "model.safetensors", recorded_weights("ema"))
     assert same(tmp_path / "made", "model-raw.safetensors", recorded_weights("net"))
     averaged, raw = (tessera.load(tmp_path / "made", ema=name) for name in ("ema", "raw"))
@@ -107,7 +116,7 @@ def test_the_same_denoiser(tmp_path: Path, name: str, kind: str) -> None:
     golden = load("edm", name)
     tensors = {f"model.{k}": v for k, v in weights(golden).items()}
     net = network(CLASSES[kind], tensors, **arguments(name))
-    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+    convert(tmp_path / "made", write_snapshot(tmp_path / "a.pkl", net))
     denoiser = tessera.load(tmp_path / "made", device="cpu").denoiser
     if kind == "vp":
         assert denoiser.sigma_min == 0.0009765625
@@ -127,7 +136,7 @@ def iddpm(**changes: Any) -> Persistent:
 def test_improved_ddpm(tmp_path: Path) -> None:
     golden = load("edm", "iddpm")
     # At 8x8 its attention is 32 channels wide, which the released network leaves out.
-    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", iddpm()), tmp_path / "made")
+    convert(tmp_path / "made", write_snapshot(tmp_path / "a.pkl", iddpm()))
     pipe = tessera.load(tmp_path / "made", device="cpu")
     assert pipe.recipe.network.attn_resolutions == ()
     cond = recorded_conditioning(golden)
@@ -149,7 +158,7 @@ def test_attention_at_widths_between_multiples_of_64(tmp_path: Path, width: int)
         model_type="DhariwalUNet", model_channels=width, channel_mult=[1, 1], num_blocks=1,
         attn_resolutions=[8],
     )  # fmt: skip
-    convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+    convert(tmp_path / "made", write_snapshot(tmp_path / "a.pkl", net))
     pipe = tessera.load(tmp_path / "made", device="cpu")
     assert pipe.recipe.network.attn_resolutions == (8,)
     assert pipe.networks()[0].enc["8x8_block0"].heads == width // 64
@@ -170,8 +179,14 @@ def record(class_name: str, state: dict[str, Any] | None = None, **arguments: An
 SIZE = {"img_resolution": 32, "img_channels": 3}
 
 
-def checkpoint(net: ClosedObject, name: str = "a.pkl", **parts: Any) -> Checkpoint:
-    return Checkpoint(Path(name), "ema", net, **parts)
+def described(net: ClosedObject, name: str = "a.pkl", **parts: Any) -> Read:
+    """What is found in a network snapshot with these parts."""
+    source = CheckpointFile(Path(name), {"ema": net, **parts}, "pickle")
+    return describe_source(source, find_family(source), Settings())
+
+
+def recipe_of(net: ClosedObject, name: str = "a.pkl", **parts: Any) -> Recipe:
+    return described(net, name, **parts).settled().recipe
 
 
 def test_arguments_that_were_left_out() -> None:
@@ -192,10 +207,10 @@ def test_arguments_that_were_left_out() -> None:
         ("VEPrecond", song, VePreconditioningConfig(sigma_min=0.02, sigma_max=100)),
         ("iDDPMPrecond", adm, IddpmPreconditioningConfig(c_1=0.001, c_2=0.008, timesteps=1000)),
     ):  # fmt: skip
-        recipe, images = edm_recipe(checkpoint(record(class_name, **SIZE)))
+        recipe = recipe_of(record(class_name, **SIZE))
         assert recipe.network == unet
         assert recipe.preconditioning == scaling
-        assert (recipe.data.num_classes, recipe.augment, images) == (0, None, 0)
+        assert (recipe.data.num_classes, recipe.augment) == (0, None)
         assert recipe.training.precision == "fp32"
 
 
@@ -204,13 +219,11 @@ def test_what_it_was_trained_by() -> None:
         "EDMPrecond", **SIZE, model_type="SongUNet", augment_dim=4, label_dim=7,
         label_dropout=0.1, use_fp16=True, sigma_min=0, sigma_max=float("inf"), sigma_data=0.25,
     )  # fmt: skip
-    recipe, _ = edm_recipe(
-        checkpoint(
-            net,
-            loss=record("EDMLoss", P_mean=-1.0),
-            augment=record("AugmentPipe", p=0.2, xflip=1e8, rotate_int=1, lumaflip=1),
-            dataset={"xflip": True, "path": "/somewhere/else.zip"},
-        )
+    recipe = recipe_of(
+        net,
+        loss_fn=record("EDMLoss", P_mean=-1.0),
+        augment_pipe=record("AugmentPipe", p=0.2, xflip=1e8, rotate_int=1, lumaflip=1),
+        dataset_kwargs={"xflip": True, "path": "/somewhere/else.zip"},
     )
     assert recipe.preconditioning == EdmPreconditioningConfig(sigma_data=0.25)
     assert recipe.objective == EdmObjectiveConfig(p_mean=-1.0, label_dropout=0.1)
@@ -220,13 +233,13 @@ def test_what_it_was_trained_by() -> None:
     assert recipe.training.precision == "fp16"
     assert recipe.data.xflip
     assert "somewhere" not in recipe.model_dump_json()
-    recipe, _ = edm_recipe(checkpoint(record("VEPrecond", **SIZE), loss=record("VELoss")))
+    recipe = recipe_of(record("VEPrecond", **SIZE), loss_fn=record("VELoss"))
     assert recipe.objective == VeObjectiveConfig()
 
 
 def test_exact_smallest_noise_level_is_kept() -> None:
     net = record("VPPrecond", {"sigma_min": 0.00100050}, **SIZE)
-    recipe, _ = edm_recipe(checkpoint(net))
+    recipe = recipe_of(net)
     assert recipe.preconditioning == VpPreconditioningConfig(released_sigma_min=False)
 
 
@@ -236,7 +249,8 @@ def released_arguments(name: str) -> tuple[str, dict[str, Any]]:
     unet = recipe.network
     assert isinstance(unet, SongUNetConfig | AdmUNetConfig)
     names = {"embedding": "embedding_type", "encoder": "encoder_type", "decoder": "decoder_type"}
-    section = unet.model_dump(exclude={"kind", "implicit_mlp"})
+    own = {"kind", "implicit_mlp", "head_channels", "heads", "groups", "learn_variance"}
+    section = unet.model_dump(exclude=own)
     options = {names.get(key, key): value for key, value in section.items()}
     file = re.sub(r"(ffhq|afhqv2|imagenet)-?64-", r"\1-64x64-uncond-", name)
     file = file.replace("cifar10", "cifar10-32x32").replace("uncond-adm", "cond-adm")
@@ -256,15 +270,14 @@ PUBLISHED = [name for name in shipped() if name.startswith("edm-")]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models(name: str) -> None:
     file, options = released_arguments(name)
-    recipe, images = edm_recipe(checkpoint(record("EDMPrecond", **options), file))
+    settled = described(record("EDMPrecond", **options), file).settled()
     base = shipped()[name]()
-    assert recipe.sampling == base.sampling
-    assert recipe.training == base.training
-    assert images == base.training.images
-    other = record("EDMPrecond", **options | {"num_blocks": 2})
-    recipe, images = edm_recipe(checkpoint(other, file))
-    assert images == 0
-    assert recipe.network.num_blocks == 2
+    assert settled.published == name
+    assert settled.recipe.sampling == base.sampling
+    assert settled.recipe.training == base.training
+    other = described(record("EDMPrecond", **options | {"num_blocks": 2}), file).settled()
+    assert other.published is None
+    assert other.recipe.network.num_blocks == 2
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -278,19 +291,23 @@ def test_published_models(name: str) -> None:
         (record("EDMPrecond", img_channels=3), {}, "without img_resolution"),
         (record("EDMPrecond", {"_init_args": (32,)}, **SIZE), {}, "say by name how its EDMPrecond"),
         (record("EDMPrecond", **SIZE, model_type="UViT"), {}, "is a UViT; those of EDM are SongU"),
-        (record("EDMPrecond", **SIZE), {"loss": record("XLoss")}, "trained by a XLoss"),
-        (record("EDMPrecond", **SIZE), {"loss": record("EDMLoss", x=1)}, "EDMLoss was made with x"),
+        (record("EDMPrecond", **SIZE), {"loss_fn": record("XLoss")}, "trained by a XLoss"),
+        (
+            record("EDMPrecond", **SIZE),
+            {"loss_fn": record("EDMLoss", x=1)},
+            "EDMLoss was made with x",
+        ),
         (record("EDMPrecond", **SIZE, augment_dim=5), {}, "5 augmentation labels"),
         (
             record("EDMPrecond", **SIZE, augment_dim=9),
-            {"augment": record("AugmentPipe", xflip=1)},
+            {"augment_pipe": record("AugmentPipe", xflip=1)},
             "9 augmentation labels, and the augmentation 1",
         ),
     ],
 )
 def test_what_is_not_known(net: ClosedObject, parts: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
-        edm_recipe(checkpoint(net, "folder/odd.pkl", **parts))
+        recipe_of(net, "folder/odd.pkl", **parts)
     assert "odd.pkl" in str(error.value)
 
 
@@ -305,7 +322,7 @@ def test_configurations_that_make_no_sense(
 ) -> None:
     net = network("EDMPrecond", {}, **{**SIZE, "model_type": model_type, **changes})
     with pytest.raises((CheckpointError, RecipeError), match=r"a\.pkl"):
-        convert_checkpoint(write_snapshot(tmp_path / "a.pkl", net), tmp_path / "made")
+        convert(tmp_path / "made", write_snapshot(tmp_path / "a.pkl", net))
     assert not (tmp_path / "made").exists()
 
 
@@ -321,10 +338,10 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         tensors = {f"model.{k}": v for k, v in {**golden, **changes}.items() if v is not None}
         path = write_snapshot(tmp_path / "a.pkl", network("EDMPrecond", tensors, **options))
         with pytest.raises(CheckpointError, match=message):
-            convert_checkpoint(path, tmp_path / "made")
+            convert(tmp_path / "made", path)
     path = write_snapshot(tmp_path / "a.pkl", iddpm(u=torch.linspace(9, 0, 1001)))
     with pytest.raises(CheckpointError, match="table of noise levels"):
-        convert_checkpoint(path, tmp_path / "made")
+        convert(tmp_path / "made", path)
     assert not (tmp_path / "made").exists()
 
 
@@ -335,16 +352,18 @@ def test_other_files(tmp_path: Path) -> None:
     empty = write_state(tmp_path / "c.pt", 3)
     later = recorded_file(STATE, tmp_path, "training-state-000002.pt")
     dest = tmp_path / "made"
-    for source, folder, partner, message in (
-        (snapshot, tmp_path / "taken", None, "taken exists already"),
-        (unknown, dest, None, "is a PatchPrecond, which is not known here. Known are EDM: EDMPre"),
-        (empty, dest, None, "holds no network"),
-        (snapshot, dest, snapshot, "only if the first is a training state"),
-        (later, dest, snapshot, "not of the same moment"),
-        (state, dest, tmp_path / "absent.pkl", "no such file"),
+    for sources, message in (
+        ([unknown], "network is a PatchPrecond, which is of no kind known here. Known are patch"),
+        ([empty], "it holds net, optimizer_state, which is of no kind"),
+        ([snapshot, snapshot], "two models, and nothing says how they make one pipeline"),
+        ([later, snapshot], "not of the same moment"),
+        ([state, tmp_path / "absent.pkl"], "no such file"),
+        ([], "name one checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            convert_checkpoint(source, folder, snapshot=partner)
+            convert(dest, *sources)
+    with pytest.raises(CheckpointError, match="taken exists already"):
+        convert(tmp_path / "taken", snapshot)
     assert not dest.exists()
     assert not list((tmp_path / "taken").iterdir())
 
@@ -373,4 +392,4 @@ def test_command(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         run("convert", path, tmp_path / "made")
     state = recorded_file(STATE, tmp_path, "training-state-002500.pt")
-    assert "ema, raw" in run("convert", state, tmp_path / "both", "--snapshot", path)
+    assert "ema, raw" in run("convert", state, path, tmp_path / "both")

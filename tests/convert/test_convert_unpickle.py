@@ -18,7 +18,8 @@ import torch
 from golden_cases import load, weights
 from released_files import SNAPSHOT, STATE, Persistent, recorded_file, write_snapshot, write_state
 
-from tessera.convert.unpickle import ClosedObject, StoredTensor, module_state, read_container
+from tessera.convert.records import ClosedObject, module_state
+from tessera.convert.unpickle import read_container
 from tessera.errors import CheckpointError, DataError
 
 
@@ -29,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("file", "entry"), [(SNAPSHOT, "ema"), (STATE, "net")])
 def test_recorded_tensors(tmp_path: Path, file: str, entry: str) -> None:
-    record = read_container(recorded_file(file, tmp_path))[entry]
+    record = read_container(recorded_file(file, tmp_path)).data[entry]
     expected = weights(load("edm", "train"), f"out.{entry}.")
     state = module_state(record)
     assert state.keys() == expected.keys()
@@ -40,7 +41,7 @@ def test_recorded_tensors(tmp_path: Path, file: str, entry: str) -> None:
 
 
 def test_recorded_values(tmp_path: Path) -> None:
-    data = read_container(recorded_file(SNAPSHOT, tmp_path))
+    data = read_container(recorded_file(SNAPSHOT, tmp_path)).data
     block = data["ema"].state["_modules"]["model"].state["_modules"]["enc"].state["_modules"]
     assert block["8x8_block0"].state["skip_scale"] == pytest.approx(0.5**0.5)
     assert type(block["8x8_block0"].state["skip_scale"]) is float
@@ -53,7 +54,7 @@ def test_the_source_text_is_dropped_unread(tmp_path: Path) -> None:
         write_snapshot(tmp_path / "a.pkl", Persistent("EDMPrecond", x=1)),
         write_state(tmp_path / "a.pt", Persistent("EDMPrecond", x=1)),
     ):
-        (record,) = (v for v in read_container(path).values() if isinstance(v, ClosedObject))
+        (record,) = (v for v in read_container(path).data.values() if isinstance(v, ClosedObject))
         assert record.state["x"] == 1
         assert "executed" not in str(vars(record))
         assert not (tmp_path / "executed").exists()
@@ -73,7 +74,7 @@ TENSORS = {
 def test_views_and_types(tmp_path: Path, name: str) -> None:
     net = Persistent("Part", _buffers={"weight": TENSORS[name]})
     for path in (write_snapshot(tmp_path / "a.pkl", net), write_state(tmp_path / "a.pt", net)):
-        (record,) = (v for v in read_container(path).values() if isinstance(v, ClosedObject))
+        (record,) = (v for v in read_container(path).data.values() if isinstance(v, ClosedObject))
         (found,) = module_state(record).values()
         assert found.dtype == TENSORS[name].dtype
         assert torch.equal(found, TENSORS[name])
@@ -82,7 +83,7 @@ def test_views_and_types(tmp_path: Path, name: str) -> None:
 def test_buffers_that_are_not_saved(tmp_path: Path) -> None:
     buffers = {"kept": torch.ones(1), "left": torch.ones(1)}
     net = Persistent("Part", _buffers=buffers, _non_persistent_buffers_set={"left"})
-    data = read_container(write_snapshot(tmp_path / "a.pkl", net))
+    data = read_container(write_snapshot(tmp_path / "a.pkl", net)).data
     assert list(module_state(data["ema"])) == ["kept"]
 
 
@@ -155,10 +156,8 @@ def test_an_attack_within_a_tensor(tmp_path: Path) -> None:
     storage = Call(torch.storage._load_from_bytes, attack)
     tensor = Call(torch._utils._rebuild_tensor_v2, storage, 0, (1,), (1,), False, OrderedDict())
     path = write_snapshot(tmp_path / "a.pkl", Persistent("Part", _buffers={"x": tensor}))
-    record = read_container(path)["ema"]
-    assert isinstance(record.state["_buffers"]["x"], StoredTensor)
-    with pytest.raises(DataError, match="tensor's numbers"):
-        module_state(record)
+    with pytest.raises(CheckpointError, match=r"\.mkdir, which may run code"):
+        read_container(path)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -179,8 +178,10 @@ def test_tensors_stay_within_their_numbers(
     rebuild, (storage, *_), *_ = real.__reduce_ex__(2)
     tensor = Call(rebuild, storage, offset, shape, stride, False, OrderedDict())
     path = write_snapshot(tmp_path / "a.pkl", Persistent("Part", _buffers={"x": tensor}))
-    with pytest.raises(DataError, match=r"larger than what is stored|a tensor cannot be read"):
-        module_state(read_container(path)["ema"])
+    with pytest.raises(
+        DataError, match=r"larger than what is|more numbers than are|cannot be read"
+    ):
+        module_state(read_container(path).data["ema"])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_a_module_within_itself(tmp_path: Path) -> None:
     children: dict[str, Any] = {}
     net.meta["state"]["_modules"] = children
     children["again"] = Persistent("Part", _modules=children)
-    data = read_container(write_snapshot(tmp_path / "a.pkl", net))
+    data = read_container(write_snapshot(tmp_path / "a.pkl", net)).data
     with pytest.raises(DataError, match="no module"):
         module_state(data["ema"])
 
@@ -223,7 +224,7 @@ def test_damaged_members(tmp_path: Path) -> None:
     data[data.index(numbers) + 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match="CRC"):
-        module_state(read_container(path)["net"])
+        module_state(read_container(path).data["net"])
 
 
 def repacked(path: Path, compression: int, **changes: bytes) -> Path:
@@ -241,9 +242,8 @@ def test_other_zips(tmp_path: Path) -> None:
         read_container(repacked(path, zipfile.ZIP_DEFLATED))
     with pytest.raises(CheckpointError, match="big-endian"):
         read_container(repacked(path, zipfile.ZIP_STORED, byteorder=b"big"))
-    short = read_container(repacked(path, zipfile.ZIP_STORED, **{"0": b"1234"}))
-    with pytest.raises(DataError, match="has 4 bytes"):
-        module_state(short["net"])
+    with pytest.raises(CheckpointError, match="has 4 bytes"):
+        read_container(repacked(path, zipfile.ZIP_STORED, **{"0": b"1234"}))
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("a.png", b"")
     with pytest.raises(CheckpointError, match=r"without the one data\.pkl"):
@@ -261,7 +261,7 @@ def test_other_files(tmp_path: Path) -> None:
 def test_numpy_numbers(tmp_path: Path) -> None:
     numbers = [np.float64(0.1), np.float32(0.5), np.int64(-3), np.bool_(True)]
     path = write_snapshot(tmp_path / "a.pkl", Persistent("Part", numbers=numbers))
-    assert read_container(path)["ema"].state["numbers"] == [0.1, 0.5, -3, True]
+    assert read_container(path).data["ema"].state["numbers"] == [0.1, 0.5, -3, True]
     kind = Call(np.dtype, "O")
     attack = Call(np.float64(0).__reduce__()[0], kind, b"12345678")
     path = write_snapshot(tmp_path / "b.pkl", Persistent("Part", numbers=attack))
@@ -282,7 +282,7 @@ def test_classes_of_another_family(tmp_path: Path) -> None:
         del sys.modules[module.__name__]
     with pytest.raises(CheckpointError, match=r"training\.models\.DiTBlock"):
         read_container(path)
-    data = read_container(path, {("training.models", "DiTBlock")})
+    data = read_container(path, {("training.models", "DiTBlock")}).data
     assert data["ema"].state["_modules"]["0"].class_name == "DiTBlock"
     assert list(module_state(data["ema"])) == ["0.weight"]
 
@@ -295,4 +295,4 @@ def test_the_classes_of_records_stay_as_they_are() -> None:
     with pytest.raises(CheckpointError):
         read_container(Path("a.pkl"))
     Path("a.pkl").write_bytes(b"\x80\x02" + name + b".")
-    assert read_container(Path("a.pkl")).class_name == "ModuleDict"
+    assert read_container(Path("a.pkl")).data.class_name == "ModuleDict"

@@ -70,7 +70,7 @@ def test_plain_transformer(name: str) -> None:
     def released(x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         """Released networks put out v of the variance in [-1, 1], ours its place in [0, 1]."""
         image, *place = network(x, noise, cond).split(network.channels, dim=1)
-        return torch.cat([image, *(2 * p - 1 for p in place)], dim=1)
+        return torch.cat([image, *(1 - 2 * p for p in place)], dim=1)
 
     assert_near(network.t_embedder(noise), golden["out.t_emb"], 2e-5, 1e-4)
     output = released(golden["in.x"], noise, cond)

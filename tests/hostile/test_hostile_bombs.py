@@ -28,7 +28,8 @@ from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
-from tessera.convert.unpickle import ClosedObject, module_state, read_container
+from tessera.convert.records import ClosedObject, module_state
+from tessera.convert.unpickle import read_container
 from tessera.data.dataset import open_dataset
 from tessera.data.members import open_members
 from tessera.data.sources import open_source
@@ -185,7 +186,7 @@ def test_networks_that_repeat_themselves(tmp_path: Path) -> None:
     part = Persistent("Part", _parameters={"weight": torch.nn.Parameter(torch.zeros(1))})
     for _ in range(40):
         part = Persistent("Part", _modules={"a": part, "b": part})
-    record = read_container(write_snapshot(tmp_path / "a.pkl", part))["ema"]
+    record = read_container(write_snapshot(tmp_path / "a.pkl", part)).data["ema"]
     assert isinstance(record, ClosedObject)
     with pytest.raises(DataError):
         module_state(record)
@@ -193,7 +194,7 @@ def test_networks_that_repeat_themselves(tmp_path: Path) -> None:
     views = {f"w{i}": tensor.view(1000)[:] for i in range(50)}
     path = write_state(tmp_path / "b.pt", Persistent("Part", _buffers=views))
     with pytest.raises(DataError, match="more numbers than are stored"):
-        module_state(read_container(path)["net"])
+        module_state(read_container(path).data["net"])
 
 
 # ------------------------------------------------------------------------------------------ recipes

@@ -24,10 +24,8 @@ import yaml
 from data_files import last, random_images, write_packed, write_zip
 from hostile_files import budget, odd_bytes, odd_json, seeds
 from hypothesis import given
-from released_files import SNAPSHOT, STATE, recorded_file
 
 import tessera
-from tessera.convert.run import convert_checkpoint
 from tessera.data.dataset import open_dataset
 from tessera.data.inspect import count_labels
 from tessera.data.latents import LatentDataset, is_latents
@@ -173,17 +171,6 @@ def test_recipe_files(folder: Path, random: Random) -> None:
     path.write_bytes(odd_bytes(text.encode("utf-8", "replace"), random))
     with refusal_or_not:
         load_recipe(path)
-
-
-@given(seeds)
-@budget(25)
-def test_pickles(folder: Path, random: Random) -> None:
-    name = random.choice([SNAPSHOT, STATE])
-    path = folder / f"x{Path(name).suffix}"
-    path.write_bytes(odd_bytes(recorded_file(name, folder).read_bytes(), random))
-    shutil.rmtree(folder / "made", ignore_errors=True)
-    with refusal_or_not:
-        convert_checkpoint(path, folder / "made")
 
 
 @given(seeds)

@@ -130,22 +130,40 @@ class AdmUNetConfig(UNetSection):
 
     kind: Literal["adm_unet"] = "adm_unet"
     model_channels: Width = 192
-    channel_mult: Levels = (1, 2, 3, 4)
+    channel_mult: Annotated[
+        tuple[Factor | Annotated[float, Field(gt=0, le=1024)], ...],
+        Listed,
+        Field(min_length=1, max_length=16),
+    ] = (1, 2, 3, 4)
     channel_mult_emb: Factor = 4
     num_blocks: Blocks = 3
     attn_resolutions: Resolutions = (32, 16, 8)
     dropout: Probability = 0.10
+    head_channels: Width = Field(64, description="width of an attention head")
+    heads: Width | None = Field(None, description="attention heads, in place of a width")
+    groups: Width | None = Field(
+        None, description="of normalisations; null: a quarter of the channels, at most 32"
+    )
+    learn_variance: bool = Field(False, description="put out the variance of reverse steps, too")
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.learn_variance
 
     def check(self, side: int) -> None:
         for level, mult in enumerate(self.channel_mult):
-            resolution, width = side >> level, self.model_channels * mult
-            heads = width // 64
+            resolution, width = side >> level, int(self.model_channels * mult)
+            heads = self.heads or width // self.head_channels
             asked = resolution in self.attn_resolutions
             # Between the two halves of the network there is attention wherever it is wide enough.
             always = level == len(self.channel_mult) - 1 and heads > 0
             if not (asked or always) or (heads and width % heads == 0):
                 continue
-            why = f"which {heads} heads do not divide" if heads else "and a head needs 64"
+            why = (
+                f"which {heads} heads do not divide"
+                if heads
+                else f"and a head needs {self.head_channels}"
+            )
             raise ValueError(
                 f"network.attn_resolutions: there is attention at {resolution}, where the ADM "
                 f"network is {width} channels wide, {why}. Change network.model_channels"
