@@ -51,6 +51,9 @@ def convert(
     for part in plan.parts:
         print_part(part)
     folder = plan.write(dest)
+    if plan.kind == "autoencoder":
+        print(f"written to {folder}, an autoencoder of latents: codec.model={folder}")
+        return
     print(f"written to {folder}; its images: tessera sample {folder} --out samples/")
 
 

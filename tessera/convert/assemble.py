@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from tessera.convert import relay
 from tessera.convert.checkpoint import AVERAGE, TRAINED
+from tessera.convert.families import open_checkpoint
+from tessera.convert.flat import is_state_dict, state_dict
+from tessera.convert.kl16 import autoencoder_config, save_autoencoder
+from tessera.convert.records import read_tensors
 from tessera.convert.run import (
     Part,
     Read,
@@ -16,6 +22,7 @@ from tessera.convert.run import (
     merged,
     read_part,
     read_source,
+    reading,
     settings_of,
 )
 from tessera.errors import CheckpointError
@@ -23,30 +30,31 @@ from tessera.files import user_path
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import assemble
-from tessera.pipelines.folder import WritePart, write_folder
+from tessera.pipelines.folder import WritePart, not_finite, write_folder
 from tessera.pipelines.relay import RelayPipeline
-from tessera.recipes.build import preconditioned
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 
-Kind = Literal["diffusion", "relay", "experts"]
+Kind = Literal["model", "relay", "experts", "autoencoder"]
 
 _PLACES = ("first", "second")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What will be written: one model, or several as one pipeline.
+    """What will be written: one model, or several as one pipeline; or the autoencoder of latents.
 
     Attributes:
-        kind: of the pipeline.
+        kind: one model, the stages of a relay, experts, or an autoencoder.
         parts: its models, in their order.
         whole: the pipeline of several models, without weights.
+        autoencoder: tensors of one, by their released names; there are no models then.
     """
 
     kind: Kind
     parts: tuple[Part, ...]
     whole: Pipeline | None = None
+    autoencoder: Mapping[str, Tensor] | None = None
 
     def write(self, dest: str | Path) -> Path:
         """Write the pipeline folder, whole or not at all.
@@ -55,6 +63,9 @@ class Conversion:
             CheckpointError: it exists.
         """
         folder = free_folder(dest)
+        if self.autoencoder is not None:
+            save_autoencoder(self.autoencoder, folder)
+            return folder
         if self.whole is None:
             self.parts[0].write(folder)
             return folder
@@ -113,12 +124,14 @@ def plan_conversion(
     if not 1 <= len(paths) <= 2:
         raise CheckpointError("name one checkpoint, or the two that make one pipeline")
     if len(paths) == 1:
-        return Conversion("diffusion", (read_part(read_source(paths[0], kind, options)),))
+        if kind in (None, "kl16") and (found := autoencoder_tensors(paths[0])) is not None:
+            return Conversion("autoencoder", (), autoencoder=found)
+        return Conversion("model", (read_part(read_source(paths[0], kind, options)),))
     reads = [
         read_source(path, kind, _options_of(place, options)) for place, path in enumerate(paths)
     ]
     if _halves(reads):
-        return Conversion("diffusion", (_both_weights(reads),))
+        return Conversion("model", (_both_weights(reads),))
     reads = _as_stages(reads)
     recipes = [read.settled().recipe for read in reads]
     if all(recipe.snr_splits for recipe in recipes):
@@ -130,6 +143,24 @@ def plan_conversion(
         "For experts give the thresholds between them, like snr_splits=0.25; the second stage of a "
         "relay has twice the resolution or more. Convert them one by one for two pipelines"
     )
+
+
+def autoencoder_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a KL autoencoder in a file; None if it holds something else.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its autoencoder is none of diffusers'.
+    """
+    source = open_checkpoint(path)
+    data = source.data.get("model") if isinstance(source.data, dict) else None
+    if not is_state_dict(data) or not {"encoder.conv_in.weight", "quant_conv.weight"} <= {*data}:
+        return None
+    with reading(source):
+        state = read_tensors(state_dict(source, data, "model"))
+    if broken := not_finite(state):
+        raise source.error(broken)
+    autoencoder_config(state)  # which says what does not fit
+    return state
 
 
 def _options_of(place: int, options: Sequence[str]) -> list[str]:
@@ -207,13 +238,7 @@ def _relay(reads: Sequence[Read]) -> Conversion:
 
 def _pipelines(parts: Sequence[Part]) -> list[DiffusionPipeline]:
     """The parts as pipelines without numbers, which check whether they fit each other."""
-    return [
-        DiffusionPipeline(
-            part.recipe,
-            preconditioned(part.recipe, part.network),
-            images_seen=part.images_seen,
-            emas=[*part.states],
-            ema=next(iter(part.states)),
-        )
-        for part in parts
-    ]
+    pipes = [part.pipe for part in parts if isinstance(part.pipe, DiffusionPipeline)]
+    if len(pipes) < len(parts):
+        raise CheckpointError("only denoisers can be stages of a relay, or experts")
+    return pipes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tessera.convert import dit, edm, energy, guided, lego, patch, pdm, relay
+from tessera.convert import dit, edm, energy, guided, lego, mar, patch, pdm, relay
 from tessera.convert.checkpoint import CheckpointFile, Family
 from tessera.convert.records import ClosedObject, brief
 from tessera.convert.snapshots import open_snapshot
@@ -21,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     pdm.FAMILY,
     guided.FAMILY,
     energy.FAMILY,
+    mar.FAMILY,
     dit.FAMILY,
 )
 

@@ -17,8 +17,11 @@ from tessera.convert.families import find_family, open_checkpoint
 from tessera.convert.records import StoredTensor, brief, check_stored, read_tensors
 from tessera.convert.settle import Settled, settle
 from tessera.errors import CheckpointError, DataError
+from tessera.model import Model
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.folder import mismatches, not_finite, write_folder
-from tessera.recipes.build import build_network
+from tessera.pipelines.loading import build_pipeline
+from tessera.recipes.build import build_model
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.recipes.size import hollow
@@ -40,7 +43,7 @@ class Part:
         source: the file.
         family: what it is of.
         settled: the recipe, and where it came from.
-        network: ours, without numbers.
+        pipe: the pipeline of our model, without numbers.
         states: its state dict for each named state, the default first.
         ignored: tensors of the file that have no place in it, and why.
         images_seen: images trained on; 0 if the file does not say.
@@ -50,7 +53,7 @@ class Part:
     source: CheckpointFile
     family: Family
     settled: Settled
-    network: nn.Module
+    pipe: Pipeline
     states: Mapping[str, Mapping[str, Tensor]]
     ignored: Mapping[str, str]
     images_seen: int
@@ -64,13 +67,13 @@ class Part:
     @property
     def parameters(self) -> int:
         """Trainable numbers of the network."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
+        return sum(parameter.numel() for parameter in self.pipe.model.network.parameters())
 
     def write(self, folder: Path) -> None:
         """Write it as a pipeline folder."""
         write_folder(
             folder,
-            "diffusion",
+            self.pipe.kind,
             dump_recipe(self.recipe),
             self.states,
             images_seen=self.images_seen,
@@ -176,9 +179,10 @@ def read_part(read: Read) -> Part:
     """
     settled = read.settled()
     for tensors in read.description.weights.values():
-        with _reading(read.source):
+        with reading(read.source):
             check_stored(tensors)  # before a network of their sizes is made
-    network = _network(read.source, settled.recipe)
+    model = _model(read.source, settled.recipe)
+    network = model.network
     states: dict[str, Mapping[str, Tensor]] = {}
     ignored: dict[str, str] = {}
     for name, tensors in read.description.weights.items():
@@ -192,7 +196,7 @@ def read_part(read: Read) -> Part:
         read.source,
         read.family,
         settled,
-        network,
+        build_pipeline(settled.recipe, model, images_seen=images),
         states,
         ignored,
         images,
@@ -201,18 +205,25 @@ def read_part(read: Read) -> Part:
 
 
 @contextlib.contextmanager
-def _reading(source: CheckpointFile) -> Iterator[None]:
+def reading(source: CheckpointFile) -> Iterator[None]:
+    """A region in which damage is said to be that of a file.
+
+    Raises:
+        CheckpointError: its numbers are damaged.
+    """
     try:
         yield
     except DataError as error:
         raise source.error(f"{error}. Download or copy it again") from error
 
 
-def _network(source: CheckpointFile, recipe: Recipe) -> nn.Module:
+def _model(source: CheckpointFile, recipe: Recipe) -> Model:
     try:
-        return hollow(partial(build_network, recipe))
+        model = hollow(partial(build_model, recipe))
     except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
         raise source.error("its network would be larger than tensors can be") from error
+    assert isinstance(model, Model)
+    return model
 
 
 def _state(
@@ -220,7 +231,7 @@ def _state(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict of `network`, and what of the file has no place in it."""
     source, expected = read.source, network.state_dict()
-    with _reading(source):
+    with reading(source):
         found = read_tensors(tensors)
     state: dict[str, Tensor] = {}
     ignored: dict[str, str] = {}
