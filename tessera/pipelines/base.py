@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
+from tessera.pipelines.protocol import Plan
 from tessera.progress import quantity
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import dump_recipe
@@ -53,56 +54,6 @@ class SampledBatch:
 
 OnStep = Callable[[Sequence[int], SamplerState], None]
 """Called after every sampler step with the batch's seeds and the sampler's state."""
-
-
-class Plan(Protocol):
-    """What makes the images of one call, checked and ready to run.
-
-    Attributes:
-        seeds: one for each image.
-        classes: int64, of all images; None where each seed draws its own.
-        shape: (C, H, W) of a sample in model space.
-        facts: what was chosen, as plain JSON values; with the model's own, all that decides what
-            the image of a seed looks like.
-    """
-
-    @property
-    def seeds(self) -> Sequence[int]: ...
-
-    @property
-    def classes(self) -> NDArray[np.int64] | None: ...
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    def networks(self) -> list[nn.Module]:
-        """All networks that run, parts of a network that run alone included."""
-        ...
-
-    def helpers(self) -> list[nn.Module]:
-        """Other modules that run, by the way; they count as no evaluations."""
-        ...
-
-    def noise(self, source: SeedNoise) -> NoiseSource:
-        """The source that the sampler draws from."""
-        ...
-
-    def start(self, seeds: Sequence[int], noise: NoiseSource) -> Any:
-        """What the sampler begins with, drawn before the class of an image."""
-        ...
-
-    def states(
-        self, seeds: Sequence[int], start: Any, labels: Tensor | None, noise: NoiseSource
-    ) -> Iterator[SamplerState]:
-        """The steps of the sampler; the last state's `x` becomes the picture."""
-        ...
-
-    def picture(self, x: Tensor) -> Tensor:
-        """The part of a state's `x` that is shown, in model space."""
-        ...
 
 
 class Pipeline(ABC):

@@ -20,7 +20,8 @@ from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
 from tessera.images import open_image, save_png
-from tessera.pipelines.base import Pipeline, Plan, SampledBatch
+from tessera.pipelines.base import Pipeline, SampledBatch
+from tessera.pipelines.protocol import Plan
 from tessera.pipelines.usage import Usage
 from tessera.progress import progress
 from tessera.sampling.core import SamplerState
