@@ -50,9 +50,10 @@ def random_pipeline(**changes: Any) -> MarPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(recipe)
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
+                std = 0.03 if name.endswith("final_layer.linear.weight") else 0.3
+                torch.nn.init.normal_(parameter, std=std)
     pipe = build_pipeline(recipe, model)
     assert isinstance(pipe, MarPipeline)
     return pipe
@@ -63,7 +64,7 @@ def test_a_seed_is_an_image_in_any_batch() -> None:
     options = {"guidance": 3.0, "temperature": 0.9}
     together = pipe.sample(range(5), [0, 1, 0, 1, -1], **options)
     assert len({image.tobytes() for image in together}) == 5
-    assert 5 < np.median(together) < 250
+    assert ((together > 0) & (together < 255)).mean() > 0.3, "not all at the ends"
     for seed, label in enumerate([0, 1, 0, 1]):
         alone = pipe.sample([seed], label, **options)[0]
         assert np.abs(alone.astype(int) - together[seed]).max() <= 1
@@ -222,7 +223,7 @@ def test_the_loss_of_a_head_that_says_nothing() -> None:
 def test_it_learns_what_can_be_known() -> None:
     """Images of one colour: all tokens are known, and so is the noise."""
     recipe = small(
-        network={"patch": 4, "dropout": 0, "attn_dropout": 0, "head_width": 32},
+        network={"dropout": 0, "attn_dropout": 0, "head_width": 48},
         objective={"label_dropout": 0},
         preconditioning={"schedule": "cosine"},
     )
@@ -232,7 +233,7 @@ def test_it_learns_what_can_be_known() -> None:
     labels = torch.arange(16) % 2
     x = torch.full((16, 3, 8, 8), 0.5)
     losses: list[float] = []
-    for step in range(120):
+    for step in range(180):
         draws = AddressedDraws(0, torch.arange(16) + 16 * step, 16 * step)
         terms = objective(model, x, Conditioning(labels=labels), draws)
         optimizer.zero_grad()
@@ -240,10 +241,10 @@ def test_it_learns_what_can_be_known() -> None:
         optimizer.step()
         losses.append(float(terms["mse"].detach().mean()))
     assert np.mean(losses[:3]) == pytest.approx(1, abs=0.2)
-    assert np.mean(losses[-20:]) < 0.5
+    assert np.mean(losses[-20:]) < 0.3
     pipe = build_pipeline(recipe, model)
     images = pipe.sample(range(8), head_steps="25")
-    assert images.mean(axis=(1, 2, 3)) == pytest.approx(np.full(8, 0.75 * 255), abs=40)
+    assert images.mean() == pytest.approx(0.75 * 255, abs=35)
 
 
 def test_weight_decay_is_the_released_one() -> None:
