@@ -32,7 +32,7 @@ def state_dict(source: CheckpointFile, value: Any, what: str) -> dict[str, Store
     return tensors
 
 
-def is_state_dict(value: Any) -> bool:
+def is_state_dict(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a value is a dictionary of tensors by name."""
     return (
         isinstance(value, dict)
