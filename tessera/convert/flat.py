@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from tessera.convert.checkpoint import CheckpointFile, Data, Settings
 from tessera.convert.records import StoredTensor, flat_tensors
