@@ -46,7 +46,7 @@ class DiffusionHead(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=0.02)
         for block in (*self.res_blocks, self.final_layer):
-            nn.init.zeros_(block.adaLN_modulation[1].weight)  # type: ignore[index, union-attr, arg-type]
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def blocks(self) -> Iterator[nn.Module]:

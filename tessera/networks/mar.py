@@ -123,7 +123,7 @@ class Mar(nn.Module):
 
     def join(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L, d] to images [B, C, H, W]; `cut` undone."""
-        split = tokens.unflatten(2, (self.channels, self.patch**2))
+        split = tokens.reshape(len(tokens), self.tokens, self.channels, self.patch**2)
         return self._grid.join(split.transpose(2, 3).flatten(2))
 
     @property

@@ -87,8 +87,9 @@ class Attention(nn.Module):
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(tokens_at(x, rows), weight[:width], bias[:width])
         kv = F.linear(x, weight[width:], bias[width:])
-        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q = q.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2)
+        kv = kv.reshape(batch, -1, 2, self.heads, width // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind()
         h = attend_to(q, k, v, self.dropout if self.training else 0.0)
         output: Tensor = self.proj(h.reshape(batch, -1, width))
         return output
