@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.experts import sigma_range
 from tessera.diffusion.guidance import Guided
 from tessera.errors import TesseraError
+from tessera.model import Model
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.canvas import Canvas, choose_canvas
 from tessera.pipelines.labels import Label, Seeds, list_seeds
@@ -44,7 +45,7 @@ class DiffusionPipeline(Pipeline):
     """
 
     kind = "diffusion"
-    of_model = Denoiser
+    of_model: ClassVar[type[Model] | None] = Denoiser
 
     @property
     def denoiser(self) -> Denoiser:
