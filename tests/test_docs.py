@@ -20,6 +20,7 @@ from tessera.cli import app
 from tessera.cli.sample import parse_options
 from tessera.errors import TesseraError
 from tessera.pipelines.loading import build_pipeline
+from tessera.pipelines.options import fill
 from tessera.pipelines.plans import SampleOptions
 from tessera.pipelines.relay import STAGES, assemble_relay
 from tessera.recipes.loading import load_recipe, shipped
@@ -207,7 +208,10 @@ def check_sampling(given: dict[str, Any]) -> None:
             errors.append(str(error))
         else:
             return
-    raise AssertionError(f"{given}: no model takes these: {errors}")
+    try:
+        fill({"sampler": load_recipe("cifar10-small-mar").sampling}, given, {})
+    except TesseraError as error:
+        raise AssertionError(f"{given}: no model takes these: {[*errors, error]}") from error
 
 
 def check_overrides(recipe: str, changes: list[str]) -> None:
@@ -297,6 +301,7 @@ def test_python_gives_options_that_there_are(page: Path) -> None:
         for section in SampleOptions.sections(load_recipe(recipe), kind).values()
         for name in type(section).model_fields
     }
+    known |= {"edit", *type(load_recipe("cifar10-small-mar").sampling).model_fields}
     code = [block for language, block in FENCED.findall(page.read_text()) if language == "python"]
     code += [part for part in lines(page)[1] if re.fullmatch(r"pipe\.\w+\(.*\)", part)]
     for node in (node for part in code for node in ast.walk(ast.parse(part))):

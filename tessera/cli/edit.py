@@ -49,10 +49,7 @@ def edit(
     ),
     own_parts: OwnParts = None,
 ) -> None:
-    """Keep a part of pictures and make the rest, by a model that can (network.kind=mar).
-
-    tessera edit runs/mar photo.png box=8,8,16,16 --class 3 --seeds 0-7 --out edited/
-    """
+    """Keep a part of pictures and make the rest, by a model that can (network.kind=mar)."""
     from tessera import distributed
     from tessera.cli.sample import parse_options, plain_warnings, print_summary, write_images
     from tessera.pipelines.generate import Job

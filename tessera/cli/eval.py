@@ -261,4 +261,10 @@ def _images(
     if not is_pipeline(path):
         return data_source(open_images(path), num=num, seed=seed, batch=batch)
     pipeline = load(path, device=device, parts=parts)
+    try:
+        pipeline.check([seed])
+    except TesseraError as error:
+        raise TesseraError(
+            f"{error}. Make its samples first, with options: tessera sample {path} --out SAMPLES"
+        ) from error
     return sample_stream(pipeline, num or _SAMPLED, str(path), seed=seed, batch=batch)

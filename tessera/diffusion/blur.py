@@ -12,6 +12,7 @@ target is the sharp image.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -28,7 +29,7 @@ from tessera.randomness import Draws
 _WIDTH = 16
 """Pixels of a row in one product of matrices: fewer leave vector units idle, more waste work."""
 
-_AT_ONCE = 2**18
+_AT_ONCE = 2**17
 """Numbers whose window sums are made together on a CPU, in whose cache they stay."""
 
 
@@ -112,9 +113,13 @@ def block_noise(white: Tensor, block: int, *, wraps: bool = True) -> Tensor:
     noise = white.new_empty(len(planes), height - further, width - further)
     on_cpu = white.device.type == "cpu"
     count = max(_AT_ONCE // (height * width) if on_cpu else len(planes), 1)
+    # Used again and again, because fresh memory costs more than the sums.
+    scratch = white.new_empty(2 + _odd(block), min(count, len(planes)), height, width)
     pairs = zip(torch.split(planes, count), torch.split(noise, count), strict=True)
     for part, made in pairs:
-        sums = _window_sums(_window_sums(part, block, -2), block, -1)
+        buffers = [*scratch[:, : len(part)]]
+        rows = _window_sums(part, block, -2, buffers)
+        sums = _window_sums(rows, block, -1, buffers)
         torch.div(sums[:, further:, further:], block, out=made)
     return noise.reshape(*white.shape[:-2], *noise.shape[-2:])
 
@@ -372,24 +377,36 @@ def _on_blocks(x: Tensor, matrix: Tensor) -> Tensor:
         return (y.reshape(images, -1, copies * block) @ wide).to(x.dtype).reshape(x.shape)
 
 
-def _window_sums(x: Tensor, length: int, axis: int) -> Tensor:
-    """Circular sums over the `length` >= 2 numbers that end at each one of an axis, by doubling."""
-    total, start, size = None, 0, 1
-    while True:
-        if length & size:
-            total = x if total is None else _plus_shifted(total, x, start, axis)
-            start += size
-        if 2 * size > length:
-            assert total is not None
-            return total
-        x = _plus_shifted(x, x, size, axis)
+def _window_sums(x: Tensor, length: int, axis: int, buffers: Sequence[Tensor]) -> Tensor:
+    """Circular sums over the `length` numbers that end at each one of an axis, by doubling.
+
+    The result is one of the `buffers` shaped like x, of which x may be one: two, and a third for
+    lengths that are no power of 2, which need x again.
+    """
+    sums, size = x, 1
+    kept = [x] * _odd(length)
+    for bit in f"{length:b}"[1:]:
+        sums = _plus_shifted(sums, sums, size, axis, _another(buffers, sums, *kept))
         size *= 2
+        if bit == "1":
+            sums = _plus_shifted(sums, x, size, axis, _another(buffers, sums, *kept))
+            size += 1
+    return sums
 
 
-def _plus_shifted(x: Tensor, y: Tensor, shift: int, axis: int) -> Tensor:
-    """x + y.roll(shift, axis), without a copy of y."""
-    total, rest = torch.empty_like(x), x.shape[axis] - shift
+def _odd(length: int) -> bool:
+    """Whether doubling alone does not reach a length."""
+    return length.bit_count() > 1
+
+
+def _another(buffers: Sequence[Tensor], *used: Tensor) -> Tensor:
+    return next(b for b in buffers if all(b is not tensor for tensor in used))
+
+
+def _plus_shifted(x: Tensor, y: Tensor, shift: int, axis: int, out: Tensor) -> Tensor:
+    """x + y.roll(shift, axis) in `out`, without a copy of y."""
+    rest = x.shape[axis] - shift
     for at, source, count in ((shift, 0, rest), (0, rest, shift)):
         left, right = x.narrow(axis, at, count), y.narrow(axis, source, count)
-        torch.add(left, right, out=total.narrow(axis, at, count))
-    return total
+        torch.add(left, right, out=out.narrow(axis, at, count))
+    return out

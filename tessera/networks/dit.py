@@ -319,6 +319,10 @@ class EnergyDiT(Trunk):
             return {}
         return {"alpha": Tuning(lr=self.step_size_lr, decay=False)}
 
+    def reports(self) -> dict[str, Tensor]:
+        """The step size while it learns."""
+        return {"step_size": self.alpha} if self.alpha.requires_grad else {}
+
     @property
     def step_size(self) -> Tensor:
         """Of energy descent, 0-dim and at least `SMALLEST_STEP`, with a gradient also there."""

@@ -32,8 +32,7 @@ class Edit:
         """The squares of so many pixels a side, [H / side, W / side], that hold any such pixel."""
         height, width = self.made.shape
         squares = self.made.reshape(height // side, side, width // side, side)
-        found: NDArray[np.bool_] = squares.any(axis=(1, 3))
-        return found
+        return np.asarray(squares.any(axis=(1, 3)))
 
 
 def choose_edit(

@@ -160,6 +160,7 @@ def test_the_step_size_learns_at_its_own_rate(tmp_path: Path) -> None:
     }
     assert groups.keys() == {(0.25, 0.5), (0.25, 0.0), (0.75, 0.0)}
     assert groups[0.75, 0.0] == {id(alpha)}
+    assert learner.reports() == {"step_size": pytest.approx(alpha.item())}
 
 
 def test_resuming_repeats_a_run_that_never_stopped(tmp_path: Path) -> None:

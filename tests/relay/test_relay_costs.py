@@ -90,3 +90,6 @@ def test_a_second_stage_is_shown_and_scored_while_it_trains(folder: Path) -> Non
                "--training-images", "64", "--device", "cpu", "--json")  # fmt: skip
     result = json.loads(told[told.index("{") :])
     assert any(isinstance(value, float) and value > 0 for value in result.values())
+    with pytest.raises(TesseraError, match=r"starts from pictures .*samples first.*tessera sample"):
+        run("eval", "score", folder / "second", path, "--features", "classifier", "--num", "16",
+            "--training-images", "64", "--device", "cpu")  # fmt: skip
