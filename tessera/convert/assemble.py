@@ -153,7 +153,8 @@ def autoencoder_tensors(path: Path) -> dict[str, Tensor] | None:
     """
     source = open_checkpoint(path)
     data = source.data.get("model") if isinstance(source.data, dict) else None
-    if not is_state_dict(data) or not {"encoder.conv_in.weight", "quant_conv.weight"} <= {*data}:
+    marks = {"encoder.conv_in.weight", "quant_conv.weight"}
+    if not is_state_dict(data) or not marks <= {*(data or ())}:
         return None
     with reading(source):
         state = read_tensors(state_dict(source, data, "model"))

@@ -32,7 +32,7 @@ _MARKS = ("encoder_pos_embed_learned", f"{_HEAD}input_proj.weight")
 def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     states = [data.get(key) for key in ("model", "model_ema")] if isinstance(data, dict) else []
-    return any(is_state_dict(state) and all(mark in state for mark in _MARKS) for state in states)
+    return any(is_state_dict(state) and {*_MARKS} <= {*(state or ())} for state in states)
 
 
 def _describe(source: CheckpointFile, settings: Settings) -> Description:
