@@ -30,7 +30,7 @@ class ExpertsPipeline(DiffusionPipeline):
     """
 
     kind = "experts"
-    of_model = None  # type: ignore[assignment]
+    of_model = None
 
     def __init__(self, pipes: Sequence[DiffusionPipeline], thresholds: Sequence[float]) -> None:
         first = pipes[0]
