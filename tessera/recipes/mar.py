@@ -34,7 +34,7 @@ Size = Literal["base", "large", "huge"]
 _GUIDANCE = {"base": 2.9, "large": 3.0, "huge": 3.2}
 
 
-def imagenet256(size: Size) -> Recipe:
+def mar_imagenet256(size: Size) -> Recipe:
     """ImageNet at 256x256 as the released models: 800 epochs, 256 iterations, guidance by size.
 
     Without guidance the original samples at a temperature of 0.95.
@@ -119,8 +119,8 @@ def cifar10_small_mar() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "cifar10-small-mar": cifar10_small_mar,
-    "mar-base-imagenet256": partial(imagenet256, "base"),
-    "mar-large-imagenet256": partial(imagenet256, "large"),
-    "mar-huge-imagenet256": partial(imagenet256, "huge"),
+    "mar-base-imagenet256": partial(mar_imagenet256, "base"),
+    "mar-large-imagenet256": partial(mar_imagenet256, "large"),
+    "mar-huge-imagenet256": partial(mar_imagenet256, "huge"),
     "mar-large-3x1024-imagenet256": default_training,
 }
