@@ -25,7 +25,6 @@ SAMPLING: dict[str, list[dict[str, Any]]] = {
         {"steps": 18},
         {"steps": 9, **MCMC, "refine.steps": 1},
         {"steps": 7, **MCMC, "refine.steps": 2},
-        {"steps": 18, **MCMC, "refine.steps": 2},
     ],
 }
 
@@ -41,7 +40,7 @@ def main() -> None:
     """Train, sample and score both, print and keep the table, and write the grids."""
     parser = common.parser_for("energy_vs_plain", __doc__)
     parser.add_argument("--minutes", type=float, default=20, help="training time of each arm")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=1.0)
     common.add_arm_options(parser, [*ARMS])
     options = parser.parse_args()
     if options.arm is not None:
