@@ -30,6 +30,7 @@ PURPOSES = {
     "patch.column": "first column of an image's patch",
     "latent": "sample of an image's posterior in latent space",
     "nll": "noise of a step of a likelihood, nll.<step>",
+    "energy": "noise of an image whose energy is asked for, energy.<level>.<repeat>",
     "block_noise": "one number for a block of pixels of an image, while training on blurred ones",
     "refinement_noise": "noise that refinement begins with, of an image's training on its descent",
     "contrastive_noise": "noise of the image that an energy is compared with",

@@ -62,8 +62,7 @@ def recorded_network(config: dict[str, Any], out_channels: int | None = None) ->
     dims = (channels, out_channels or channels, config["label_dim"], config["augment_dim"])
     if section.pop("kind") == "adm_unet":
         return AdmUNet(config["img_resolution"], *dims, **section)
-    implicit = config.get("implicit_mlp", False)
-    return SongUNet(config["img_resolution"], *dims, **section, implicit_mlp=implicit)
+    return SongUNet(config["img_resolution"], *dims, **section)
 
 
 class RecordedDraws:

@@ -21,7 +21,7 @@ from tessera.model import Model
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.folder import mismatches, not_finite, write_folder
 from tessera.pipelines.loading import build_pipeline
-from tessera.recipes.build import build_model
+from tessera.recipes.build import build_network, model_around
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.recipes.size import hollow
@@ -219,11 +219,10 @@ def reading(source: CheckpointFile) -> Iterator[None]:
 
 def _model(source: CheckpointFile, recipe: Recipe) -> Model:
     try:
-        model = hollow(partial(build_model, recipe))
+        network = hollow(partial(build_network, recipe))
     except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
         raise source.error("its network would be larger than tensors can be") from error
-    assert isinstance(model, Model)
-    return model
+    return model_around(recipe, network)
 
 
 def _state(

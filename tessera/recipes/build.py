@@ -77,7 +77,11 @@ def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1)
     Raises:
         RecipeError: an external part was not handed over, or it does not fit into memory.
     """
-    network = build_network(recipe, parts, copies)
+    return model_around(recipe, build_network(recipe, parts, copies))
+
+
+def model_around(recipe: schema.Recipe, network: nn.Module) -> Model:
+    """What a recipe trains, with this network."""
     if isinstance(network, Mar):
         process = build_preconditioning(recipe.preconditioning)
         assert isinstance(process, Discrete)

@@ -68,8 +68,8 @@ def test_every_command_that_opens_a_model_takes_parts() -> None:
         if any("--with" in parameter.opts for parameter in command.params)
     }
     assert takes == {
-        "train", "sample", "cost", "experts", "relay", "bricks", "energy", "nll", "features",
-        "reference", "score",
+        "train", "sample", "cost", "experts", "relay", "bricks", "edit", "energy", "nll",
+        "features", "reference", "score",
     }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from tessera.cli import app
 from tessera.cli.sample import parse_options
 from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
-from tessera.recipes.schema import SAMPLERS
+from tessera.pipelines.options import samplers
+from tessera.recipes.schema import EdmSamplerConfig
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def run(*arguments: object) -> str:
 # ------------------------------------------------------------------------------ what there is
 
 
-@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+@pytest.mark.parametrize("sampler", [None, *samplers(EdmSamplerConfig())])
 def test_every_option_has_a_meaning(sampler: str | None) -> None:
     for pipe in (tiny_pipeline(), lego_case.tiny_pipeline()):
         options = pipe.options(sampler)
@@ -126,7 +127,7 @@ def test_all_options_can_be_given_as_they_are_printed(folders: dict[str, str]) -
         ("tiny", ["discretization=vp"], "one of `sampler=ablation`$"),
         ("tiny", ["skip=0.5"], "only networks made of bricks.*Leave out `skip`"),
         ("tiny", ["window=0,0,8,8"], "not know where its pixels lie.*Leave out `window`"),
-        ("tiny", ["sampler=dpm"], "`sampler=dpm`: there is none. Choose edm, "),
+        ("tiny", ["sampler=dpm"], "`sampler=dpm`: there is none for this model. Choose edm, "),
         ("tiny", ["s_churn=much"], "`s_churn=much`: "),
         ("tiny", ["sigma_min=90"], "`sigma_min=90` must be less than `sigma_max=80`"),
         ("lego", ["skip=1.4"], "`skip=1.4`: "),

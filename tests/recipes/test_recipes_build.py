@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tessera.conditioning import Conditioning
+from tessera.diffusion.masked import MaskedModel
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.song_unet import SongUNet
 from tessera.randomness import AddressedDraws
@@ -85,6 +86,11 @@ PARAMETERS = {
     "energy-l-imagenet256-latent": 456_496_129,
     "energy-xl-imagenet64-latent": 672_824_449,
     "energy-xl-imagenet256-latent": 673_100_929,
+    "cifar10-small-mar": None,
+    "mar-base-imagenet256": 207_924_768,
+    "mar-large-imagenet256": 478_326_304,
+    "mar-huge-imagenet256": 942_403_104,
+    "mar-large-3x1024-imagenet256": 426_357_792,
 }
 TINY = [
     "data.resolution=8", "network.model_channels=16", "network.channel_mult=1,2",
@@ -96,6 +102,11 @@ TINY_LEGO = [
 ]  # fmt: skip
 
 TINY_DIT = ["data.resolution=8", "network.depth=1", "network.width=16", "network.heads=2"]
+TINY_MAR = [
+    "data.resolution=8", "network.width=16", "network.depth=1", "network.decoder_depth=1",
+    "network.heads=2", "network.buffer=2", "network.head_width=16", "network.head_depth=1",
+    "sampling.num_iter=2", "sampling.head_steps=2",
+]  # fmt: skip
 TINY_PDM = [
     *TINY[:1], "network.model_channels=32", *TINY[2:], "network.patch_size=2",
     "network.head_channels=32",
@@ -109,10 +120,10 @@ def test_every_shipped_recipe_has_its_size_here() -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name: str) -> None:
     with torch.device("meta"):
-        denoiser = build.build_denoiser(load_recipe(name))
+        model = build.build_model(load_recipe(name))
     # Released stacks of bricks train the tables of positions, which are constants here.
-    tables = [t for n, t in denoiser.named_buffers() if n.endswith("pos_embed")]
-    count = sum(tensor.numel() for tensor in [*denoiser.parameters(), *tables])
+    tables = [t for n, t in model.named_buffers() if n.endswith("pos_embed")]
+    count = sum(tensor.numel() for tensor in [*model.parameters(), *tables])
     if PARAMETERS[name] is not None:
         assert count == PARAMETERS[name]
     elif name.startswith("cifar10-small"):
@@ -133,10 +144,12 @@ def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> N
         tiny = [*TINY_PDM, "sampling.steps=2"]
     if kind.network.kind in ("dit", "energy_dit"):
         tiny = [*TINY_DIT, "sampling.steps=2"]
+    if kind.network.kind == "mar":
+        tiny = TINY_MAR
     if kind.codec.kind == "vae":
         tiny.append(f"data.resolution={8 * kind.codec.downsample}")
     recipe = load_recipe(name, tiny)
-    denoiser = build.build_denoiser(recipe)
+    denoiser = build.build_model(recipe)
     source = kind.codec if kind.codec.kind == "vae" else kind.data
     assert denoiser.shape == (source.channels, 8, 8)
     x = torch.rand(2, *denoiser.shape) * 2 - 1
@@ -156,9 +169,17 @@ def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> N
 
     from tessera.sampling.seeds import SeedNoise
 
-    sampler = build.build_sampler(recipe.fitted_sampling)
     noise = SeedNoise([0, 1])
-    *_, last = sampler(denoiser, noise.normal(denoiser.shape), Conditioning(labels), noise)
+    if isinstance(denoiser, MaskedModel):
+        count, size = denoiser.network.tokens, denoiser.network.token_size
+        order = noise.normal((count,)).argsort(dim=1)
+        steps = build.build_masked_sampler(recipe.sampling)(
+            denoiser, torch.zeros(2, count, size), order, count, labels, noise
+        )
+    else:
+        sampler = build.build_sampler(recipe.fitted_sampling)
+        steps = sampler(denoiser, noise.normal(denoiser.shape), Conditioning(labels), noise)
+    *_, last = steps
     assert last.x.shape == (2, *denoiser.shape)
     assert last.x.isfinite().all()
 

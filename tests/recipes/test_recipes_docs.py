@@ -61,7 +61,7 @@ def test_keys_are_found() -> None:
 @every_page
 def test_recipes_exist(page: Path) -> None:
     text = page.read_text()
-    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)(?![\w.-])", text)
+    used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)(?![\w./-])", text)
     for name in re.findall(
         r"`((?:edm|patch|lego|pdm|relay|dit|energy|mar|cifar10|quickstart)-[a-z0-9{},-]+)`", text
     ):

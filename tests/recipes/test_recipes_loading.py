@@ -135,8 +135,8 @@ def test_all_mistakes_are_listed_with_the_nearest_key() -> None:
         "network.dropout: must be at most 1, got 2",
         "network.embedding: 'fourrier' is not one of positional or fourier; did you mean fourier?",
         "data.order: 3 is not one of epochs or windowed",
-        "objective.kind: 'emd' is not one of edm, vp, ve, discrete, blur, external; did you mean "
-        "edm?",
+        "objective.kind: 'emd' is not one of edm, vp, ve, discrete, blur, mar, external; did you "
+        "mean edm?",
         "training.batch: expected a whole number, got 'abc'",
         "optimizer.lr: must be greater than 0, got -1",
         "ema.0.halflife: unknown key; did you mean ema.0.halflife_images?",

@@ -139,14 +139,6 @@ RefineConfig = Annotated[
 ]
 
 
-def _check_refine(refine: RefineConfig | None, energy: bool) -> None:
-    if refine is not None and refine.needs_energy and not energy:
-        raise ValueError(
-            f"refine.kind={refine.kind} descends on the energy of a model, and this one has none: "
-            "choose another refinement, or train with network.kind=energy_dit"
-        )
-
-
 class SamplerSection(Section):
     """What every sampler has, and says of itself."""
 
@@ -155,17 +147,6 @@ class SamplerSection(Section):
 
     starts_from_noise: ClassVar[bool] = True
     """False where a picture is what it starts from, or where nobody but the caller knows."""
-
-    levels: LevelsConfig | None = Field(
-        None,
-        description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
-        "process or list, and levels.steps=N or levels.sigmas=80,10,1",
-    )
-    refine: RefineConfig | None = Field(
-        None,
-        description="improves x after each step: refine.kind=mcmc, of energies, and "
-        "refine.steps=N, refine.step_size=0.01, ...",
-    )
 
     @property
     def enlarges(self) -> int | None:
@@ -186,7 +167,6 @@ class SamplerSection(Section):
         Raises:
             ValueError: it cannot sample from models that were trained so.
         """
-        _check_refine(self.refine, energy)
         if objective.from_pictures and self.starts_from_noise:
             raise ValueError(
                 "models of this objective start from pictures, not from noise: `sampler=relay` "
@@ -206,7 +186,27 @@ class DenoisingSamplerSection(SamplerSection):
         description="other noise levels than the sampler's own: levels.kind=edm, vp, ve, iddpm, "
         "process or list, and levels.steps=N or levels.sigmas=80,10,1",
     )
-    refine: RefineConfig | None = Field(None, description="improves x after each step")
+    refine: RefineConfig | None = Field(
+        None,
+        description="improves x after each step: refine.kind=mcmc, of energies, and "
+        "refine.steps=N, refine.step_size=0.01, ...",
+    )
+
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
+        self.check_refine(energy)
+        return super().fitted(objective, bounded=bounded, energy=energy)
+
+    def check_refine(self, energy: bool) -> None:
+        """Raise for a refinement that descends on the energy of a model that has none.
+
+        Raises:
+            ValueError: in words for the user.
+        """
+        if self.refine is not None and self.refine.needs_energy and not energy:
+            raise ValueError(
+                f"refine.kind={self.refine.kind} descends on the energy of a model, and this one "
+                "has none: choose another refinement, or train with network.kind=energy_dit"
+            )
 
     @model_validator(mode="after")
     def _one_set_of_levels(self) -> Self:
@@ -293,7 +293,7 @@ class RelaySamplerConfig(DenoisingSamplerSection):
         return self.block
 
     def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
-        _check_refine(self.refine, energy)
+        self.check_refine(energy)
         if isinstance(objective, BlurObjectiveConfig):
             if self.block not in (None, objective.block):
                 raise ValueError(
