@@ -36,8 +36,8 @@ def _export(pipe: Pipeline) -> ReleasedFile:
     if isinstance(section, PatchedUNetConfig):
         if section.eps != PatchedUNetConfig.model_fields["eps"].default:
             refuse(recipe, _NAME, f"PDM's code has no network.eps={section.eps:g}")
-        order, key = section.attention_order, "network.attention_order"
-        state = network.state_dict()
+        order: str = section.attention_order
+        key, state = "network.attention_order", network.state_dict()
     else:
         _check(recipe, section, network)
         if process.prediction == "v":
