@@ -105,7 +105,7 @@ def discrete(recipe: Recipe, target: str) -> DiscretePreconditioningConfig:
         )
     if recipe.augment_dim:
         refuse(recipe, target, "its network takes augmentation labels, which there are none of")
-    if recipe.coord_frequencies is not None:
+    if recipe.coord_frequencies is not None and not recipe.network.own_coordinates:
         refuse(recipe, target, "its network takes coordinates, which there are none of")
     return section
 
@@ -130,10 +130,9 @@ def process_note(section: DiscretePreconditioningConfig) -> str:
 
 def picture_options(recipe: Recipe) -> tuple[str, ...]:
     """The pictures of a model, and its codec, as options of `tessera convert`."""
-    codec = recipe.codec.model_dump(mode="json", exclude_defaults=True)
-    codec["kind"] = recipe.codec.kind
+    codec = recipe.codec.model_dump(mode="json")
     data = {"resolution": recipe.data.resolution, "channels": recipe.data.channels}
     return (
         *(f"data.{key}={value}" for key, value in data.items()),
-        *(f"codec.{key}={value}" for key, value in codec.items()),
+        *(f"codec.{key}={'null' if value is None else value}" for key, value in codec.items()),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tessera.convert import mar
-from tessera.convert.target import ReleasedFile, Target, picture_options, refuse
+from tessera.convert.target import ReleasedFile, Target, discrete, picture_options, refuse
 from tessera.pipelines.base import Pipeline
 from tessera.recipes.schema import MarConfig
 
@@ -12,6 +12,9 @@ def _export(pipe: Pipeline) -> ReleasedFile:
     recipe, network = pipe.recipe, pipe.recipe.network
     if not isinstance(network, MarConfig):
         refuse(recipe, "mar", f"its network is {network.kind}, not mar")
+    process = discrete(recipe, "mar")
+    if (process.schedule, process.prediction, process.timesteps) != ("cosine", "eps", 1000):
+        refuse(recipe, "mar", "its head is trained otherwise than on MAR's 1000 steps of a cosine")
     heads = network.dimensions.heads
     state = pipe.model.network.state_dict()
     return ReleasedFile(
