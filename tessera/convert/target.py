@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class ReleasedFile:
     @property
     def notes(self) -> tuple[str, ...]:
         """Also how it becomes a pipeline again."""
-        return (*self.said, f"back: tessera convert FILE FOLDER {' '.join(self.options)}")
+        return (*self.said, f"back: tessera convert FILE FOLDER {shlex.join(self.options)}")
 
     def write(self, dest: Path, *, overwrite: bool = False) -> None:
         """Write a file of safetensors.

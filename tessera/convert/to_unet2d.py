@@ -110,7 +110,7 @@ def _export(pipe: Pipeline) -> DiffusersModel:
     notes = []
     if recipe.data.num_classes:
         notes.append(f"class {recipe.data.num_classes} of its UNet2DModel is no class")
-    if recipe.codec.kind != "pixels":
+    if not recipe.codec.of_pixels:
         notes.append("its images are latents; their autoencoder is not in the folder")
     scheduler = _scheduler(diffusers, recipe, process)
     return DiffusersModel(unet.eval(), scheduler, recipe.data.num_classes, tuple(notes))
@@ -239,7 +239,7 @@ def _scheduler(diffusers: Any, recipe: Recipe, process: DiscretePreconditioningC
         beta_schedule="squaredcos_cap_v2" if cosine else "linear",
         prediction_type=_PREDICTIONS[process.prediction],
         variance_type="learned_range" if learned else "fixed_small" if small else "fixed_large",
-        clip_sample=recipe.codec.kind == "pixels",
+        clip_sample=recipe.codec.of_pixels,
     )
 
 
