@@ -11,8 +11,10 @@ import typer
 
 from tessera.cli.tables import print_facts, print_rows
 from tessera.errors import CheckpointError
+from tessera.files import user_path
 
 if TYPE_CHECKING:
+    from tessera.convert.assemble import Autoencoder
     from tessera.convert.run import Part, Read
 
 
@@ -29,16 +31,19 @@ def convert(
 ) -> None:
     """Make a pipeline of a released checkpoint; nothing in it is run.
 
-    EDM, Patch Diffusion, LEGO, relay diffusion, PDM, guided diffusion, DiT and energy diffusion:
+    EDM, Patch Diffusion, LEGO, relay diffusion, PDM, guided diffusion, DiT, energy diffusion, MAR:
     docs/checkpoints.md names the files. preset=NAME takes what a file does not say from a recipe.
     """
-    from tessera.convert.assemble import free_folder, plan_conversion
+    from tessera.convert.assemble import free_folder, open_autoencoder, plan_conversion
     from tessera.convert.run import read_source
 
     paths, options = split_words(words)
     if inspect:
-        for path in paths:
-            print_checkpoint(read_source(Path(path).expanduser(), kind, options))
+        for path in map(user_path, paths):
+            if (autoencoder := open_autoencoder(path, kind)) is not None:
+                print_autoencoder(autoencoder)
+            else:
+                print_checkpoint(read_source(path, kind, options))
         return
     if len(paths) < 2:
         raise CheckpointError(
@@ -106,6 +111,35 @@ def print_checkpoint(read: Read) -> None:
             [(t.name, " x ".join(map(str, t.shape)) or "one", t.dtype) for t in tensors],
             title=f"{name}: {len(tensors)} tensors",
         )
+
+
+def print_autoencoder(found: Autoencoder) -> None:
+    """What is in a file that holds an autoencoder of latents, and all its tensors."""
+    from tessera.convert.kl16 import autoencoder_config
+
+    source, tensors = found.source, found.tensors
+    config = autoencoder_config(tensors)
+    attention = [name for name in config["up_block_types"] if name.startswith("Attn")]
+    print_facts(
+        {
+            "checkpoint": f"KL autoencoder of latents, {source.path.name} ({source.container})",
+            "kind": "kl16",
+            "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+            "images": f"{config['in_channels']} channels",
+            "latents": f"{config['latent_channels']} channels, "
+            f"1/{2 ** (len(config['block_out_channels']) - 1)} of the side",
+            "widths": ", ".join(map(str, config["block_out_channels"])),
+            "attention": "in the decoder's levels, too" if attention else "between the halves",
+        }
+    )
+    print_rows(
+        ("tensor", "shape", "type"),
+        [
+            (name, " x ".join(map(str, t.shape)) or "one", str(t.dtype).removeprefix("torch."))
+            for name, t in tensors.items()
+        ],
+        title=f"{len(tensors)} tensors",
+    )
 
 
 def _ignored(items: Iterable[tuple[str, str]]) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from tessera.convert import relay
-from tessera.convert.checkpoint import AVERAGE, TRAINED
+from tessera.convert.checkpoint import AVERAGE, TRAINED, CheckpointFile
 from tessera.convert.families import open_checkpoint
 from tessera.convert.flat import is_state_dict, state_dict
 from tessera.convert.kl16 import autoencoder_config, save_autoencoder
@@ -124,8 +124,8 @@ def plan_conversion(
     if not 1 <= len(paths) <= 2:
         raise CheckpointError("name one checkpoint, or the two that make one pipeline")
     if len(paths) == 1:
-        if kind in (None, "kl16") and (found := autoencoder_tensors(paths[0])) is not None:
-            return Conversion("autoencoder", (), autoencoder=found)
+        if (found := open_autoencoder(paths[0], kind)) is not None:
+            return Conversion("autoencoder", (), autoencoder=found.tensors)
         return Conversion("model", (read_part(read_source(paths[0], kind, options)),))
     reads = [
         read_source(path, kind, _options_of(place, options)) for place, path in enumerate(paths)
@@ -145,12 +145,24 @@ def plan_conversion(
     )
 
 
-def autoencoder_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a KL autoencoder in a file; None if it holds something else.
+class Autoencoder(NamedTuple):
+    """A KL autoencoder of latents in a file: its tensors, by their released names."""
+
+    source: CheckpointFile
+    tensors: Mapping[str, Tensor]
+
+
+def open_autoencoder(path: Path, kind: str | None = None) -> Autoencoder | None:
+    """The KL autoencoder in a file; None if it holds something else.
+
+    Args:
+        kind: of checkpoint, "kl16" for this one; by default it is found out.
 
     Raises:
         CheckpointError: the file cannot be read, or its autoencoder is none of diffusers'.
     """
+    if kind not in (None, "kl16"):
+        return None
     source = open_checkpoint(path)
     data = source.data.get("model") if isinstance(source.data, dict) else None
     marks = {"encoder.conv_in.weight", "quant_conv.weight"}
@@ -161,7 +173,7 @@ def autoencoder_tensors(path: Path) -> dict[str, Tensor] | None:
     if broken := not_finite(state):
         raise source.error(broken)
     autoencoder_config(state)  # which says what does not fit
-    return state
+    return Autoencoder(source, state)
 
 
 def _options_of(place: int, options: Sequence[str]) -> list[str]:

@@ -66,6 +66,25 @@ Place = Callable[[str, Tensor], tuple[str, Tensor] | Ignored]
 """A tensor of the file, with its name, to its name and values in our network."""
 
 
+class Renamed(NamedTuple):
+    """Released names of tensors that begin otherwise than ours."""
+
+    theirs: str
+    ours: str
+
+    def to_ours(self, name: str) -> str:
+        """Our name of a released tensor."""
+        return _begun(name, self.theirs, self.ours)
+
+    def to_theirs(self, name: str) -> str:
+        """The released name of one of our tensors."""
+        return _begun(name, self.ours, self.theirs)
+
+
+def _begun(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
+
+
 class Need(NamedTuple):
     """Something that no file of a family says, and that cannot be guessed.
 

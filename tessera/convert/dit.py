@@ -18,6 +18,7 @@ from tessera.convert.checkpoint import (
     Family,
     Need,
     Place,
+    Renamed,
     Settings,
 )
 from tessera.convert.edm import image_sections
@@ -25,6 +26,9 @@ from tessera.convert.flat import Tensors, is_state_dict, numbered, shape_of, sta
 from tessera.convert.records import ClosedObject
 from tessera.networks.presets import SIZES
 from tessera.recipes.schema import Recipe
+
+NAMES = Renamed("blocks.", "layers.")
+"""Blocks are layers here."""
 
 _MARK = ("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight")
 
@@ -81,10 +85,10 @@ def output_channels(source: CheckpointFile, tensors: Tensors) -> int:
 
 
 def place_transformer(recipe: Recipe) -> Place:
-    """Blocks are layers here."""
+    """By our names."""
 
     def place(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        return re.sub(r"^blocks\.", "layers.", name), tensor
+        return NAMES.to_ours(name), tensor
 
     return place
 

@@ -5,7 +5,7 @@ Our ADM network carries EDM's names and its order of the rows of attention's wei
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -33,19 +33,17 @@ from tessera.convert.pdm import ENLARGED, HEADS, SIDE, weights_name
 from tessera.recipes.schema import AdmUNetConfig, Recipe
 
 _LAST = "out_layers.3"
-_ORDER = "attention_order"
+ORDER = "attention_order"
 
-_BLOCK = {
+_RESIDUAL = {
     "in_layers.0": "norm0",
     "in_layers.2": "conv0",
     "emb_layers.1": "affine",
     "out_layers.0": "norm1",
     "out_layers.3": "conv1",
     "skip_connection": "skip",
-    "norm": "norm2",
-    "qkv": "qkv",
-    "proj_out": "proj",
 }
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj_out": "proj"}
 _OUTSIDE = {
     "time_embed.0": "map_layer0",
     "time_embed.2": "map_layer1",
@@ -105,7 +103,7 @@ def _describe(source: CheckpointFile, settings: Settings) -> Description:
     order = _order(source, settings, settings.preset or published)
     needs = [SIDE, HEADS]
     if order is None:
-        needs.append(Need((_ORDER,), "split if trained with use_new_attention_order, else legacy"))
+        needs.append(Need((ORDER,), "split if trained with use_new_attention_order, else legacy"))
     if _enlarges(source, tensors):
         needs.append(ENLARGED)
     return Description(
@@ -121,13 +119,13 @@ def _describe(source: CheckpointFile, settings: Settings) -> Description:
         needs=needs,
         published=published,
         presets=PRESETS,
-        constant=lambda ours: ours.endswith("resample_filter"),
+        constant=is_constant,
     )
 
 
 def _order(source: CheckpointFile, settings: Settings, preset: str | None) -> str | None:
     """Which rows of attention's weight are q, k and v; None where nobody says it."""
-    order: Any = settings.own.get(_ORDER)
+    order: Any = settings.own.get(ORDER)
     if order not in (None, "split", "legacy"):
         raise source.error(f"`attention_order={order}`: there is none. Choose split or legacy")
     if order is None and preset in PRESETS:
@@ -185,35 +183,88 @@ def _sections(source: CheckpointFile, tensors: Tensors, shape: UNetShape, side: 
 
 
 def _placing(shape: UNetShape, order: str, recipe: Recipe) -> Place:
-    units = _units(shape, recipe.shape[1])
+    modules = _modules(shape, recipe.shape[1])
     network = recipe.network
     assert isinstance(network, AdmUNetConfig)
 
     def place(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         module, _, kind = name.rpartition(".")
-        if module in _OUTSIDE:
-            return f"{_OUTSIDE[module]}.{kind}", tensor.T if module == "label_emb" else tensor
-        found = re.fullmatch(
-            r"((?:input|output)_blocks\.\d+\.\d+|middle_block\.\d+)\.?(.*)", module
-        )
-        unit = units.get(found[1]) if found else None
-        if found is None or unit is None:
+        ours = modules.get(module)
+        if ours is None:
             return name, tensor
-        if not found[2]:
-            return f"{unit}.{kind}", tensor
-        ours = _BLOCK.get(found[2])
-        if ours == "qkv":
-            width = len(tensor) // 3
-            tensor = _interleaved(tensor, network.heads or width // network.head_channels, order)
-        if ours in ("qkv", "proj") and kind == "weight":
+        last = ours.rpartition(".")[2]
+        if last == "qkv":
+            tensor = _interleaved(tensor, heads_at(network, len(tensor) // 3), order)
+        if last in ("qkv", "proj") and kind == "weight":
             tensor = tensor.reshape(*tensor.shape[:2], 1, 1)
-        return (name if ours is None else f"{unit}.{ours}.{kind}"), tensor
+        return f"{ours}.{kind}", tensor.T if last == "map_label" else tensor
 
     return place
 
 
+def released_state(
+    recipe: Recipe, state: Mapping[str, Tensor], order: str = "legacy"
+) -> dict[str, Tensor]:
+    """The tensors of our ADM network under the released names: what the converter places, undone.
+
+    Args:
+        order: of the rows of attention's weights, "split" or "legacy".
+    """
+    network = recipe.network
+    assert isinstance(network, AdmUNetConfig)
+    side = recipe.shape[1]
+    modules = _modules(recipe_shape(network, side), side)
+    theirs = {ours: module for module, ours in modules.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if is_constant(name):
+            continue
+        last = module.rpartition(".")[2]
+        if last == "qkv":
+            tensor = _released_rows(tensor, heads_at(network, len(tensor) // 3), order)
+        if last in ("qkv", "proj") and kind == "weight":
+            tensor = tensor.flatten(2)
+        found[f"{theirs[module]}.{kind}"] = tensor.T if last == "map_label" else tensor
+    return found
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor of our network is a constant that released files do not have."""
+    return name.endswith("resample_filter")
+
+
+def recipe_shape(network: AdmUNetConfig, side: int) -> UNetShape:
+    """The levels of our network on pictures of this side."""
+    levels = range(len(network.channel_mult))
+    return UNetShape(
+        tuple(int(network.model_channels * mult) for mult in network.channel_mult),
+        network.num_blocks,
+        tuple(level for level in levels if side >> level in network.attn_resolutions),
+        True,
+    )
+
+
+def heads_at(network: AdmUNetConfig, width: int) -> int:
+    """Attention heads of a level so wide."""
+    return network.heads or width // network.head_channels
+
+
+def _modules(shape: UNetShape, side: int) -> dict[str, str]:
+    """Every released module that a network may have, by our name."""
+    units = _units(shape, side)
+    (stem, ours), *blocks = units.items()
+    found = {**_OUTSIDE, stem: ours}
+    seen: set[str] = set()
+    for unit, ours in blocks:
+        parts = _ATTENTION if ours in seen else _RESIDUAL
+        seen.add(ours)
+        found |= {f"{unit}.{theirs}": f"{ours}.{own}" for theirs, own in parts.items()}
+    return found
+
+
 def _units(shape: UNetShape, side: int) -> dict[str, str]:
-    """The released parts by our names: an attention is in the block before it."""
+    """The released parts by our names: the second one of a name is its attention."""
     names = [f"{side >> level}x{side >> level}" for level in range(len(shape.widths))]
     units = {"input_blocks.0.0": f"enc.{names[0]}_conv"}
     index = 1
@@ -249,10 +300,18 @@ def _interleaved(rows: Tensor, heads: int, order: str) -> Tensor:
     return parts.reshape(rows.shape)
 
 
+def _released_rows(rows: Tensor, heads: int, order: str) -> Tensor:
+    """`_interleaved` undone."""
+    width = len(rows) // 3
+    parts = rows.reshape(heads, width // heads, 3, -1)
+    parts = parts.permute(2, 0, 1, 3) if order == "split" else parts.permute(0, 2, 1, 3)
+    return parts.reshape(rows.shape)
+
+
 FAMILY = Family(
     "guided-diffusion",
     "guided diffusion",
     _recognise,
     _describe,
-    options={_ORDER: "split if trained with use_new_attention_order, else legacy"},
+    options={ORDER: "split if trained with use_new_attention_order, else legacy"},
 )

@@ -17,6 +17,7 @@ from tessera.convert.checkpoint import (
     Family,
     Need,
     Place,
+    Renamed,
     Settings,
 )
 from tessera.convert.dit import arguments_of
@@ -26,17 +27,23 @@ from tessera.networks.mar_sizes import MAR_SIZES
 from tessera.recipes.schema import Recipe
 
 _HEAD = "diffloss.net."
+NAMES = Renamed(_HEAD, "head.")
 _MARKS = ("encoder_pos_embed_learned", f"{_HEAD}input_proj.weight")
 
 
 def _recognise(source: CheckpointFile) -> bool:
     data = source.data
     states = [data.get(key) for key in ("model", "model_ema")] if isinstance(data, dict) else []
-    return any(is_state_dict(state) and {*_MARKS} <= {*(state or ())} for state in states)
+    return any(_is_model(state) for state in (data, *states))
+
+
+def _is_model(value: Any) -> bool:
+    return is_state_dict(value) and {*_MARKS} <= {*value}
 
 
 def _describe(source: CheckpointFile, settings: Settings) -> Description:
-    data = source.data
+    # Alone, the averaged weights are a state dict of their own.
+    data = {"model_ema": source.data} if _is_model(source.data) else source.data
     weights = {
         name: state_dict(source, data[key], key)
         for name, key in ((AVERAGE, "model_ema"), (TRAINED, "model"))
@@ -125,7 +132,7 @@ def _said(arguments: Mapping[str, Any]) -> Data:
 
 def _placing(recipe: Recipe) -> Place:
     def place(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        return name.replace(_HEAD, "head.", 1), tensor
+        return NAMES.to_ours(name), tensor
 
     return place
 

@@ -1,9 +1,10 @@
 """Files that released training code wrote, opened with nothing run.
 
 Three containers hold the same kinds of objects: a plain pickle (`.pkl`), the ZIP of `torch.save`,
-and what `torch.save` wrote before PyTorch 1.6: several pickles in a row, and then all numbers. The
-file is mapped into memory, and the numbers of a tensor are read when it is asked for. A file that
-refers to anything that is not listed in `names` is refused.
+and what `torch.save` wrote before PyTorch 1.6: several pickles in a row, and then all numbers; a
+fourth, safetensors, holds tensors only. The file is mapped into memory, and the numbers of a tensor
+are read when it is asked for. A file that refers to anything that is not listed in `names` is
+refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from tessera.convert.names import checkpoint_names
 from tessera.convert.records import Storage, as_mapping, brief, damage
+from tessera.convert.safetensors_file import is_safetensors, read_safetensors
 from tessera.errors import CheckpointError, DataError
 from tessera.pickles import load_pickle
 
@@ -54,6 +56,8 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Con
             return Container(_read_zip(path, mapped, classes), "torch ZIP")
         if mapped[: len(_LEGACY)] == _LEGACY:
             return Container(_read_legacy(_Mapped(mapped), classes), "old torch file")
+        if is_safetensors(mapped):
+            return Container(read_safetensors(mapped), "safetensors")
         return Container(_read_pickle(mapped, classes), "pickle")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error

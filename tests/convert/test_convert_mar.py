@@ -9,7 +9,9 @@ import torch
 from golden_cases import load, weights
 from mar_case import document, own_names
 from released_states import arguments, converted, opened, parameters, write_torch
+from typer.testing import CliRunner
 
+from tessera.cli import app
 from tessera.convert.assemble import plan_conversion
 from tessera.errors import CheckpointError
 from tessera.recipes.schema import MarConfig
@@ -66,6 +68,10 @@ def test_the_autoencoder(tmp_path: Path) -> None:
     plan.write(tmp_path / "vae")
     vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert vae.config.scaling_factor == 0.2325
+    result = CliRunner().invoke(app, ["convert", "--inspect", str(path)])
+    assert result.exit_code == 0, result.output
+    for words in ("KL autoencoder", "torch ZIP", "decoder.conv_out.bias", "kl16"):
+        assert words in result.output
     broken = {**weights(golden), "decoder.conv_out.bias": torch.full((3,), torch.nan)}
     with pytest.raises(CheckpointError, match="NaN"):
         plan_conversion([write_torch(tmp_path / "broken.ckpt", {"model": broken})])
