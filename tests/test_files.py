@@ -114,7 +114,18 @@ def test_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("user/some-model.v2")
     assert is_hub_id("user/name@refs/pr/1")
-    for path in ("user", "a/b/c", "user@v1", "user/name@", "user/name@a@b", "/user/model", "user/", "~/model", "./model", "../model"):
+    for path in (
+        "user",
+        "a/b/c",
+        "user@v1",
+        "user/name@",
+        "user/name@a@b",
+        "/user/model",
+        "user/",
+        "~/model",
+        "./model",
+        "../model",
+    ):
         assert not is_hub_id(path), path
     (tmp_path / "user").mkdir()
     assert not is_hub_id("user/some-model.v2")

@@ -17,6 +17,7 @@ from tessera.cli.edit import edit
 from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
+from tessera.cli.push import push
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
@@ -62,6 +63,7 @@ app.command()(relay)
 app.command()(bricks)
 app.command("energy")(energies)
 app.command()(convert)
+app.command()(push)
 app.add_typer(eval_app, name="eval")
 
 

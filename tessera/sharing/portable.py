@@ -20,7 +20,7 @@ from tessera.recipes.schema import Recipe
 
 _HUB_IDS = {("codec", "model"), ("training", "initial_weights")}
 """Keys whose value may be an id of the hub, which means the same everywhere."""
-_ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[\\/]")
+_ABSOLUTE = re.compile(r"/|\\\\|~[^/\\ ]*[/\\]|[A-Za-z]:[\\/]")
 
 
 def portable_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -42,9 +42,15 @@ def _shorten(data: Any, section: Any, place: tuple[str, ...]) -> None:
         if isinstance(value, dict | list):
             inner = getattr(section, str(key), None) if isinstance(section, BaseModel) else None
             _shorten(value, inner, below)
-        elif isinstance(value, str) and (_ABSOLUTE.match(value) or _names_path(section, str(key))):
-            if not (below in _HUB_IDS and is_hub_id(value)):
-                data[key] = last_name(value)
+        elif isinstance(value, str) and _is_local(value, section, below):
+            data[key] = last_name(value)
+
+
+def _is_local(value: str, section: Any, place: tuple[str, ...]) -> bool:
+    """Whether a value of a recipe is a path of this machine."""
+    if place in _HUB_IDS and is_hub_id(value):
+        return False
+    return bool(_ABSOLUTE.match(value)) or _names_path(section, place[-1])
 
 
 def last_name(path: str) -> str:

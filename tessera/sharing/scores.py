@@ -101,7 +101,9 @@ def read_scores(path: Path) -> ScoreTable:
     except FileNotFoundError:
         raise DataError(f"there is no file {path}. {_HOW}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} holds no scores ({type(error).__name__}: {error}). {_HOW}") from error
+        raise DataError(
+            f"{path} holds no scores ({type(error).__name__}: {error}). {_HOW}"
+        ) from error
 
 
 _HOW = "Make one by: tessera eval score SAMPLES REFERENCE --json > scores.json"
