@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,13 +38,15 @@ class FakeHub:
         self.received: Counter[str] = Counter()
         self.messages: list[str] = []
         self.fails: set[str] = set()
+        self.closed = False
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Go off the network."""
+        """Go off the network, with all connections."""
+        self.closed = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -115,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _run(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         path = unquote(urlsplit(self.path).path)
+        if self.hub.closed:
+            self._break_off()
         try:
             if self.command == "PUT":
                 self._put(path, length)
@@ -148,8 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = path.removeprefix("/objects/")
         if name in self.hub.fails:
             self.rfile.read(length // 2)
-            self.connection.close()
-            raise ConnectionAbortedError
+            self._break_off()
         content = self._chunks() if self.headers.get("Transfer-Encoding") else b""
         content = content or self.rfile.read(length)
         assert hashlib.sha256(content).hexdigest() == name
@@ -157,6 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.objects[name] = content
             self.hub.received[name] += 1
         raise _Answer(200)
+
+    def _break_off(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)
+        raise ConnectionAbortedError
 
     def handle_one_request(self) -> None:
         try:
