@@ -67,8 +67,10 @@ def in_words(error: Exception, name: str) -> str:
     repository, revision = split_hub_id(name)
     chain = list(_chain(error))
     kinds = {kind.__name__ for part in chain for kind in type(part).__mro__}
-    responses = [getattr(part, "response", None) for part in chain]
-    status = next((r.status_code for r in responses if hasattr(r, "status_code")), 0)
+    statuses = (
+        int(getattr(getattr(part, "response", None), "status_code", 0) or 0) for part in chain
+    )
+    status = next(filter(None, statuses), 0)
     if "RevisionNotFoundError" in kinds:
         return (
             f"{repository} has no revision {revision or 'main'!r}. Name a branch, a tag or the "
