@@ -35,7 +35,7 @@ def download(name: str) -> Path:
     except Exception as error:  # the client's errors are of many kinds, all of them the user's
         raise CheckpointError(
             f"there is no folder {name!r}, and it could not be downloaded from the Hugging Face "
-            f"hub: {in_words(error, name)}"
+            f"hub: {hub_problem(error, name)}"
         ) from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name} on the Hugging Face hub is not a tessera pipeline")
@@ -59,7 +59,7 @@ def find_token(purpose: str) -> str:
     return token
 
 
-def in_words(error: Exception, name: str) -> str:
+def hub_problem(error: Exception, name: str) -> str:
     """What is wrong with `name` on the hub, and what to do.
 
     The client's classes are known by their names: they have moved between its versions.

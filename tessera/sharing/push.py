@@ -13,7 +13,7 @@ from tessera.errors import TesseraError, require_extra
 from tessera.files import atomic_file
 from tessera.images import grid, save_png
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.hub import FILES, find_token, in_words
+from tessera.pipelines.hub import FILES, find_token, hub_problem
 from tessera.pipelines.options import check_batch
 from tessera.sharing.card import CARD, PICTURE, model_card
 from tessera.sharing.portable import copy_pipeline
@@ -164,7 +164,7 @@ def upload(
     except Exception as error:  # the client's errors are of many kinds
         name = repository if revision is None else f"{repository}@{revision}"
         raise TesseraError(
-            f"{repository} was not sent: {in_words(error, name)}. What has arrived is kept: the "
+            f"{repository} was not sent: {hub_problem(error, name)}. What has arrived is kept: the "
             "same command goes on from there"
         ) from error
     return Pushed(str(done.oid), str(done.commit_url))
