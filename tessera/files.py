@@ -71,10 +71,25 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether `name` is written like `user/name` on the Hugging Face hub, and is no path here.
 
-    Where a folder `user` is, what is asked for is a path in it, there or not.
+    It may end in a revision: a branch, tag or commit, as `user/name@v1`. Where a folder `user` is,
+    what is asked for is a path in it, there or not.
     """
     text = os.fspath(name)
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text)) and not Path(text).parent.is_dir()
+    written = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text)
+    return bool(written) and not Path(text.split("/")[0]).is_dir()
+
+
+def split_hub_id(name: str) -> tuple[str, str | None]:
+    """`user/name@revision` as the repository and the revision; None where it names none.
+
+    Examples:
+        >>> split_hub_id("user/name@v1")
+        ('user/name', 'v1')
+        >>> split_hub_id("user/name")
+        ('user/name', None)
+    """
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def check_folder_name(path: Path, endings: str, escape: str) -> None:

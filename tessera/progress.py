@@ -175,3 +175,13 @@ def quantity(value: float) -> str:
             digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
             return f"{scaled:.{digits}f}{suffix}"
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def human(value: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 42_380_000_000, "FLOP" to "42.4 GFLOP"."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    power = 0
+    while abs(value) >= 999.5 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    digits = 0 if value >= 99.95 or power == 0 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {prefixes[power]}{unit}".rstrip()

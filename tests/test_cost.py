@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tessera.cli import app
-from tessera.cli.cost import human
 from tessera.errors import TesseraError
 from tessera.pipelines.loading import estimate
+from tessera.progress import human
 from tessera.recipes.loading import load_recipe
 
 TINY = [

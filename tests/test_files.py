@@ -113,10 +113,23 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("user/some-model.v2")
-    for path in ("user", "a/b/c", "/user/model", "user/", "~/model", "./model", "../model"):
+    assert is_hub_id("user/name@refs/pr/1")
+    for path in (
+        "user",
+        "a/b/c",
+        "user@v1",
+        "user/name@",
+        "user/name@a@b",
+        "/user/model",
+        "user/",
+        "~/model",
+        "./model",
+        "../model",
+    ):
         assert not is_hub_id(path), path
     (tmp_path / "user").mkdir()
     assert not is_hub_id("user/some-model.v2")
+    assert not is_hub_id("user/name@refs/pr/1")
 
 
 def test_names_of_folders(tmp_path: Path) -> None:

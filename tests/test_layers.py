@@ -22,7 +22,7 @@ LAYERS = (
     ("metrics",),
     ("pipelines",),
     ("training", "convert"),
-    ("quickstart",),
+    ("quickstart", "sharing"),
     ("cli",),
     ("tessera", "__main__"),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.export import export
+from tessera.cli.push import push
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
@@ -64,6 +65,7 @@ app.command()(bricks)
 app.command("energy")(energies)
 app.command()(convert)
 app.command()(export)
+app.command()(push)
 app.add_typer(eval_app, name="eval")
 
 

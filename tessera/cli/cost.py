@@ -15,6 +15,7 @@ from rich.table import Column
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
+from tessera.progress import human
 
 if TYPE_CHECKING:
     from tessera.pipelines.base import Pipeline
@@ -207,13 +208,3 @@ def duration(seconds: float) -> str:
             value = seconds / size
             return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def human(value: float, unit: str = "") -> str:
-    """Three digits and a decimal prefix: 42_380_000_000, "FLOP" to "42.4 GFLOP"."""
-    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
-    power = 0
-    while abs(value) >= 999.5 and power < len(prefixes) - 1:
-        value, power = value / 1000, power + 1
-    digits = 0 if value >= 99.95 or power == 0 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {prefixes[power]}{unit}".rstrip()

@@ -243,7 +243,7 @@ def _session(device: str | None = None) -> Iterator[torch.device]:
 def _refuse_pipeline(path: Path) -> None:
     from tessera.pipelines.stream import is_pipeline
 
-    if is_pipeline(path):
+    if path.exists() and is_pipeline(path):
         raise DataError(
             f"{path} is a pipeline; give real images here, or a reference file made of them"
         )

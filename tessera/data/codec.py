@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, is_hub_id
+from tessera.files import atomic_folder, is_hub_id, split_hub_id
 from tessera.images import from_uint8, to_uint8
 from tessera.randomness import Draws
 
@@ -242,10 +242,12 @@ def _open(model: str) -> Any:
     if not is_folder and not is_hub_id(model):
         raise CheckpointError(f"there is no VAE folder {model!r}. {put}")
     diffusers = require_extra("diffusers", "latents", f"the VAE {model}")
+    name, revision = (model, None) if is_folder else split_hub_id(model)
     try:
         with _quiet():
             vae = diffusers.AutoencoderKL.from_pretrained(
-                model,
+                name,
+                revision=revision,
                 use_safetensors=True,
                 local_files_only=is_folder,
                 low_cpu_mem_usage=False,

@@ -24,7 +24,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from tessera._version import __version__
-from tessera.errors import CheckpointError, TesseraError, require_extra
+from tessera.errors import CheckpointError, TesseraError
 from tessera.files import (
     atomic_file,
     atomic_folder,
@@ -34,8 +34,8 @@ from tessera.files import (
     user_path,
     write_json,
 )
+from tessera.pipelines import hub
 from tessera.plain import parse_json
-from tessera.progress import note
 from tessera.recipes.parts import Parts
 from tessera.recipes.schema import Recipe
 
@@ -205,12 +205,12 @@ def find_folder(source: str | Path) -> Path:
             f"it once: tessera convert {path} {folder}"
         )
     if is_hub_id(source):
-        return _download(str(source))
+        return hub.download(str(source))
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*/")], 1)
     hint = f"Did you mean {path.parent / near[0]}? " if near else ""
     raise CheckpointError(
         f"there is no pipeline {str(source)!r}: no such folder. {hint}Name a pipeline folder, the "
-        "folder of a run, or a Hugging Face id like user/name"
+        "folder of a run, or a Hugging Face id like user/name or user/name@revision"
     )
 
 
@@ -441,20 +441,3 @@ def _saveable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(value.untyped_storage().data_ptr())
         result[name] = value
     return result
-
-
-def _download(repository: str) -> Path:
-    hub = require_extra("huggingface_hub", "hub", f"There is no folder {repository!r}; the hub")
-    note(f"there is no folder {repository}; asking the Hugging Face hub")
-    try:
-        folder = hub.snapshot_download(
-            repository, allow_patterns=["config.json", "*.safetensors", "*/config.json"]
-        )
-    except Exception as error:  # the client's errors are of many kinds, all of them the user's
-        raise CheckpointError(
-            f"there is no folder {repository!r}, and it could not be downloaded from the Hugging "
-            f"Face hub: {error}"
-        ) from error
-    if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{repository} on the Hugging Face hub is not a tessera pipeline")
-    return Path(folder)

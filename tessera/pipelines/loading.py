@@ -12,6 +12,7 @@ from torch import Tensor
 from tessera import distributed
 from tessera.data.codec import VaeCodec
 from tessera.errors import CheckpointError, TesseraError
+from tessera.files import is_hub_id
 from tessera.model import Model
 from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
@@ -34,6 +35,7 @@ KINDS: dict[str, type[Pipeline]] = {
 def load(
     source: str | Path,
     *,
+    revision: str | None = None,
     ema: str | int | None = None,
     device: torch.device | str | None = None,
     vae: str | Path | None = None,
@@ -42,6 +44,8 @@ def load(
     """Open a pipeline folder, the folder of a run, or `user/name` on the Hugging Face hub.
 
     Args:
+        source: a hub id may name its revision itself: `user/name@revision`.
+        revision: branch, tag or commit of the hub id, its main branch by default.
         ema: name of another average than the default, see `Pipeline.emas`.
         device: where the model goes; by default the fastest of this machine, as on the command
             line: a GPU, Apple's, or the CPU.
@@ -49,7 +53,8 @@ def load(
         parts: functions that make the recipe's external parts.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of a kind not known here.
+        CheckpointError: there is none, it is damaged or of a kind not known here, or a revision of
+            what is no hub id.
         RecipeError: the recipe has external parts that were not handed over.
         TesseraError: a VAE for a model of pixels, or a device that this machine has not.
 
@@ -60,10 +65,23 @@ def load(
         10
     """
     where = distributed.device(None if device is None else str(device))
+    if revision is not None:
+        source = _at(source, revision)
     pipe = _open(folders.find_folder(source), None if ema is None else str(ema), parts)
     if vae is not None:
         _use_vae(pipe, source, vae)
     return pipe.to(where)
+
+
+def _at(source: str | Path, revision: str) -> str:
+    """A hub id with its revision."""
+    name = f"{source}@{revision}"
+    if "@" in str(source) or not is_hub_id(source) or not is_hub_id(name):
+        raise CheckpointError(
+            f"`revision={revision}` is a branch, tag or commit of an id like user/name on the "
+            f"Hugging Face hub, and {source} is none, or has one already"
+        )
+    return name
 
 
 def _open(folder: Path, ema: str | None, own_parts: Parts) -> Pipeline:

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.files import is_hub_id
 from tessera.metrics.measure import ImageStream, made_images, share_of_rows
 from tessera.pipelines.base import Pipeline
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether a folder is a pipeline's, or a run's, whose previews are no samples."""
+    """Whether a folder is a pipeline's, or a run's, whose previews are no samples; or a hub id.
+
+    An id with an ending is one only with its revision, `user/name.v2@main`; else it is a file.
+    """
+    if is_hub_id(path) and not path.exists():
+        return "@" in str(path) or not path.suffix
     marks = ("config.json", "pipeline/config.json", "recipe.yaml")
     return any((path / mark).is_file() for mark in marks)
 

@@ -41,7 +41,7 @@ from tessera.training.preview import ema_pipeline
 from tessera.training.tracking import Metrics, Tracker
 
 BEST = "best"
-_SCORE = "score.json"
+SCORE = "score.json"
 _HIGHER_IS_BETTER = ("is", "precision")
 
 
@@ -98,12 +98,12 @@ class Evaluation:
                 with atomic_folder(self._run_dir / BEST) as part:
                     pipeline.save(part / "pipeline")
                     score = {"images": images_seen, "by": name, **values}
-                    write_json(part / _SCORE, score)
+                    write_json(part / SCORE, score)
         return distributed.broadcast(values)
 
     def _is_best(self, name: str, value: float) -> bool:
         """Whether no evaluation of this run has done better by this metric."""
-        path = self._run_dir / BEST / _SCORE
+        path = self._run_dir / BEST / SCORE
         if not path.is_file():
             return True
         try:

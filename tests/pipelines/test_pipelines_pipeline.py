@@ -21,7 +21,7 @@ from tiny_pipeline import CLASS_NAMES, tiny_pipeline
 import tessera
 from tessera import distributed
 from tessera.errors import CheckpointError, TesseraError
-from tessera.pipelines import folder
+from tessera.pipelines import hub
 from tessera.pipelines.base import Pipeline
 from tessera.progress import quantity
 
@@ -178,7 +178,7 @@ def test_no_such_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # A path in a folder that is here is none of the hub's.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "nape").mkdir(parents=True)
-    monkeypatch.setattr(folder, "_download", Mock(side_effect=AssertionError("asked the hub")))
+    monkeypatch.setattr(hub, "download", Mock(side_effect=AssertionError("asked the hub")))
     with pytest.raises(CheckpointError, match=r"no such folder. Did you mean runs.nape\?"):
         tessera.load("runs/nope")
     monkeypatch.undo()
@@ -192,13 +192,19 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Hub:
         @staticmethod
-        def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
-            if repository != "someone/tiny":
+        def snapshot_download(
+            repository: str, revision: str | None, allow_patterns: list[str]
+        ) -> str:
+            if (repository, revision) not in (("someone/tiny", None), ("someone/tiny", "v1")):
                 raise OSError("no such repository")
             return str(tmp_path / "cache")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)  # type: ignore[arg-type]
-    assert tessera.load("someone/tiny").images_seen == 5000
+    for pinned in (tessera.load("someone/tiny@v1"), tessera.load("someone/tiny", revision="v1")):
+        assert pinned.images_seen == tessera.load("someone/tiny").images_seen == 5000
+    for source in ("someone/tiny@v1", tmp_path / "cache"):
+        with pytest.raises(CheckpointError, match="`revision=v2`"):
+            tessera.load(source, revision="v2")
     with pytest.raises(CheckpointError, match=r"someone/other.*no such repository"):
         tessera.load("someone/other")
 
