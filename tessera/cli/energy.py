@@ -30,13 +30,13 @@ def energies(
         None, help="Images to tell from those, with AUROC.", show_default=False
     ),
     noise: str = typer.Option("0.1,0.3,1", help="Noise levels σ."),
-    num: int = typer.Option(1000, min=1, help="Images of each set, the first ones."),
+    num: int = typer.Option(1000, min=1, help="Images of each set, drawn from all of it."),
     classes: bool = typer.Option(
         False, "--classes", help="Tell the model the classes of the images."
     ),
     repeats: int = typer.Option(1, min=1, help="Draws of noise to average over."),
     batch: int = typer.Option(32, min=1, help="Images at once."),
-    seed: int = typer.Option(0, min=0, help="Of the noise."),
+    seed: int = typer.Option(0, min=0, help="Of the noise, and of the images drawn."),
     ema: str | None = typer.Option(None, help="Average of the weights, by its half-life."),
     device: str | None = typer.Option(None, help="cpu, cuda, ... (default: the fastest)"),
     grid: Path | None = typer.Option(None, help="PNG of images sorted by energy, low to high."),
@@ -49,6 +49,7 @@ def energies(
     With two sets, AUROC is the share of pairs in which the image of OTHERS has the larger energy.
     """
     from tessera import distributed
+    from tessera.data.dataset import choose_subset
     from tessera.metrics.images import open_images
 
     sigmas = _levels(noise)
@@ -59,10 +60,14 @@ def energies(
         pipe = _open(pipeline, ema, where, parts)
         sets = [open_images(path) for path in (images, others) if path is not None]
         given = {"repeats": repeats, "batch": batch, "seed": seed}
-        found = [_energies(pipe, data, num, sigmas, classes, given) for data in sets]
+        rows = [choose_subset(len(data), min(num, len(data)), seed) for data in sets]
+        found = [
+            _energies(pipe, data, chosen, sigmas, classes, given)
+            for data, chosen in zip(sets, rows, strict=True)
+        ]
     names = [str(path) for path in (images, others) if path is not None]
     if grid is not None:
-        _save_grid(grid, sets, found)
+        _save_grid(grid, sets, rows, found)
     if as_json:
         print(json.dumps(_report(names, found), indent=2))
     else:
@@ -97,7 +102,7 @@ def _open(pipeline: str, ema: str | None, device: Any, parts: Any) -> DiffusionP
 def _energies(
     pipe: DiffusionPipeline,
     data: LabelledImages,
-    num: int,
+    rows: NDArray[np.int64],
     sigmas: list[float],
     classes: bool,
     options: dict[str, Any],
@@ -113,10 +118,9 @@ def _energies(
         raise TesseraError(
             f"--classes: {data.name} has class {labels.max()}, the model {known or 'no'} classes"
         )
-    count = min(num, len(data))
-    with progress("energies", count, unit="images") as bar:
+    with progress("energies", len(rows), unit="images") as bar:
         return image_energies(
-            pipe.denoiser, data, count, sigmas, pipe.codec, labels=labels, device=pipe.device,
+            pipe.denoiser, data, rows, sigmas, pipe.codec, labels=labels, device=pipe.device,
             advance=bar.advance, **options,
         )  # fmt: skip
 
@@ -164,7 +168,8 @@ def _print(names: list[str], found: list[Energies], grid: Path | None) -> None:
         columns.append(Column("AUROC", justify="right"))
     table = make_table(*columns, title="Energies, mean ± standard deviation", boxed=True)
     for name, numbers in _rows(found):
-        cells = [f"{part.mean():.4g} ± {part.std():.2g}" for part in numbers]
+        # Not the rounding error of a mean that is 0.
+        cells = [f"{round(part.mean(), 9) + 0.0:.4g} ± {part.std():.2g}" for part in numbers]
         if len(found) == 2:
             cells.append(f"{auroc(*numbers):.3f}")
         table.add_row(name, *cells)
@@ -174,17 +179,22 @@ def _print(names: list[str], found: list[Energies], grid: Path | None) -> None:
         console.print(f"sorted by energy: {grid}")
 
 
-def _save_grid(path: Path, sets: list[LabelledImages], found: list[Energies]) -> None:
+def _save_grid(
+    path: Path,
+    sets: list[LabelledImages],
+    rows: list[NDArray[np.int64]],
+    found: list[Energies],
+) -> None:
     """Images from low to high energy, evenly chosen: of two sets the second below the first."""
     import numpy as np
 
     from tessera.images import grid, save_png
 
     chosen = []
-    for data, energies in zip(sets, found, strict=True):
+    for data, drawn, energies in zip(sets, rows, found, strict=True):
         order = energies.standardised(found[0]).argsort(kind="stable")
         shown = min(len(order), _MOST_SHOWN // len(sets))
         shown -= shown % _COLUMNS if shown > _COLUMNS else 0
-        rows = order[np.linspace(0, len(order) - 1, shown).round().astype(np.int64)]
-        chosen.append(np.array(data.read(rows)).transpose(0, 2, 3, 1))
+        places = order[np.linspace(0, len(order) - 1, shown).round().astype(np.int64)]
+        chosen.append(np.array(data.read(drawn[places])).transpose(0, 2, 3, 1))
     save_png(path, grid(np.concatenate(chosen), columns=_COLUMNS))

@@ -49,7 +49,7 @@ class Energies:
 def image_energies(
     denoiser: Denoiser,
     data: LabelledImages,
-    count: int,
+    indices: NDArray[np.int64],
     sigmas: Sequence[float],
     codec: Codec,
     *,
@@ -60,12 +60,13 @@ def image_energies(
     device: torch.device | str = "cpu",
     advance: Callable[[float], object] = lambda _: None,
 ) -> Energies:
-    """Energies of the first images of a set, each with noise of its own that no batch changes.
+    """Energies of images of a set, each with noise of its own that no batch changes.
 
     Args:
+        indices: of the images in the set, [N].
         sigmas: noise levels, positive.
         codec: takes images to model space; of latents, their mean.
-        labels: classes [N] of the images; None for none.
+        labels: classes of all images of the set; None for none.
         repeats: draws of noise over which an energy is averaged.
         batch, seed, device: how, with which noise, and where.
         advance: called with the number of images that are done.
@@ -74,7 +75,8 @@ def image_energies(
         TesseraError: the model has no energy, or the images are not of its shape.
 
     Example:
-        >>> image_energies(pipe.denoiser, photos, 100, [0.1, 1], pipe.codec)  # doctest: +SKIP
+        >>> rows = np.arange(100)  # doctest: +SKIP
+        >>> image_energies(pipe.denoiser, photos, rows, [0.1, 1], pipe.codec)  # doctest: +SKIP
     """
     denoiser.check_energy()
     shape = codec.image_shape(denoiser.shape)
@@ -83,11 +85,12 @@ def image_energies(
             f"the images of {data.name} have shape {tuple(data.shape)} (channels, height, width), "
             f"the model's {tuple(shape)}. Convert them with: tessera data convert"
         )
-    values = np.zeros((count, len(sigmas)))
-    for indices, images in batches(data, np.arange(count), batch):
-        draws = AddressedDraws(seed, torch.from_numpy(indices))
+    parts = []
+    for chunk, images in batches(data, indices, batch):
+        draws = AddressedDraws(seed, torch.from_numpy(chunk))
         x = codec.encode_mean(images.to(device))
-        cond = Conditioning(None if labels is None else torch.from_numpy(labels[indices]))
+        cond = Conditioning(None if labels is None else torch.from_numpy(labels[chunk]))
+        values = np.zeros((len(images), len(sigmas)))
         for column, sigma in enumerate(sigmas):
             level = torch.full((len(x),), sigma, dtype=torch.float64)
             total = torch.zeros(len(x), dtype=torch.float64)
@@ -95,9 +98,10 @@ def image_energies(
                 noise = draws.normal(f"energy.{column}.{repeat}", *denoiser.shape).to(x)
                 found = energy(denoiser, x + sigma * noise, level, cond.to(device))
                 total += found.cpu().to(torch.float64)
-            values[indices, column] = total.numpy() / repeats * (1 + sigma**2) ** 0.5 / sigma
+            values[:, column] = total.numpy() / repeats * (1 + sigma**2) ** 0.5 / sigma
+        parts.append(values)
         advance(len(images))
-    return Energies(tuple(sigmas), values)
+    return Energies(tuple(sigmas), np.concatenate(parts))
 
 
 def auroc(usual: NDArray[np.float64], strange: NDArray[np.float64]) -> float:

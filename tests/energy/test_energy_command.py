@@ -36,7 +36,9 @@ def pictures(seed: int, count: int = 6, low: int = 0, high: int = 256) -> ArrayI
 
 def found(data: ArrayImages, **options: Any) -> Energies:
     pipe = energy_pipeline()
-    return image_energies(pipe.denoiser, data, len(data), SIGMAS, PixelCodec(), **options)
+    return image_energies(
+        pipe.denoiser, data, np.arange(len(data)), SIGMAS, PixelCodec(), **options
+    )
 
 
 def test_the_gradient_is_minus_the_score() -> None:
@@ -83,7 +85,7 @@ def test_other_shapes_and_models_are_refused() -> None:
     with pytest.raises(TesseraError, match=r"large have shape \(3, 16, 16\).*the model's"):
         found(data)
     with pytest.raises(TesseraError, match="no energy"):
-        image_energies(tiny_pipeline().denoiser, pictures(0), 1, SIGMAS, PixelCodec())
+        image_energies(tiny_pipeline().denoiser, pictures(0), np.arange(1), SIGMAS, PixelCodec())
 
 
 @given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
