@@ -199,7 +199,8 @@ class MarPipeline(Pipeline):
     def _section(self, sampler: str | None, options: dict[str, Any]) -> MarSamplerConfig:
         """The recipe's sampler with the options given."""
         chosen = {"sampler": choose_sampler(self.recipe.sampling, sampler)}
-        return cast(MarSamplerConfig, fill(chosen, options, _REFUSED)["sampler"])
+        section = cast(MarSamplerConfig, fill(chosen, options, _REFUSED)["sampler"])
+        return cast(MarSamplerConfig, self.recipe.fit(section))
 
     def _guided(
         self, section: MarSamplerConfig, classes: NDArray[np.int64] | None, asked: bool

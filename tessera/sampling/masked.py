@@ -15,7 +15,7 @@ from tessera.diffusion.discrete import spaced_steps
 from tessera.diffusion.masked import MaskedModel, ToldHead
 from tessera.errors import TesseraError
 from tessera.sampling.core import NoiseSource, SamplerState
-from tessera.sampling.ddpm import sample_ddpm
+from tessera.sampling.ddpm import Clip, sample_ddpm
 
 GuidanceSchedule = Literal["linear", "constant"]
 
@@ -60,6 +60,8 @@ class MaskedSampler:
         temperature: factor of the noise that its steps add.
         guidance: weight; 1 is none.
         guidance_schedule: "constant", or "linear": from 1 on, as the image fills.
+        clip: of the estimates of tokens, see `Clip`: "static" for pixels, whose range is known, as
+            a head that is not trained for long leaves it; "none", as released, for latents.
 
     Example:
         >>> MaskedSampler(guidance=3.0).scale(64, 256)
@@ -71,6 +73,7 @@ class MaskedSampler:
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_schedule: GuidanceSchedule = "linear"
+    clip: Clip = "none"
 
     def scale(self, left: int, tokens: int) -> float:
         """The weight of guidance in an iteration that leaves so many of the tokens unknown."""
@@ -98,7 +101,7 @@ class MaskedSampler:
         Raises:
             TesseraError: see `levels`.
         """
-        return TokenMaker(model, self.levels(model), self.temperature)
+        return TokenMaker(model, self.levels(model), self.temperature, self.clip)
 
     @torch.no_grad()
     def __call__(
@@ -149,11 +152,19 @@ class TokenMaker(nn.Module):
         model: whose head it is.
         levels: noise levels of the diffusion, falling.
         temperature: factor of the noise that its steps add.
+        clip: of its estimates.
     """
 
-    def __init__(self, model: MaskedModel, levels: Sequence[float], temperature: float) -> None:
+    def __init__(
+        self,
+        model: MaskedModel,
+        levels: Sequence[float],
+        temperature: float = 1.0,
+        clip: Clip = "none",
+    ) -> None:
         super().__init__()
-        self.model, self.levels, self.temperature = model, levels, temperature
+        self.model, self.levels = model, levels
+        self.temperature, self.clip = temperature, clip
 
     def forward(self, z: Tensor, draws: Tensor, scale: Tensor | None = None) -> Tensor:
         """Tokens [B, n, d] from vectors z [B, n, D].
@@ -167,7 +178,7 @@ class TokenMaker(nn.Module):
         first, *others = draws.transpose(0, 1).flatten(1, 2)[..., None, None]
         noise = _Given([self.temperature * draw for draw in others])
         denoiser = self.model.denoiser(told)
-        *_, last = sample_ddpm(denoiser, first, Conditioning(), noise, self.levels, clip="none")
+        *_, last = sample_ddpm(denoiser, first, Conditioning(), noise, self.levels, clip=self.clip)
         return last.x.reshape(len(draws), -1, draws.shape[3])
 
 

@@ -59,6 +59,18 @@ def random_pipeline(**changes: Any) -> MarPipeline:
     return pipe
 
 
+def test_estimates_of_pixels_are_cut_and_those_of_latents_are_not() -> None:
+    wild = {"preconditioning": {"schedule": "cosine"}}  # tokens of random weights leave the range
+    pipe = random_pipeline(**wild)
+    for options, clip in (({}, "static"), ({"clip": "none"}, "none")):
+        plan = pipe.plan([0, 1], [0, 1], **options)
+        assert plan.facts["sampler"]["clip"] == plan.maker.clip == clip
+        *_, (_, last) = pipe.states(plan, [0, 1])
+        assert (last.x.abs().max() <= 1) == (clip == "static")
+    latents = load_recipe("mar-base-imagenet256")
+    assert latents.fitted_sampling.clip == "none"
+
+
 def test_a_seed_is_an_image_in_any_batch() -> None:
     pipe = random_pipeline()
     options = {"guidance": 3.0, "temperature": 0.9}
@@ -162,7 +174,9 @@ def test_the_edit_command(tmp_path: Path) -> None:
 def test_options_of_others_are_refused() -> None:
     pipe = random_pipeline()
     names = {option.name for option in pipe.options()}
-    assert names == {"num_iter", "head_steps", "temperature", "guidance", "guidance_schedule"}
+    assert names == {
+        "num_iter", "head_steps", "temperature", "guidance", "guidance_schedule", "clip",
+    }  # fmt: skip
     for options, words in (
         ({"steps": 3}, "num_iter"),
         ({"head_steps": "2000"}, "head_steps"),

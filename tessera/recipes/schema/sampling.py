@@ -420,6 +420,16 @@ class MarSamplerConfig(SamplerSection):
     guidance_schedule: Literal["linear", "constant"] = Field(
         "linear", description="linear: from 1 up to the weight, as the image fills; or constant"
     )
+    clip: Literal["auto", "none", "static"] = Field(
+        "auto", description="static cuts estimates of tokens to [-1, 1]; auto: those of pixels"
+    )
+
+    def fitted(self, objective: ObjectiveSection, *, bounded: bool, energy: bool) -> Self:
+        """The range of latents is not known, that of pixels is."""
+        section = super().fitted(objective, bounded=bounded, energy=energy)
+        if section.clip != "auto":
+            return section
+        return section.model_copy(update={"clip": "static" if bounded else "none"})
 
 
 SamplerConfig = Annotated[
