@@ -15,7 +15,6 @@ from rich.table import Column
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
-from tessera.progress import human
 
 if TYPE_CHECKING:
     from tessera.pipelines.base import Pipeline
@@ -119,6 +118,7 @@ def _rows(
     """Names, numbers and what they are of; `several`: of models in a row."""
     from tessera import distributed
     from tessera.precision import resolve
+    from tessera.progress import human
 
     training = recipe.training
     asked = f" with {', '.join(f'{k}={v}' for k, v in given.items())}" if given else ""
@@ -160,6 +160,8 @@ def _rows(
 
 def _stage_rows(stages: Mapping[str, Cost]) -> list[tuple[str, str, str]]:
     """What each of several models in a row has of the sum: a line each."""
+    from tessera.progress import human
+
     if not stages:
         return []
     lines = [
@@ -192,6 +194,8 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
 
 def in_table(forecast: Forecast) -> dict[str, str]:
     """Time and memory of a run, as rows of a table."""
+    from tessera.progress import human
+
     extra = forecast.extra_seconds
     parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
     return {

@@ -45,7 +45,7 @@ def released_sizes(size: Size) -> Recipe:
 def default_training() -> Recipe:
     """The readme's training command: MAR-large with a head of 3 x 1024, 400 epochs."""
     network = MarConfig(size="large", head_width=1024, head_depth=3)
-    name, description = "mar-large-3x1024-imagenet256", "MAR-large, readme's training"
+    name, description = "mar-large-3x1024-imagenet256", "MAR-large, 400 epochs"
     return _imagenet(name, description, network, "large", epochs=400)
 
 
