@@ -8,10 +8,8 @@ places, the noise of both halves of guidance, and whole iterations in which no t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,38 +37,35 @@ class Case:
     batch: int
     where: torch.device
 
-    def sample(self, num_iter: int, steps: int) -> Callable[[], object]:
-        """Makes the images, without guidance."""
+    def sample(self, num_iter: int, steps: int) -> tuple[Callable[[], object], TokenMaker]:
+        """What makes the images, without guidance, and what of it runs the head."""
         network = self.model.network
         sampler = MaskedSampler(num_iter=num_iter, head_steps=str(steps))
+        maker = sampler.maker(self.model)
         labels = torch.zeros(self.batch, dtype=torch.int64, device=self.where)
         blank = torch.zeros(self.batch, network.tokens, network.token_size, device=self.where)
 
         def made() -> object:
             noise = SeedNoise(range(self.batch), self.where)
             order = noise.normal((network.tokens,)).argsort(dim=1)
-            return [*sampler(self.model, blank, order, network.tokens, labels, noise)]
+            return [*sampler(self.model, blank, order, network.tokens, labels, noise, maker)]
 
-        return made
+        return made, maker
 
 
-@contextlib.contextmanager
-def timed_head() -> Iterator[list[float]]:
-    """Seconds of every call of a head's diffusion in the block."""
-    seconds: list[float] = []
-    inner = TokenMaker.forward
-
-    def forward(self: TokenMaker, *arguments: Any) -> Tensor:
-        begin = now()
-        made = inner(self, *arguments)
-        seconds.append(now() - begin)
-        return made
-
-    TokenMaker.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield seconds
-    finally:
-        TokenMaker.forward = inner  # type: ignore[method-assign]
+def head_share(made: Callable[[], object], maker: TokenMaker) -> float:
+    """The share of the time of a call that `maker` takes."""
+    marks: list[float] = []
+    hooks = [
+        maker.register_forward_pre_hook(lambda *_: marks.append(-now())),
+        maker.register_forward_hook(lambda *_: marks.append(now())),
+    ]
+    begin = now()
+    made()
+    whole = now() - begin
+    for hook in hooks:
+        hook.remove()
+    return sum(marks) / whole
 
 
 def token_evaluations(network: Mar, num_iter: int) -> tuple[int, int]:
@@ -94,13 +89,10 @@ def times(case: Case, repeats: int) -> str:
     settings = [(n, USUAL[1]) for n in ITERATIONS] + [(USUAL[0], s) for s in HEAD_STEPS]
     settings = [*dict.fromkeys(settings)]
     calls = {setting: case.sample(*setting) for setting in settings}
-    taken = interleaved(calls, repeats)
+    taken = interleaved({setting: made for setting, (made, _) in calls.items()}, repeats)
     rows = []
     for setting, seconds in taken.items():
-        with timed_head() as head:
-            begin = now()
-            calls[setting]()
-            share = sum(head) / (now() - begin)
+        share = head_share(*calls[setting])
         ours, released = token_evaluations(case.model.network, setting[0])
         rows.append(
             [

@@ -26,7 +26,11 @@ def _export(pipe: Pipeline) -> ReleasedFile:
     state = pipe.model.network.state_dict()
     return ReleasedFile(
         {dit.NAMES.to_theirs(name): tensor for name, tensor in state.items()},
-        (f"network.heads={network.heads}", *picture_options(recipe), *process_options(process)),
+        (
+            f"network.heads={network.dimensions.heads}",
+            *picture_options(recipe),
+            *process_options(process),
+        ),
         (process_note(process),),
     )
 

@@ -192,4 +192,4 @@ class _Given:
         return next(self._draws).to(dtype)
 
     def integers(self, high: int) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # classes are drawn before, and nothing else is whole numbers

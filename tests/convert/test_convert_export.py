@@ -104,6 +104,14 @@ def test_dit(tmp_path: Path) -> None:
     assert same(found, torch.load(source, weights_only=True))
 
 
+def test_heads_of_a_published_size() -> None:
+    """The recipe may leave them to the size; the released code must be told."""
+    pipe = tiny({"kind": "dit", "size": "S/8", "depth": 1})
+    exported = plan_export(pipe, "dit")
+    assert isinstance(exported, ReleasedFile)
+    assert "network.heads=6" in exported.options
+
+
 def test_mar(tmp_path: Path) -> None:
     name = "mar_forward_patch2_eval"
     tensors, config = weights(load("mar", name)), document()["cases"][name]["config"]
