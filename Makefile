@@ -4,12 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test test-all lint format bench clean
+.PHONY: help setup quickstart test lint format bench clean
 
 help:
 	@echo "make quickstart  train, sample and score on bundled digits (minutes on 2 CPU cores)"
-	@echo "make test        the test suite, without what takes longest"
-	@echo "make test-all    all of it"
+	@echo "make test        the whole test suite"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       the benchmarks"
 
@@ -26,9 +25,6 @@ quickstart: $(STAMP)
 	$(BIN)/tessera quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
-
-test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)

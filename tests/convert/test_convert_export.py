@@ -35,8 +35,6 @@ from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_model
 from tessera.recipes.loading import parse_recipe
 
-pytestmark = pytest.mark.slow
-
 DISCRETE = {
     "preconditioning": {"kind": "discrete", "prediction": "eps"},
     "objective": {"kind": "discrete"},

@@ -19,8 +19,6 @@ from tessera.randomness import AddressedDraws
 from tessera.training import parallel
 from tessera.training.learner import TrainStep
 
-pytestmark = pytest.mark.slow
-
 MODES = ("ddp", "fsdp")
 TERMS = (EnergyTerms(), EnergyTerms(contrastive=0.05, refinement=0.1, contrastive_steps=2))
 

@@ -28,8 +28,6 @@ from tessera.recipes.schema import Recipe
 from tessera.training.optimizers import build_optimizer
 from tessera.training.trainer import Trainer
 
-pytestmark = pytest.mark.slow
-
 MAR: dict[str, Any] = {
     "network": {
         "kind": "mar", "patch": 2, "width": 16, "depth": 1, "heads": 2, "decoder_depth": 2,

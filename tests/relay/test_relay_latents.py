@@ -24,8 +24,6 @@ from tessera.recipes.schema import Recipe
 from tessera.training.feed import Feed
 from tessera.training.trainer import Trainer
 
-pytestmark = pytest.mark.slow
-
 FIRST: dict[str, Any] = {"data": {"resolution": 8, "shrink": 2}, "view": {"kind": "full"}}
 SECOND: dict[str, Any] = {
     "view": {"kind": "patches", "sizes": [4, 8]},

@@ -28,8 +28,6 @@ from tessera.recipes.loading import parse_recipe
 from tessera.sharing.portable import portable_recipe
 from tessera.sharing.push import check_repository
 
-pytestmark = pytest.mark.slow
-
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
 NAME = "ada/tiny"

@@ -24,8 +24,6 @@ from tessera.training.learner import Learner
 from tessera.training.trainer import Trainer
 from tessera.training.validation import Validation, validation_images
 
-pytestmark = pytest.mark.slow
-
 SECTION = {"every_images": 32, "images": 13}
 
 
