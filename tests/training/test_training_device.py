@@ -22,7 +22,7 @@ import tessera
 from tessera.data.augment import Augmentation
 from tessera.data.loader import Batch
 from tessera.randomness import AddressedDraws
-from tessera.recipes.build import build_denoiser, recipe_objective
+from tessera.recipes.build import build_model, recipe_objective
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
 from tessera.recipes.schema import Recipe
@@ -105,6 +105,24 @@ KINDS: dict[str, dict[str, Any]] = {
         },
         "sampling": {"kind": "ddpm", "steps": "4"},
     },
+    "blur": {"network": UNET, "objective": {"kind": "blur"}, "sampling": {"kind": "relay"}},
+    "energy_dit": {
+        "network": {
+            "kind": "energy_dit", "size": "S/4", "depth": 1, "width": 32, "heads": 2,
+            "learn_step_size": True,
+        },
+        "energy": {"contrastive": 0.1, "refinement": 0.1},
+    },
+    "mar": {
+        "augment": None,
+        "network": {
+            "kind": "mar", "patch": 4, "width": 32, "depth": 1, "heads": 2, "buffer": 2,
+            "head_width": 32, "head_depth": 1,
+        },
+        "preconditioning": {"kind": "discrete", "prediction": "eps"},
+        "objective": {"kind": "mar"},
+        "sampling": {"kind": "mar", "num_iter": 4, "head_steps": "4"},
+    },
 }  # fmt: skip
 
 
@@ -145,11 +163,14 @@ def test_forward_and_backward_copy_nothing_from_the_host(kind: str, tmp_path: Pa
     meta = torch.device("meta")
     recipe = device_recipe(tmp_path, kind)
     feed = Feed(recipe, meta)
-    step = TrainStep(build_denoiser(recipe), recipe_objective(recipe)).to(meta).train()
+    step = TrainStep(build_model(recipe), recipe_objective(recipe)).to(meta).train()
+    # One step of each size of patches.
+    starts = range(0, 20 * recipe.training.batch, recipe.training.batch)
+    plans = {plan.patch: plan for plan in map(feed.view.plan, starts)}
+    assert len(plans) == len(feed.view.shares())
 
     def train() -> None:
-        for images_seen in range(0, 10 * recipe.training.batch, recipe.training.batch):
-            plan = feed.view.plan(images_seen)
+        for plan in plans.values():
             count = plan.images
             batch = Batch(
                 torch.empty(count, 3, 16, 16, dtype=torch.uint8, device=meta),
