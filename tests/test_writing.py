@@ -19,7 +19,7 @@ from tiny_pipeline import tiny_pipeline
 
 from tessera.data.convert import convert_images
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import write_latents
+from tessera.data.encoding import write_latents
 from tessera.errors import OutputError
 from tessera.files import atomic_file, atomic_folder, check_writable, writing
 from tessera.images import save_png

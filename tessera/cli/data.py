@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from tessera.cli.app import App
-from tessera.cli.tables import facts_table, make_table
+from tessera.cli.data_text import (
+    Overwrite,
+    SkipBad,
+    add_listed,
+    class_table,
+    classes_text,
+    counted,
+    duration_text,
+    plain_console,
+    size_text,
+)
+from tessera.cli.latents import inspect_latents, latents
+from tessera.cli.tables import facts_table
 from tessera.errors import DataError
 from tessera.files import check_free
 
 if TYPE_CHECKING:
     from tessera.data.convert import Format, Report
     from tessera.data.dataset import ImageDataset
-    from tessera.data.inspect import ClassCount, Summary
-    from tessera.data.latents import LatentReport, Precision
+    from tessera.data.inspect import Summary
     from tessera.data.transforms import Filter, Transform
 
 data_app = App(help="Make image sets for training, and look into them.", no_args_is_help=True)
-_LISTED = 10
 
-LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be used.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DEST if it exists.")]
 Collection = Annotated[
     Path,
     typer.Argument(
@@ -138,63 +141,7 @@ def convert_data(
     _print_report(report)
 
 
-@data_app.command()
-def latents(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Archive, packed set or folder of RGB images.")
-    ],
-    target: Annotated[Path, typer.Argument(metavar="DEST", help="NAME.safetensors.")],
-    vae: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="Folder or Hugging Face id of an AutoencoderKL."),
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="Images read and encoded at once.")] = 16,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ... (default: the fastest)")
-    ] = None,
-    scale: Annotated[
-        float | None, typer.Option(min=0, help="Factor of the latents. (default: the VAE's)")
-    ] = None,
-    shift: Annotated[
-        float | None, typer.Option(help="Taken off before scaling. (default: the VAE's)")
-    ] = None,
-    xflip: Annotated[
-        bool, typer.Option("--xflip", help="Encode the mirrored images, too (for data.xflip).")
-    ] = False,
-    precision: Annotated[
-        LatentPrecision, typer.Option(help="Of the numbers in the file.")
-    ] = LatentPrecision.float16,
-    max_images: Annotated[
-        int | None, typer.Option(min=1, help="Encode a random subset of this size.")
-    ] = None,
-    skip_bad: SkipBad = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Encode a set of images by a VAE, once, for training on latents.
-
-    Means and log-variances are kept, so that training draws a fresh sample of each image every
-    time. DEST appears when it is whole, or not at all.
-    """
-    from tessera import distributed
-    from tessera.data.codec import VaeCodec
-    from tessera.data.dataset import open_dataset
-    from tessera.data.latents import write_latents
-
-    if scale == 0:
-        raise DataError("--scale 0 would leave nothing of the latents; give a positive number")
-    codec = VaeCodec(vae, scale=scale, shift=shift)
-    codec.prepare()
-    report = write_latents(
-        open_dataset(source, max_images=max_images, skip_bad=skip_bad),
-        codec,
-        target,
-        batch=batch,
-        device=distributed.device(device),
-        xflip=xflip,
-        precision=cast("Precision", precision.value),
-        overwrite=overwrite,
-    )
-    _print_latents(report)
+data_app.command()(latents)
 
 
 @data_app.command()
@@ -220,7 +167,7 @@ def inspect(
     from tessera.data.latents import is_latents
 
     if is_latents(path):
-        _inspect_latents(path, max_images, seed)
+        inspect_latents(path, max_images, seed)
         return
     from tessera.data.dataset import open_dataset
     from tessera.data.inspect import sample_grid, summarise
@@ -237,71 +184,33 @@ def inspect(
     print(f"samples: {out}")
 
 
-def _print_latents(report: LatentReport) -> None:
-    table, info = facts_table(), report.info
-    table.add_row("VAE", Text(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
-    table.add_row("latents", f"{report.count:,} of {_latent_text(report.shape)}")
-    table.add_row("mirrored", "encoded, too" if report.flips else "no")
-    table.add_row("labels", _classes(report.num_classes))
-    table.add_row("time", _duration(report))
-    size = _size_text(report.path.stat().st_size)
-    table.add_row("written", Text(f"{report.path} ({size})"))
-    _console().print(table)
-
-
-def _inspect_latents(path: Path, max_images: int | None, seed: int) -> None:
-    from tessera.data.inspect import count_labels
-    from tessera.data.latents import channel_statistics, open_latents
-
-    dataset = open_latents(path, max_images=max_images, seed=seed)
-    info, classes = dataset.info, count_labels(dataset.labels, dataset.class_names)
-    mean, std = channel_statistics(dataset)
-    table = facts_table()
-    table.add_row("set", Text(f"{dataset.name} (latents, {_size_text(path.stat().st_size)})"))
-    table.add_row("latents", f"{len(dataset):,} of {_latent_text(dataset.shape)}")
-    table.add_row("images", f"{info.resolution}x{info.resolution} RGB")
-    table.add_row("VAE", Text(f"{info.vae}, scale {info.scale:g}, shift {info.shift:g}"))
-    table.add_row("mirrored", "encoded, too" if dataset.flips else "no")
-    table.add_row("mean", " ".join(f"{value:7.3f}" for value in mean) + "  scaled")
-    table.add_row("std", " ".join(f"{value:7.3f}" for value in std))
-    table.add_row("labels", _classes(dataset.num_classes if classes else 0))
-    console = _console()
-    console.print(table)
-    if classes:
-        console.print(_class_table(classes, len(dataset)))
-
-
-def _latent_text(shape: tuple[int, int, int]) -> str:
-    return f"{shape[2]}x{shape[1]}, {_counted(shape[0], 'channel', 'channels')}"
-
-
 def _print_report(report: Report) -> None:
     from tessera.data.decode import shape_text
 
     table = facts_table()
     table.add_row("source", report.kind)
     table.add_row("images", f"{report.count:,} of {shape_text(report.shape)}")
-    table.add_row("labels", _classes(report.num_classes))
+    table.add_row("labels", classes_text(report.num_classes))
     if report.too_small:
         table.add_row("left out", f"{report.too_small:,} smaller than the resolution")
     if report.bad:
         table.add_row("left out", f"{len(report.bad):,} that cannot be used:")
-        _add_listed(table, report.bad)
+        add_listed(table, report.bad)
     if report.ignored:
-        table.add_row("ignored", _counted(len(report.ignored), "file", "files") + ", no image:")
-        _add_listed(table, report.ignored)
+        table.add_row("ignored", counted(len(report.ignored), "file", "files") + ", no image:")
+        add_listed(table, report.ignored)
     for note in report.notes:
         table.add_row("[yellow]note", Text(note))
-    table.add_row("time", _duration(report))
+    table.add_row("time", duration_text(report.count, report.seconds))
     table.add_row("written", Text(f"{report.path} ({report.format})"))
-    _console().print(table)
+    plain_console().print(table)
 
 
 def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
     from tessera.data.decode import shape_text
 
     table = facts_table()
-    table.add_row("set", Text(f"{dataset.name} ({dataset.kind}, {_size_text(summary.bytes)})"))
+    table.add_row("set", Text(f"{dataset.name} ({dataset.kind}, {size_text(summary.bytes)})"))
     table.add_row("images", f"{summary.count:,} of {shape_text(summary.shape)}")
     table.add_row("mean", " ".join(f"{value:7.2f}" for value in summary.mean) + "  of 0..255")
     table.add_row("std", " ".join(f"{value:7.2f}" for value in summary.std))
@@ -319,64 +228,13 @@ def _print_summary(dataset: ImageDataset, summary: Summary) -> None:
         absent = summary.num_classes - len(counts)
         table.add_row(
             "labels",
-            f"{_classes(summary.num_classes)}, {balance}" + (f"; {absent} empty" if absent else ""),
+            f"{classes_text(summary.num_classes)}, {balance}"
+            + (f"; {absent} empty" if absent else ""),
         )
     if dataset.skipped:
         table.add_row("left out", f"{len(dataset.skipped):,} that cannot be used:")
-        _add_listed(table, dataset.skipped)
-    console = _console()
+        add_listed(table, dataset.skipped)
+    console = plain_console()
     console.print(table)
     if summary.classes:
-        console.print(_class_table(summary.classes, summary.count))
-
-
-def _class_table(classes: Sequence[ClassCount], count: int) -> Table:
-    table = make_table(
-        Column("class", justify="right"), Column("name"), Column("images", justify="right"),
-        Column("share", justify="right"), Column(),
-    )  # fmt: skip
-    most = max(entry.count for entry in classes)
-    shown = classes[:50]
-    for entry in shown:
-        table.add_row(
-            str(entry.index),
-            Text(entry.name or ""),
-            f"{entry.count:,}",
-            f"{100 * entry.count / count:.1f}%",
-            "█" * max(1, round(24 * entry.count / most)),
-        )
-    if len(classes) > len(shown):
-        table.add_row("...", f"{len(classes) - len(shown):,} more classes", "", "", "")
-    return table
-
-
-def _add_listed(table: Table, lines: Sequence[str]) -> None:
-    for line in lines[:_LISTED]:
-        table.add_row("", Text(line))
-    if len(lines) > _LISTED:
-        table.add_row("", f"... and {len(lines) - _LISTED:,} more")
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _counted(count: int, one: str, more: str) -> str:
-    return f"{count:,} {one if count == 1 else more}"
-
-
-def _classes(count: int) -> str:
-    return _counted(count, "class", "classes") if count else "none"
-
-
-def _duration(report: Report | LatentReport) -> str:
-    speed = report.count / max(report.seconds, 1e-9)
-    return f"{report.seconds:.1f} s ({speed:,.0f} images/s)"
-
-
-def _size_text(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        console.print(class_table(summary.classes, summary.count))

@@ -18,7 +18,8 @@ import tessera
 from tessera.cli import app
 from tessera.data.codec import VaeCodec, sample_posterior
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import channel_statistics, open_latents, write_latents
+from tessera.data.encoding import write_latents
+from tessera.data.latents import channel_statistics, open_latents
 from tessera.errors import CheckpointError, DataError, RecipeError, TesseraError
 from tessera.images import from_uint8, to_uint8
 from tessera.pipelines.experts import assemble

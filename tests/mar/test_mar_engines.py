@@ -18,7 +18,7 @@ import tessera
 from tessera import distributed
 from tessera.data.codec import VaeCodec
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import write_latents
+from tessera.data.encoding import write_latents
 from tessera.pipelines.editing import choose_edit
 from tessera.pipelines.mar import MarPipeline
 from tessera.training.trainer import Trainer

@@ -17,7 +17,8 @@ from tiny_vae import latent_recipe, save_vae
 import tessera
 from tessera.data.codec import VaeCodec, sample_posterior
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import open_latents, write_latents
+from tessera.data.encoding import write_latents
+from tessera.data.latents import open_latents
 from tessera.errors import DataError, RecipeError, TesseraError
 from tessera.randomness import AddressedDraws
 from tessera.recipes.schema import Recipe

@@ -16,7 +16,7 @@ from training_case import read_metrics, tiny_recipe
 
 from tessera.data.codec import VaeCodec
 from tessera.data.dataset import open_dataset
-from tessera.data.latents import write_latents
+from tessera.data.encoding import write_latents
 from tessera.errors import RecipeError
 from tessera.recipes.datasets import open_training_set, open_validation_set
 from tessera.training import run_folder
