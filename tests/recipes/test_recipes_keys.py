@@ -41,9 +41,8 @@ def test_every_key_has_a_meaning_and_a_type() -> None:
 
 
 def test_no_key_is_left_out() -> None:
-    listed = {
-        f"{entry.path}.{key.name}".lstrip(".") for entry in recipe_keys() for key in entry.keys
-    }
+    entries = recipe_keys()
+    listed = {f"{entry.path}.{key.name}".lstrip(".") for entry in entries for key in entry.keys}
     kinds = {f"{entry.path}.kind" for entry in entries if entry.kind}
     assert listed | kinds == leaves(Recipe)
 
