@@ -23,7 +23,8 @@ from tessera.cli.tables import facts_table
 from tessera.errors import DataError
 
 if TYPE_CHECKING:
-    from tessera.data.encoding import LatentReport, Precision
+    from tessera.data.encoding import LatentReport
+    from tessera.data.latent_formats.base import Precision
 
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 
