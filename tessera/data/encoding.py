@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from tessera.data.codec import VaeCodec
 from tessera.data.dataset import ImageDataset
 from tessera.data.latent_formats.base import LatentInfo, LatentPlan, Precision
-from tessera.data.latent_formats.registry import choose_format, latent_sink
+from tessera.data.latent_formats.registry import (
+    check_mirrored,
+    choose_format,
+    choose_precision,
+    latent_sink,
+)
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
 from tessera.files import user_path
@@ -42,7 +47,7 @@ def write_latents(
     batch: int = 16,
     device: torch.device | str = "cpu",
     xflip: bool = False,
-    precision: Precision = "float16",
+    precision: Precision | None = None,
     form: str | None = None,
     seed: int = 0,
     shard: int = 64,
@@ -53,7 +58,7 @@ def write_latents(
     Args:
         batch: images that are read and encoded at once.
         xflip: encode the mirrored images, too.
-        precision: of the numbers, where the format leaves a choice.
+        precision: of the numbers, where the format leaves a choice; by default float16.
         form: name of the format, see `latent_formats`; None is told by the ending of `path`.
         seed: of the sample, where the format holds one of each image.
         shard: rows of a file, where the format has several files.
@@ -64,6 +69,8 @@ def write_latents(
     """
     path, begin = user_path(path), time.monotonic()
     written = choose_format(path, form, overwrite)
+    precision = choose_precision(path, written, precision, "float16")
+    check_mirrored(path, written, xflip)
     channels, height, width = dataset.shape
     if channels != 3:
         raise DataError(

@@ -79,7 +79,7 @@ class LatentPlan:
         info: how they are made.
         mirrored: rows of the mirrored images are written, too.
         labels, class_names: as of an `ImageDataset`.
-        precision: of the numbers, where the format leaves a choice.
+        precision: of the numbers.
         shard: rows of a file, where the format has several files.
     """
 
@@ -90,7 +90,7 @@ class LatentPlan:
     mirrored: bool
     labels: NDArray[Any] | None
     class_names: tuple[str, ...] | None
-    precision: Precision = "float16"
+    precision: Precision
     shard: int = 64
 
 
@@ -157,6 +157,7 @@ class LatentFormat:
         folder: it may be a folder.
         drawn: see `LatentReader`.
         mirrored: it must hold rows of the mirrored images.
+        precision: of its numbers; None where it leaves a choice.
         recognise: whether what is at a path looks like a set of this format.
         open: a reader of what is at a path. Raises DataError where the set is damaged; the message
             names the file.
@@ -170,6 +171,7 @@ class LatentFormat:
     folder: bool
     drawn: bool
     mirrored: bool
+    precision: Precision | None
     recognise: Callable[[Path], bool]
     open: Callable[[Path], LatentReader]
     create: Callable[[Path, LatentPlan], AbstractContextManager[LatentWriter]]

@@ -161,6 +161,7 @@ PACKED = LatentFormat(
     folder=False,
     drawn=False,
     mirrored=False,
+    precision=None,
     recognise=_recognise,
     open=PackedLatents,
     create=_create,

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tessera.data.codec import sample_posterior
-from tessera.data.latent_formats.base import LatentFormat, LatentInfo, LatentPlan
+from tessera.data.latent_formats.base import LatentFormat, LatentInfo, LatentPlan, Precision
+from tessera.data.latent_formats.lego import LEGO
+from tessera.data.latent_formats.npz import NPZ
 from tessera.data.latent_formats.packed import PACKED
+from tessera.data.latent_formats.ptshard import PTSHARD
 from tessera.errors import DataError
 from tessera.files import check_free
 from tessera.randomness import AddressedDraws
 
-FORMATS: tuple[LatentFormat, ...] = (PACKED,)
+FORMATS: tuple[LatentFormat, ...] = (PACKED, LEGO, NPZ, PTSHARD)
 NAMES = tuple(form.name for form in FORMATS)
 
 
@@ -66,6 +69,23 @@ def choose_format(path: Path, name: str | None, overwrite: bool) -> LatentFormat
     return form
 
 
+def choose_precision(
+    path: Path, form: LatentFormat, wanted: Precision | None, default: Precision
+) -> Precision:
+    """The precision of the numbers of a set that is to be written.
+
+    Raises:
+        DataError: another one is wanted than the format holds.
+    """
+    if form.precision is None:
+        return wanted or default
+    if wanted not in (None, form.precision):
+        raise DataError(
+            f"{path}: a {form.title} holds {form.precision}; leave out --precision {wanted}"
+        )
+    return form.precision
+
+
 class PutRows(Protocol):
     """Writes rows of a set from number `first` on; in order, each once."""
 
@@ -89,6 +109,7 @@ def latent_sink(
     Raises:
         DataError: the format cannot hold such a set.
     """
+    check_mirrored(path, form, plan.mirrored)
     with form.create(path, plan) as writer:
 
         def put(
@@ -104,6 +125,23 @@ def latent_sink(
             writer.put(first, stored(rows), None if mirrored is None else stored(mirrored))
 
         yield put
+
+
+def check_mirrored(path: Path, form: LatentFormat, mirrored: bool) -> None:
+    """Raise if a format cannot do with, or without, rows of the mirrored images.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if form.mirrored and not mirrored:
+        raise DataError(
+            f"{path}: a {form.title} holds those of the mirrored images, too; encode the images "
+            "with --xflip"
+        )
+    if form.drawn and mirrored:
+        raise DataError(
+            f"{path}: a {form.title} has no place for those of mirrored images; leave out --xflip"
+        )
 
 
 def as_moments(samples: Tensor, info: LatentInfo) -> Tensor:
