@@ -231,7 +231,7 @@ def losses(vae: Path, latents: Path, tmp_path: Path) -> list[float]:
     recipe = latent_recipe(vae, latents, codec=codec, training={"images": 32})
     run = {"preview": None, "log_every_images": 16, "checkpoint_every_images": 32}
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=run)})
-    folder = tmp_path / latents.name
+    folder = tmp_path / "runs" / latents.name
     Trainer(recipe, folder).run()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
