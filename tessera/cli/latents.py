@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -32,6 +32,21 @@ _MOMENTS = "mean and log-variance"
 _DRAWN = "one sample of each image, scaled"
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 
+Form = Annotated[
+    str | None,
+    typer.Option("--format", help="packed, lego, npz or ptshard. (default: by DEST's ending)"),
+]
+ToForm = Annotated[
+    str | None,
+    typer.Option("--to", metavar="FORMAT", help="Convert latents to this; encode nothing."),
+]
+SampleSeed = Annotated[
+    int, typer.Option(help="Of the sample, where a format holds one of each image.")
+]
+ShardSize = Annotated[
+    int, typer.Option(min=1, help="Images in a file, where a format has several files.")
+]
+
 
 def latents(
     source: Annotated[
@@ -47,14 +62,8 @@ def latents(
         str | None,
         typer.Option(metavar="MODEL", help="Folder or Hugging Face id of an AutoencoderKL."),
     ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option("--format", help="packed, lego, npz or ptshard. (default: by DEST's ending)"),
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="Convert latents to this format; encode nothing."),
-    ] = None,
+    form: Form = None,
+    to: ToForm = None,
     batch: Annotated[int, typer.Option(min=1, help="Images read and encoded at once.")] = 16,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, ... (default: the fastest)")
@@ -72,12 +81,8 @@ def latents(
         LatentPrecision | None,
         typer.Option(help="Of the numbers. (default: float16; the source's with --to)"),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of the sample, where a format holds one of each image.")
-    ] = 0,
-    shard_size: Annotated[
-        int, typer.Option(min=1, help="Images in a file, where a format has several files.")
-    ] = 64,
+    seed: SampleSeed = 0,
+    shard_size: ShardSize = 64,
     max_images: Annotated[
         int | None, typer.Option(min=1, help="Encode a random subset of this size.")
     ] = None,
@@ -99,11 +104,8 @@ def latents(
         raise DataError("--scale 0 would leave nothing of the latents; give a positive number")
     numbers = None if precision is None else cast("Precision", precision.value)
     if to is not None:
-        given = {
-            "--vae": vae, "--format": form, "--device": device, "--max-images": max_images,
-            "--skip-bad": skip_bad or None,
-        }  # fmt: skip
-        _refuse([name for name, value in given.items() if value is not None])
+        _refuse({"--vae": vae, "--format": form, "--device": device, "--max-images": max_images,
+                 "--skip-bad": skip_bad or None})  # fmt: skip
         report = convert_latents(
             source, target, to, precision=numbers, scale=scale, shift=shift, xflip=xflip,
             seed=seed, shard=shard_size, batch=batch, overwrite=overwrite,
@@ -114,26 +116,19 @@ def latents(
         raise DataError("say by which VAE: --vae MODEL encodes images (--to converts latents)")
     codec = VaeCodec(vae, scale=scale, shift=shift)
     codec.prepare()
+    images = open_dataset(source, max_images=max_images, skip_bad=skip_bad)
     encoded = write_latents(
-        open_dataset(source, max_images=max_images, skip_bad=skip_bad),
-        codec,
-        target,
-        batch=batch,
-        device=distributed.device(device),
-        xflip=xflip,
-        precision=numbers,
-        form=form,
-        seed=seed,
-        shard=shard_size,
-        overwrite=overwrite,
-    )
+        images, codec, target, batch=batch, device=distributed.device(device), xflip=xflip,
+        precision=numbers, form=form, seed=seed, shard=shard_size, overwrite=overwrite,
+    )  # fmt: skip
     _print_latents(encoded)
 
 
-def _refuse(options: Sequence[str]) -> None:
-    """Raise for options of encoding where latents are converted."""
-    if options:
-        raise DataError(f"--to converts latents and encodes no images: leave out {options[0]}")
+def _refuse(options: Mapping[str, object]) -> None:
+    """Raise for options of encoding that were given where latents are converted."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise DataError(f"--to converts latents and encodes no images: leave out {given[0]}")
 
 
 def _print_latents(report: LatentReport) -> None:

@@ -99,6 +99,11 @@ def convert_latents(
             f"{source} holds no latents of mirrored images, which a {written.title} does. --xflip "
             "takes the mirrored latents for them, as LEGO's released code does"
         )
+    if xflip and (written.drawn or reader.mirrored == "none"):
+        raise DataError(
+            f"{target if written.drawn else source} has no latents of mirrored images; leave out "
+            "--xflip"
+        )
     plan = LatentPlan(
         target.stem, reader.count, reader.shape, info, mirrored, reader.labels, reader.class_names,
         choose_precision(target, written, precision, reader.precision), shard,
