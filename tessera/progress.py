@@ -226,6 +226,15 @@ def time_text(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def duration(seconds: float) -> str:
+    """Two digits and more: 45 s, 12 min, 3.4 h, 5.2 days."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
 def quantity(value: float) -> str:
     """A count in at most five characters: 950, 12.3k, 1.20M."""
     for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -194,7 +194,7 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
 
 def in_table(forecast: Forecast) -> dict[str, str]:
     """Time and memory of a run, as rows of a table."""
-    from tessera.progress import human
+    from tessera.progress import duration, human
 
     extra = forecast.extra_seconds
     parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
@@ -203,12 +203,3 @@ def in_table(forecast: Forecast) -> dict[str, str]:
         f"{forecast.images_per_second:.3g} images/s",
         "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
     }
-
-
-def duration(seconds: float) -> str:
-    """Two digits and more: 45 s, 12 min, 3.4 h, 5.2 days."""
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            value = seconds / size
-            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

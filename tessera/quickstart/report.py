@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from html import escape
-from importlib import resources
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tessera.commands import tessera_command
-from tessera.images import png_bytes
-from tessera.quickstart import charts
+from tessera.progress import duration
 from tessera.quickstart.run import GUIDANCE, Frame, QuickstartResult
+from tessera.reports import charts, page
 
 _SHOWN = 10  # digits of each class, real and made
 _STRIP = 3  # images whose denoising is shown
@@ -22,59 +19,37 @@ _STRIP = 3  # images whose denoising is shown
 def render(result: QuickstartResult) -> str:
     """The report as HTML, with its pictures inside."""
     recipe, total = result.recipe, sum(result.seconds.values())
-    sections = [
-        _headline(result, total),
-        _section("Real and made", _comparison(result), _comparison_note(result)),
-        _section("From noise to digit", _strip(result.frames), _strip_note(result)),
-        _section("Training", charts.line(result.losses), _training_note(result)),
-        _section("How far from real", charts.scale(_marks(result)), _score_note(result)),
-        _section("What it took", _facts(result)),
-        _section("Go on", _commands(result)),
-    ]
-    title = escape(f"tessera quickstart: {recipe.name}")
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
+    return page.document(
+        f"tessera quickstart: {recipe.name}",
+        [
+            _headline(result, total),
+            page.section("Real and made", _comparison(result), _comparison_note(result)),
+            page.section("From noise to digit", _strip(result.frames), _strip_note(result)),
+            page.section("Training", charts.line(result.losses), _training_note(result)),
+            page.section("How far from real", charts.scale(_marks(result)), _score_note(result)),
+            page.section("What it took", _facts(result)),
+            page.section("Go on", _commands(result)),
+        ],
     )
-
-
-def _style() -> str:
-    return resources.files("tessera.quickstart").joinpath("report.css").read_text(encoding="utf-8")
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{note}\n{body}\n</section>"
 
 
 def _headline(result: QuickstartResult, total: float) -> str:
     facts, score = result.reference.extractor.facts, result.score
     tiles = [
-        ("recognised", f"{result.recognised:.1%}", f"of {score.n:,} samples, as their class"),
+        ("good", f"{result.recognised:.1%}", f"of {score.n:,} samples recognised as their class"),
         (
-            "accuracy",
+            "",
             f"{facts.accuracy:.1%}",
-            f"of the same classifier on {facts.held_out:,} held-out real digits",
+            f"of {facts.held_out:,} held-out real digits recognised by the same classifier",
         ),
-        (
-            "distance",
-            f"{score.fd_classifier:.3g}",
-            f"Fréchet distance; real digits {result.floor:.3g}",
-        ),
-        ("time", _duration(total), f"in all, on {escape(result.device)}"),
+        ("", f"{score.fd_classifier:.3g}", f"Fréchet distance; real digits {result.floor:.3g}"),
+        ("", duration(total), f"in all, on {result.device}"),
     ]
-    cells = "\n".join(
-        f'<div class="tile {name}"><b>{value}</b><span>{note}</span></div>'
-        for name, value, note in tiles
-    )
-    return (
-        "<header>\n<h1>Handwritten digits from noise</h1>\n"
-        f"<p>A diffusion model of {result.parameters / 1e6:.2f} million parameters, trained from "
-        f"scratch in {_duration(result.seconds['training'])}.</p>\n"
-        f'<div class="tiles">\n{cells}\n</div>\n</header>'
+    return page.header(
+        "Handwritten digits from noise",
+        f"A diffusion model of {result.parameters / 1e6:.2f} million parameters, trained from "
+        f"scratch in {duration(result.seconds['training'])}.",
+        tiles,
     )
 
 
@@ -92,11 +67,8 @@ def _comparison(result: QuickstartResult) -> str:
         chosen = np.flatnonzero(result.labels == digit)[:_SHOWN]
         right = result.predicted[chosen] == digit
         made.append(_row(digit, result.samples[chosen], "made", right))
-    return (
-        '<div class="pair">\n'
-        f"<figure><figcaption>real digits</figcaption>{''.join(real)}</figure>\n"
-        f"<figure><figcaption>samples</figcaption>{''.join(made)}</figure>\n"
-        "</div>"
+    return page.pair(
+        page.figure("real digits", "".join(real)), page.figure("samples", "".join(made))
     )
 
 
@@ -104,28 +76,21 @@ def _row(
     digit: int, images: NDArray[np.uint8], what: str, right: Sequence[bool] | NDArray[np.bool_] = ()
 ) -> str:
     flags = list(right) or [True] * len(images)
-    cells = "".join(
-        _image(image, f"{what} {digit}", "" if ok else "wrong")
+    cells = (
+        page.image(image, f"{what} {digit}", "" if ok else "wrong")
         for image, ok in zip(images, flags, strict=True)
     )
-    return f'<div class="row"><span>{digit}</span>{cells}</div>'
-
-
-def _image(image: NDArray[np.uint8], alt: str, kind: str = "") -> str:
-    data = base64.b64encode(png_bytes(image)).decode()
-    css = f' class="{kind}"' if kind else ""
-    return f'<img{css} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return page.row(str(digit), cells)
 
 
 def _strip(frames: Sequence[Frame]) -> str:
     """Noisy states above the network's estimates, from left to right."""
-    head = "".join(f"<span>{frame.sigma:.2g}</span>" for frame in frames)
-    rows = [f'<div class="row head"><span>σ</span>{head}</div>']
+    rows = [page.row("σ", (f"<span>{frame.sigma:.2g}</span>" for frame in frames), "head")]
     for index in _spread(len(frames[0].noisy), _STRIP):
         for name in ("noisy", "denoised"):
-            cells = "".join(_image(getattr(f, name)[index], f"{name} {index}") for f in frames)
-            rows.append(f'<div class="row {name}"><span>{name}</span>{cells}</div>')
-    return f'<figure class="strip">{"".join(rows)}</figure>'
+            cells = (page.image(getattr(f, name)[index], f"{name} {index}") for f in frames)
+            rows.append(page.row(name, cells, name))
+    return page.figure("", "".join(rows), "strip")
 
 
 def _spread(count: int, chosen: int) -> list[int]:
@@ -201,10 +166,9 @@ def _facts(result: QuickstartResult) -> str:
                      "weights averaged with half-life "
                      f"{recipe.ema[0].halflife_images:,.0f} images"),
         ("seed", str(training.seed)),
-        *((f"time: {part}", _duration(value)) for part, value in result.seconds.items()),
+        *((f"time: {part}", duration(value)) for part, value in result.seconds.items()),
     ]  # fmt: skip
-    cells = "".join(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in rows)
-    return f"<table>{cells}</table>"
+    return page.facts(rows)
 
 
 def _commands(result: QuickstartResult) -> str:
@@ -229,12 +193,4 @@ def _commands(result: QuickstartResult) -> str:
             f"{command} train cifar10-small data.path=photos.safetensors data.num_classes=0",
         ),
     ]
-    return "".join(
-        f"<p>{escape(title)}</p><pre><code>{escape(line)}</code></pre>" for title, line in lines
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return "".join(page.command(title, line) for title, line in lines)

@@ -18,10 +18,10 @@ from tessera.commands import tessera_command
 from tessera.data.dataset import open_dataset
 from tessera.errors import TesseraError
 from tessera.metrics.reference import load_reference
-from tessera.quickstart import charts
 from tessera.quickstart.digits import enlarge, write_digits
 from tessera.quickstart.report import render
 from tessera.quickstart.run import QuickstartResult, run
+from tessera.reports import charts
 
 pytest.importorskip("sklearn")
 
@@ -186,6 +186,22 @@ def test_loss_chart_of_any_length(losses: list[tuple[int, float]]) -> None:
         assert all(0 <= x <= 720 and 0 <= y <= 280 for x, y in points)
         # Smaller losses are drawn lower, where y is larger.
         assert [y for _, y in points] == sorted(y for _, y in points)
+
+
+def test_curves_of_several_things() -> None:
+    chart = charts.curves(
+        [
+            charts.Curve("a<b", [(1, 10.0), (2, 1.0)]),
+            charts.Curve("none", []),
+            charts.Curve("c", [(0, 2.0)]),
+        ],
+        "minutes",
+        "distances",
+    )
+    assert chart.count("<polyline") == 2
+    assert "a&lt;b" in chart
+    assert "none" not in chart
+    assert "<svg" not in charts.curves([], "minutes", "distances")
 
 
 def test_scale_draws_longer_bars_for_larger_values() -> None:

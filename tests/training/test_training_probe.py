@@ -13,8 +13,8 @@ from training_case import read_metrics, tiny_recipe, write_recipe
 from typer.testing import CliRunner
 
 from tessera.cli import app
-from tessera.cli.cost import duration
 from tessera.data.views import FullView, PatchSize, PatchView
+from tessera.progress import duration
 from tessera.training import probe
 from tessera.training.feed import Feed
 from tessera.training.forecast import Timings, course, seconds_per_image

@@ -1,4 +1,4 @@
-"""Two small charts as inline SVG; their colours are the page's, so they follow light and dark."""
+"""Small charts as inline SVG; their colours are the page's, so they follow light and dark."""
 
 from __future__ import annotations
 
@@ -21,19 +21,44 @@ class Mark:
     kind: str
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) of one thing, y above 0."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
 def line(points: Sequence[tuple[int, float]]) -> str:
     """Loss over images seen, on a logarithmic axis."""
     if not points:
         return "<p>No loss was logged.</p>"
-    xs, ys = [x for x, _ in points], [max(y, 1e-12) for _, y in points]
-    low, high = math.log10(min(ys)), math.log10(max(ys))
+    first, last = (max(points[index][1], 1e-12) for index in (0, -1))
+    text = f"loss per pixel, {first:.3g} at first, {last:.3g} at the end"
+    return curves([Curve("", points)], "images seen", text)
+
+
+def curves(shown: Sequence[Curve], across: str, description: str) -> str:
+    """Curves of several things, on a logarithmic axis, with their names at their ends.
+
+    Args:
+        shown: at most six that can be told apart.
+        across: name of the horizontal axis, from 0 on.
+        description: in a sentence, for those who do not see it.
+    """
+    shown = [curve for curve in shown if curve.points]
+    if not shown:
+        return "<p>Nothing was measured.</p>"
+    every = [(x, max(y, 1e-12)) for curve in shown for x, y in curve.points]
+    low, high = (math.log10(end([y for _, y in every])) for end in (min, max))
     margin = 0.05 * (high - low) or 0.1
     low, high = low - margin, high + margin
+    most = max(x for x, _ in every) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x / max(xs)) * (_WIDTH - _LEFT - _RIGHT)
-        up = (math.log10(y) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-        return _LEFT + across, _HEIGHT - _BOTTOM - up
+        right = (x / most) * (_WIDTH - _LEFT - _RIGHT)
+        up = (math.log10(max(y, 1e-12)) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + right, _HEIGHT - _BOTTOM - up
 
     parts = []
     for value in _log_ticks(10**low, 10**high):
@@ -42,15 +67,18 @@ def line(points: Sequence[tuple[int, float]]) -> str:
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", "end"))
-    for value in _ticks(max(xs)):
-        x, _ = place(value, ys[0])
+    for value in _ticks(most):
+        x, _ = place(value, 10**low)
         parts.append(_text(x, _HEIGHT - _BOTTOM + 22, _thousands(value), "middle"))
-    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, "images seen", "end"))
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, xs, ys))
-    parts.append(f'<polyline class="curve" points="{path}"/>')
-    last = place(xs[-1], ys[-1])
-    parts.append(f'<circle class="end" cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="4"/>')
-    return _svg(parts, _HEIGHT, f"loss per pixel, {ys[0]:.3g} at first, {ys[-1]:.3g} at the end")
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, across, "end"))
+    for index, curve in enumerate(shown):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve.points))
+        parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
+        x, y = place(*curve.points[-1])
+        parts.append(f'<circle class="end c{index}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        if curve.name:
+            parts.append(_name(x - 8, y - 9, curve.name))
+    return _svg(parts, _HEIGHT, description)
 
 
 def scale(marks: Sequence[Mark]) -> str:
@@ -93,6 +121,10 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return (
         f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
+
+
+def _name(x: float, y: float, text: str) -> str:
+    return f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="end">{escape(text)}</text>'
 
 
 def _ticks(largest: float) -> list[float]:
