@@ -27,9 +27,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PRELOADED = (
-    "tessera.cli", "tessera.training.trainer", "tessera.training.probe", "tessera.pipelines.loading",
-    "tessera.pipelines.stream", "tessera.metrics.evaluate", "tessera.metrics.classifier",
-)  # fmt: skip
+    "tessera.cli",
+    "tessera.training.trainer",
+    "tessera.training.probe",
+    "tessera.pipelines.stream",
+    "tessera.metrics.evaluate",
+    "tessera.metrics.classifier",
+)
 
 
 # --------------------------------------------------------------------------------- in the tests
