@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
-from tessera.recipes.size import hollow
 
 KINDS: dict[str, type[Pipeline]] = {
     kind.kind: kind for kind in (DiffusionPipeline, ExpertsPipeline, RelayPipeline, MarPipeline)
@@ -166,6 +164,5 @@ def estimate(recipe: Recipe, parts: Parts = NO_PARTS, **options: Any) -> Cost:
         TesseraError: options that such a model cannot have.
     """
     with torch.device("meta"):
-        model = hollow(partial(build_model, recipe, parts))
-    assert isinstance(model, Model)
+        model = build_model(recipe, parts)
     return build_pipeline(recipe, model, parts=parts).cost(**options)
