@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 
 # Tests run side by side, one process per core: more threads than that only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,4 +26,14 @@ def float32() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "fast_dtype", lambda device: torch.float32)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def commands_made_once() -> Iterator[None]:
+    """Typer makes all commands anew for each one that a test calls."""
+    from typer import testing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", cache(testing._get_command))
         yield

@@ -38,6 +38,12 @@ UsageError: Any = typer.BadParameter.__base__
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
+@cache
+def root_command() -> Any:
+    """`tessera` with all that is below it."""
+    return typer.main.get_command(app)
+
+
 def prose(page: Path) -> str:
     """A page without its fenced code."""
     return FENCED.sub("", page.read_text())
@@ -81,7 +87,7 @@ def options(command: Any) -> set[str]:
 
 def descend(words: list[str]) -> tuple[str, Any]:
     """The command that a line names."""
-    command: Any = typer.main.get_command(app)
+    command: Any = root_command()
     name = "tessera"
     for word in words[1:]:
         inner = getattr(command, "commands", None)
@@ -165,7 +171,7 @@ def ours(page: Path) -> str:
 
 @every_page
 def test_options_by_themselves_exist(page: Path) -> None:
-    known = all_options(typer.main.get_command(app)) | {"--help"}
+    known = all_options(root_command()) | {"--help"}
     for code in re.findall(r"`((?:--|tessera )[^`]+)`", ours(page)):
         used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
         assert used <= known, code
@@ -333,7 +339,7 @@ def every_command(command: Any) -> Iterator[Any]:
 
 def test_examples_of_the_help_are_right() -> None:
     found = 0
-    for command in every_command(typer.main.get_command(app)):
+    for command in every_command(root_command()):
         for line in (command.help or "").splitlines():
             words = as_command(line.strip())
             if words and "..." not in words:

@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,15 @@ TOOLS = {"dev", "docs", "all"}
 MODULES = {"scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
 
 
+parsed = cache(ast.parse)  # of the same files in most tests
+
+
 def too_long(path: Path, source: str) -> list[str]:
     """What of a file is longer than the house allows."""
     name = path.relative_to(ROOT)
     lines = len(source.splitlines())
     wrong = [f"{name}: {lines} lines"] if lines > LINES else []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             lines = node.end_lineno - node.lineno + 1
@@ -44,7 +48,7 @@ def too_long(path: Path, source: str) -> list[str]:
 def public_names(source: str) -> set[str]:
     """The public classes and functions that a module defines."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    found = {node.name for node in ast.parse(source).body if isinstance(node, kinds)}
+    found = {node.name for node in parsed(source).body if isinstance(node, kinds)}
     return {name for name in found if not name.startswith("_")}
 
 
@@ -78,7 +82,7 @@ def test_the_check_of_names_itself() -> None:
 def imported(source: str) -> set[str]:
     """The packages that a file imports; also by their names, where they may be missing."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -125,7 +129,7 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
 def docstrings(source: str) -> list[str]:
     """Those of a file, its classes and functions."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes = [node for node in ast.walk(parsed(source)) if isinstance(node, kinds)]
     return [ast.get_docstring(node) or "" for node in nodes]
 
 
@@ -152,7 +156,7 @@ def test_what_is_written_once(call: str, home: str) -> None:
         for path in PACKAGE
         if any(
             isinstance(node, ast.Call) and ast.unparse(node.func) == call
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in ast.walk(parsed(path.read_text()))
         )
     ]
     assert users == [ROOT / "tessera" / home]

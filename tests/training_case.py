@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from data_files import random_images, write_packed
+from forked import Forked, fork
 
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.overrides import merge
@@ -63,19 +61,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in x.items() if k not in timings} for x in lines]
 
 
-def start(*arguments: str, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
-    """`python -m tessera ARGUMENTS`, or the same under torchrun."""
-    launcher = ["-m", "tessera"]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launcher += ["-m", "tessera"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    environment.pop("PYTEST_CURRENT_TEST", None)
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def start(*arguments: str) -> Forked:
+    """`tessera ARGUMENTS` in a process of its own."""
+    return fork(arguments)

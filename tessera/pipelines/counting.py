@@ -160,7 +160,26 @@ def _signature(arguments: Any) -> Any:
 
 
 def training(recipe: Recipe, model: Model, parts: Parts = NO_PARTS) -> Training:
-    """What training `model` costs, whose tensors have no data; it is of no use afterwards."""
+    """What training `model` costs, whose tensors have no data; it is of no use afterwards.
+
+    Models alike, as the stages of a pipeline and the experts often are, are counted once.
+    """
+    if parts is not NO_PARTS:  # code of the user's, which may do something else each time
+        return _training(recipe, model, parts)
+    weights = ((n, p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters())
+    precision = resolve(recipe.training.precision, distributed.device())
+    key = (recipe.model_dump_json(), precision, tuple(weights))
+    if key not in _counted:
+        if len(_counted) >= 64:
+            _counted.clear()
+        _counted[key] = _training(recipe, model, parts)
+    return _counted[key]
+
+
+_counted: dict[Any, Training] = {}
+
+
+def _training(recipe: Recipe, model: Model, parts: Parts) -> Training:
     model = model.train()
     train = _train_flops(recipe, model, parts)
     parameters = [p for p in model.parameters() if p.requires_grad]

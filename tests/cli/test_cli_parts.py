@@ -138,13 +138,15 @@ def test_the_command_finds_modules_of_the_current_folder(folder: Path, tmp_path:
 
 
 def test_two_processes(folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    paths = [os.getcwd(), str(Path(__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     arguments = ["train", *WITH, str(folder / "tiny.json"), "objective.kind=edm"]
-    process = start(
-        *arguments, f"run.dir={folder / 'two'}", processes=2, cwd=Path(__file__).parents[1]
-    )
-    output, errors = process.communicate()
-    assert process.returncode == 0, output + errors
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [sys.executable, *launcher, "-m", "tessera", *arguments, f"run.dir={folder / 'two'}"],
+        cwd=Path(__file__).parents[1], text=True, check=False, capture_output=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
     run(*arguments, f"run.dir={folder / 'one'}")
     one, two = (load_file(folder / n / "pipeline" / "model.safetensors") for n in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import fork, fork_ranks
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
@@ -366,30 +363,15 @@ def test_jobs_take_latents(pipeline: str, tmp_path: Path) -> None:
         generate_folder(other, tmp_path / "s")
 
 
-def launch(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tessera", "sample", *map(str, arguments), "--device", "cpu"]
-    command += ["--precision", "fp32"]  # as `auto` is in tests
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_two_processes_make_the_files_of_one(pipeline: str, tmp_path: Path, kind: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     one, two = (tmp_path / name / f"s.{kind}".removesuffix(".png") for name in ("one", "two"))
     run(pipeline, "--seeds", "0-6", "--batch", 2, "--out", one)
-    ranks = [
-        launch(rank, port, pipeline, "--seeds", "0-6", "--batch", 2, "--out", two)
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    ranks = fork_ranks(
+        2, "sample", pipeline, "--seeds", "0-6", "--batch", 2, "--out", two, "--device", "cpu",
+        "--precision", "fp32",  # as `auto` is in tests
+    )  # fmt: skip
+    outputs = ["".join(process.communicate(timeout=120)) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert "7 images in" in outputs[0]
     assert "images" not in outputs[1]
@@ -404,13 +386,11 @@ def test_two_processes_make_the_files_of_one(pipeline: str, tmp_path: Path, kind
 
 
 def test_exit_code_and_message(pipeline: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "tessera", "sample", pipeline, "--class", "7", "--out", tmp_path],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: there is no class 7. The classes are 0 to 2")
-    assert "Traceback" not in result.stderr
+    process = fork(["sample", pipeline, "--class", "7", "--out", tmp_path])
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.startswith("error: there is no class 7. The classes are 0 to 2")
+    assert "Traceback" not in errors
 
 
 def test_a_folder_that_is_not_there_is_not_asked_for(

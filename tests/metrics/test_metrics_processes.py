@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork_ranks
 from test_metrics_eval import write_images
-from training_case import start
 
 from tessera.pipelines.loading import build_pipeline
 from tessera.recipes.build import build_denoiser
@@ -16,13 +16,14 @@ from tessera.recipes.loading import load_recipe
 
 
 def score(samples: Path, real: Path, processes: int, *options: str) -> dict[str, Any]:
-    process = start(
-        "eval", "score", str(samples), str(real), "--training-images", "256", "--batch", "4",
-        "--device", "cpu", "--json", *options, processes=processes,
+    ranks = fork_ranks(
+        processes, "eval", "score", samples, real, "--training-images", "256", "--batch", "4",
+        "--device", "cpu", "--json", *options,
     )  # fmt: skip
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    document: dict[str, Any] = json.loads(out)
+    outputs = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * processes, outputs
+    assert not any(out for out, _ in outputs[1:])
+    document: dict[str, Any] = json.loads(outputs[0][0])
     return document
 
 

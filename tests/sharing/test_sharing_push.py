@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from forked import fork
 from hub_server import TOKEN, FakeHub
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
@@ -152,11 +151,10 @@ def test_as_a_program(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
         "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(tessera.__file__).parents[1]),
     }  # fmt: skip
-    words = [sys.executable, "-m", "tessera", "push", folder, NAME, "--samples", "0", "--private"]
-    done = subprocess.run(
-        [*map(str, words), "--device", "cpu"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["push", folder, NAME, "--samples", "0", "--private", "--device", "cpu"]
+    done = fork(words, env=environment)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
     assert hub.private[NAME]
     assert "samples.png" not in hub.files(NAME)
     assert tessera.load(NAME, device="cpu").images_seen == 5000

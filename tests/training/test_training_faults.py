@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
-import resource
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fork, fork_ranks
 from safetensors import SafetensorError
 from test_training_parallel import in_processes
-from training_case import read_metrics, start, tiny_recipe, write_recipe
+from training_case import read_metrics, tiny_recipe, write_recipe
 
 import tessera
 from tessera import distributed, memory
@@ -118,10 +115,11 @@ def test_the_command_ends_with_code_2_and_one_line(folder: Path) -> None:
     recipe = write_recipe(folder, tiny_recipe(folder))
     # Metrics and recipe are smaller than this, the files of a checkpoint larger.
     limit = 20_000
-    process = start(
-        "train", str(recipe), f"run.dir={folder / 'limited'}",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    process = fork(
+        ["train", recipe, f"run.dir={folder / 'limited'}"],
+        code=f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "from tessera.cli import main; main()",
+    )
     _, errors = process.communicate()
     assert process.returncode == 2, errors
     assert "Traceback" not in errors
@@ -194,24 +192,6 @@ def test_words_for_used_up_memory(error: Exception, expected: bool) -> None:
 # ----------------------------------------------------------------------------- other processes
 
 
-def pair(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes of a training, without a launcher that would end them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tessera", "train", *arguments],
-            env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
 @pytest.mark.parametrize(
     ("number", "words"),
     [
@@ -225,7 +205,7 @@ def test_a_process_that_is_gone_or_silent_ends_the_others_in_one_line(
     run_dir = folder / f"gone-{number.name}"
     changes = {"training": {"images": 10_000_000}, "run": {"timeout_minutes": 0.05}}
     recipe = write_recipe(folder, tiny_recipe(folder, **changes))
-    survivor, victim = pair(str(recipe), f"run.dir={run_dir}")
+    survivor, victim = fork_ranks(2, "train", recipe, f"run.dir={run_dir}")
     try:
         while not (run_dir / "pipeline").exists():
             assert survivor.poll() is None, survivor.communicate()[1]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked, fork
 from training_case import start, tiny_recipe, write_recipe
 
 from tessera import processes
@@ -27,14 +26,9 @@ with run_lock.hold(Path(sys.argv[1])):
 """
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
+def holder(folder: Path) -> Forked:
     """A process that has the lock until its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = fork([folder], code=HOLD, stdin=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from test_training_trainer import final_state
 from training_case import read_metrics, start, tiny_recipe, write_recipe
@@ -34,7 +35,9 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scontrol notes what it is asked."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    (commands / "tessera").write_text(f'#!/bin/bash\nexec {sys.executable} -m tessera "$@"\n')
+    (commands / "tessera").write_text(
+        f'#!/bin/bash\nexec {sys.executable} -SE {forked.__file__} run {forked.server()} "$@"\n'
+    )
     (commands / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     (commands / "srun").write_text(
         f"#!/bin/bash\nshift\n"
