@@ -9,35 +9,28 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 import tessera
-from benchmarks.harness import RESULTS, device, markdown, record, show, synchronize
+from benchmarks.harness import RESULTS, device, markdown, record, show
 from tessera import distributed
+from tessera.comparing import timed
+from tessera.comparing.timed import Scored, averaged, train_by_time
 from tessera.errors import TesseraError
 from tessera.files import write_json
 from tessera.images import grid, save_png
-from tessera.metrics.evaluate import Score, score_stream
-from tessera.metrics.measure import made_images
 from tessera.metrics.reference import Reference, open_reference
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.generate import Job
-from tessera.pipelines.plan import SampledBatch
-from tessera.pipelines.usage import Usage
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
-from tessera.training.preview import ema_pipeline
 from tessera.training.trainer import Trainer
 
-NEVER = 10**12
 COLUMNS = 10
 
 
@@ -79,32 +72,14 @@ def timed_recipe(name: str, options: argparse.Namespace, *overrides: str) -> Rec
     return load_recipe(
         name,
         [
-            f"data.path={options.data}", f"training.seed={options.seed}",
-            f"training.images={NEVER}", "training.compile=false", "optimizer.decay=constant",
-            "run.preview=null", "run.tensorboard=false", f"run.log_every_images={NEVER}",
-            f"run.checkpoint_every_images={NEVER}", *options.overrides, *overrides,
+            *timed.TIMED,
+            f"data.path={options.data}",
+            f"training.seed={options.seed}",
+            f"run.log_every_images={timed.NEVER}",
+            *options.overrides,
+            *overrides,
         ],
-    )  # fmt: skip
-
-
-def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
-    """Train for so long; the seconds so far after each step.
-
-    What the caller does between the steps does not count.
-
-    Raises:
-        KeyboardInterrupt: the training was stopped by a signal.
-    """
-    spent = 0.0
-    with contextlib.closing(trainer.steps()) as steps:
-        while spent < seconds:
-            synchronize()
-            begin = time.perf_counter()
-            if next(steps, None) is None:
-                raise KeyboardInterrupt
-            synchronize()
-            spent += time.perf_counter() - begin
-            yield spent
+    )
 
 
 def trained(recipe: Recipe, folder: Path, minutes: float) -> tuple[Pipeline, Trainer]:
@@ -232,7 +207,7 @@ def score_arms(
             [case.name, " + ".join(f"{n:,}" for n in kept.images[case.arm]),
              f"{result.evaluations:g}", f"{pipe.cost(**case.sampling).sample_flops / 1e9:.1f}",
              f"{result.seconds / options.samples * 1e3:.1f}",
-             f"{result.score.fd_classifier:.3f}", percent(result.score.recognised)]
+             f"{result.known.fd_classifier:.3f}", percent(result.known.recognised)]
         )  # fmt: skip
         print(" | ".join(rows[-1]), flush=True)
     show(title, columns, rows)
@@ -245,55 +220,11 @@ def score_arms(
         record(title, f"{said}\n\n{markdown(columns, rows)}")
 
 
-def averaged(trainer: Trainer) -> Pipeline:
-    """The model of a training as it is now, with averaged weights."""
-    names = trainer.dataset.class_names
-    pipe = ema_pipeline(trainer.recipe, trainer.learner, trainer.images_seen, names)
-    assert pipe is not None
-    return pipe.to(device())
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Samples and what they are worth.
-
-    Attributes:
-        score: of all of them.
-        first: the first ones, uint8 [N, H, W, C].
-        evaluations: of the network for each image.
-        seconds: for all images.
-    """
-
-    score: Score
-    first: NDArray[np.uint8]
-    evaluations: float
-    seconds: float
-
-
 def scored(
     pipe: Pipeline, reference: Reference, options: argparse.Namespace, **sampling: Any
 ) -> Scored:
-    """Score samples of seeds 0, 1, ..., of all classes in turn."""
-    label = "balanced" if pipe.model.num_classes else None
-    job = Job(pipe, range(options.samples), label, options.batch, sampling)
-    first: list[SampledBatch] = []
-    seconds = 0.0
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        nonlocal seconds
-        begin = time.perf_counter()
-        for made in pipe.run(job.plan, range(options.samples), options.batch):
-            seconds += time.perf_counter() - begin  # the images are on the CPU by now
-            if not first:
-                first.append(made)
-            labels = None if made.labels is None else torch.from_numpy(made.labels)
-            yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
-            begin = time.perf_counter()
-
-    usage = Usage(job.plan.networks(), pipe.device.type == "cuda")
-    with usage.watch():
-        result = score_stream(made_images(batches(), options.samples, "samples"), reference)
-    return Scored(result, first[0].images, usage.evaluations / options.samples, seconds)
+    """Score as many samples as the options say, see `tessera.comparing.timed.scored`."""
+    return timed.scored(pipe, reference, options.samples, options.batch, sampling)
 
 
 def percent(value: float | None) -> str:

@@ -73,7 +73,7 @@ def main() -> None:
         common.save_grid(pictures[-1], result.first)
         rows.append(
             [name, f"{options.minutes:g}", f"{pipe.images_seen:,}", f"{steps:,}",
-             f"{result.score.fd_classifier:.3f}", common.percent(result.score.recognised)]
+             f"{result.known.fd_classifier:.3f}", common.percent(result.known.recognised)]
         )  # fmt: skip
     show(TITLE, columns, rows)
     if not options.no_record:

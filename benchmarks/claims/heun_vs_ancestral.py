@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
+from tessera.comparing.timed import Scored
 from tessera.metrics.reference import open_reference
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.diffusion import DiffusionPipeline
@@ -33,12 +34,12 @@ class Point:
 
     sampler: str
     steps: int
-    result: common.Scored
+    result: Scored
 
     @property
     def distance(self) -> float:
         """To the real images."""
-        return self.result.score.fd_classifier
+        return self.result.known.fd_classifier
 
 
 def measure(pipe: Pipeline, options: argparse.Namespace) -> list[Point]:
@@ -118,7 +119,7 @@ def main() -> None:
     rows = [
         [
             SAMPLERS[p.sampler], str(p.steps), f"{p.result.evaluations:.0f}", f"{p.distance:.3f}",
-            common.percent(p.result.score.recognised),
+            common.percent(p.result.known.recognised),
             f"{options.samples / p.result.seconds:.3g}",
         ]
         for p in points

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.claims import common
 from benchmarks.harness import device, markdown, record, show
+from tessera.comparing.timed import averaged, train_by_time
 from tessera.metrics.reference import open_reference, save_reference
 
 ARMS = {"full": "cifar10-small", "patch": "cifar10-small-patch"}
@@ -34,13 +35,11 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
     trainer = Trainer(common.timed_recipe(ARMS[arm], options), folder / arm)
     reference = open_reference(folder / "reference.npz", device=device())
     limit, done = options.minutes * 60, 0
-    for seconds in common.train_by_time(trainer, limit):
+    for seconds in train_by_time(trainer, limit):
         if seconds * options.evaluations < limit * (done + 1):
             continue
         done = int(seconds * options.evaluations / limit)
-        result = common.scored(
-            common.averaged(trainer), reference, options, steps=options.steps
-        ).score
+        result = common.scored(averaged(trainer), reference, options, steps=options.steps).score
         line = {
             "arm": arm, "seconds": round(seconds, 1), "images": trainer.images_seen,
             "step": trainer.step, "distance": result.fd_classifier,

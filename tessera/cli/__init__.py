@@ -10,6 +10,7 @@ from tessera import memory
 from tessera._version import __version__
 from tessera.cli.app import App
 from tessera.cli.bricks import bricks
+from tessera.cli.compare import compare_models
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
@@ -63,6 +64,7 @@ app.command()(experts)
 app.command()(relay)
 app.command()(bricks)
 app.command("energy")(energies)
+app.command("compare")(compare_models)
 app.command()(convert)
 app.command()(export)
 app.command()(push)

@@ -57,7 +57,7 @@ def _signature(function: Callable[..., Any], options: Iterable[Option]) -> inspe
     plain = inspect.signature(function)
     rest = inspect.Parameter.VAR_KEYWORD
     own = [p for p in list(plain.parameters.values())[1:] if p.kind is not rest]
-    taken = {p.name for p in own}
+    taken = set(plain.parameters)
     added = [
         inspect.Parameter(
             option.name,

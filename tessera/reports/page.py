@@ -72,6 +72,12 @@ def row(name: str, cells: Iterable[str], kind: str = "") -> str:
     return f'<div class="{css}"><span>{escape(name)}</span>{"".join(cells)}</div>'
 
 
+def picture_rows(cells: Iterable[Iterable[str]]) -> str:
+    """HTML in rows of ten without names."""
+    lines = (f'<div class="row plain">{"".join(line)}</div>' for line in cells)
+    return "".join(lines)
+
+
 def figure(caption: str, body: str, kind: str = "") -> str:
     """HTML below a caption."""
     css = f' class="{escape(kind)}"' if kind else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tessera.metrics.conventions import RULES, chosen
 from tessera.recipes.schema import Recipe
 from tessera.sharing.portable import last_name
 from tessera.training.evaluation import SCORE
+from tessera.training.tracking import run_metrics
 
 _PREFIX = "evaluate/"
 _CLASSIFIER_RULE = "features of a classifier of the real images; this is not FID"
@@ -39,7 +39,7 @@ def run_scores(folder: Path, recipe: Recipe, images_seen: int) -> ScoreTable | N
     """
     if recipe.evaluate is None:
         return None
-    lines = [*_best(folder.parent / SCORE), *_log(folder.parent / "metrics.jsonl")]
+    lines = [*_best(folder.parent / SCORE), *_log(folder.parent)]
     lines = [line for line in lines if line.get("images", images_seen + 1) <= images_seen]
     if not lines:
         return None
@@ -73,20 +73,9 @@ def _best(path: Path) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def _log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's log that hold scores; a damaged one counts for nothing."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
-            if _PREFIX not in text:
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("images"), int):
-                yield line
+def _log(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log that hold scores."""
+    return (line for line in run_metrics(run) if any(key.startswith(_PREFIX) for key in line))
 
 
 def read_scores(path: Path) -> ScoreTable:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import resource
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -359,6 +360,22 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
     if not sys.stderr.isatty():
         trackers.append(StatusLines(recipe.training.images))
     return trackers
+
+
+def run_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The lines that a run has logged, oldest first; nothing of what is no run, or of damaged ones.
+
+    Each says after how many `images` it was.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        while text := file.readline(_LONGEST_LINE):
+            with contextlib.suppress(TesseraError):
+                line = parse_json(text, "line", max_bytes=_LONGEST_LINE, max_depth=1)
+                if isinstance(line, dict) and isinstance(line.get("images"), int):
+                    yield line
 
 
 def memory_gb(device: torch.device) -> float:

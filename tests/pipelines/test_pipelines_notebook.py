@@ -17,6 +17,7 @@ from tiny_pipeline import tiny_pipeline
 from tessera import progress
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.samples import Samples
+from tessera.recipes.schema import ExternalSamplerConfig
 
 
 class _Tags(HTMLParser):
@@ -60,6 +61,14 @@ def test_other_models_list_other_options(pipe: Pipeline) -> None:
     )
     assert inspect.signature(other.sample).parameters["steps"].default == 7
     assert inspect.signature(pipe.sample).parameters["steps"].default == 3
+
+
+def test_options_of_own_parts_are_one_of_them(pipe: Pipeline) -> None:
+    own = pipe.copied()
+    own.recipe = pipe.recipe.model_copy(update={"sampling": ExternalSamplerConfig()})
+    shown = inspect.signature(own.sample).parameters
+    assert shown["options"].kind is inspect.Parameter.VAR_KEYWORD
+    assert "options={}" in (own.sample.__doc__ or "")
 
 
 def test_a_copy_samples_from_its_own_weights(pipe: Pipeline) -> None:

@@ -1,0 +1,133 @@
+"""Training by the clock, and scores of what it has made so far."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tessera.errors import TrainingError
+from tessera.metrics.evaluate import Score, score_stream
+from tessera.metrics.measure import made_images
+from tessera.metrics.reference import Reference
+from tessera.pipelines.base import Pipeline
+from tessera.pipelines.generate import Job
+from tessera.pipelines.usage import Usage
+from tessera.training.preview import ema_pipeline
+from tessera.training.trainer import Trainer
+
+NEVER = 10**12
+TIMED = (
+    f"training.images={NEVER}", "training.compile=false", "optimizer.decay=constant",
+    "run.preview=null", "run.tensorboard=false", "evaluate=null",
+    f"run.checkpoint_every_images={NEVER}",
+)  # fmt: skip
+"""Changes of a recipe for training by the clock.
+
+The learning rate is constant, because the number of images that fit into the time is not known
+before; nothing is compiled, drawn or saved, because that would count as training.
+"""
+
+
+def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
+    """Train for so long; the seconds so far after each step.
+
+    What the caller does between the steps does not count.
+
+    Raises:
+        TrainingError: it was stopped by a signal.
+    """
+    spent = 0.0
+    with contextlib.closing(trainer.steps()) as steps:
+        while spent < seconds:
+            _wait(trainer.device)
+            begin = time.perf_counter()
+            if next(steps, None) is None:
+                raise TrainingError(f"the training of {trainer.recipe.name} was stopped")
+            _wait(trainer.device)
+            spent += time.perf_counter() - begin
+            yield spent
+
+
+def _wait(device: torch.device) -> None:
+    """Until an accelerator has done its work, so that the clock measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def averaged(trainer: Trainer) -> Pipeline:
+    """The model of a training as it is now, with averaged weights."""
+    names = trainer.dataset.class_names
+    pipe = ema_pipeline(trainer.recipe, trainer.learner, trainer.images_seen, names)
+    assert pipe is not None
+    return pipe.to(trainer.device)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples and what they are worth.
+
+    Attributes:
+        score: of all of them; None where there is nothing to score them by.
+        first: the first ones, uint8 [N, H, W, C].
+        evaluations: of the network for each image.
+        seconds: for all images.
+    """
+
+    score: Score | None
+    first: NDArray[np.uint8]
+    evaluations: float
+    seconds: float
+
+    @property
+    def known(self) -> Score:
+        """The score of samples that were scored."""
+        assert self.score is not None
+        return self.score
+
+
+def scored(
+    pipe: Pipeline, reference: Reference | None, samples: int, batch: int, sampling: dict[str, Any]
+) -> Scored:
+    """Score samples of seeds 0, 1, ..., of all classes in turn.
+
+    Args:
+        samples: number of them.
+        batch: made at once.
+        sampling: options of `Pipeline.sample_batches`.
+
+    Raises:
+        TesseraError: an option that the model cannot have.
+    """
+    label = "balanced" if pipe.model.num_classes else None
+    job = Job(pipe, range(samples), label, batch, sampling)
+    first: list[NDArray[np.uint8]] = []
+    seconds = 0.0
+
+    def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
+        nonlocal seconds
+        begin = time.perf_counter()
+        for made in pipe.run(job.plan, range(samples), batch):
+            seconds += time.perf_counter() - begin  # the images are on the CPU by now
+            if not first:
+                first.append(made.images)
+            labels = None if made.labels is None else torch.from_numpy(made.labels)
+            yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
+            begin = time.perf_counter()
+
+    usage = Usage(job.plan.networks(), pipe.device.type == "cuda")
+    with usage.watch():
+        if reference is None:
+            for _ in batches():
+                pass
+            result = None
+        else:
+            result = score_stream(made_images(batches(), samples, "samples"), reference)
+    return Scored(result, first[0], usage.evaluations / samples, seconds)
