@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, is_hub_id, split_hub_id
+from tessera.files import atomic_folder, flush_file, is_hub_id, split_hub_id
 from tessera.images import from_uint8, to_uint8
 from tessera.randomness import Draws
 
@@ -47,7 +47,8 @@ class Codec(Protocol):
     def train(self, images: Tensor, draws: Draws) -> Tensor:
         """What a data set of this codec holds, [B, ...], as it is trained on, [B, C, H, W].
 
-        Pixels may stay uint8, so that only those that are trained on need be converted.
+        Pixels may stay uint8, so that only those that are trained on need be converted; images
+        that were augmented are floats in [-1, 1].
         """
         ...
 
@@ -55,8 +56,11 @@ class Codec(Protocol):
         """What decides how images are decoded, as plain JSON values; None for pixels."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Write what decoding needs as a folder that `codec.model` may name.
+
+        Args:
+            copies: folders that it may have been saved in before, to be linked to.
 
         Raises:
             TesseraError: nothing is needed.
@@ -90,7 +94,7 @@ class PixelCodec:
         """Nothing but the recipe decides."""
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Refused."""
         raise TesseraError("a model of pixels has no autoencoder to save along; leave out `codec`")
 
@@ -120,6 +124,7 @@ class VaeCodec:
         self._channels, self._downsample = channels, downsample
         self._scale, self._shift = scale, shift
         self._vae: Any = None
+        self._written: set[tuple[int, ...]] = set()
 
     @property
     def channels(self) -> int:
@@ -158,16 +163,20 @@ class VaeCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] to mean and log-variance, float32 [B, 2 C, H/f, W/f].
+        """Images [B, 3, H, W] to mean and log-variance, float32 [B, 2 C, H/f, W/f].
 
         The log-variance is cut to [-30, 20], as whenever it is used.
+
+        Args:
+            images: uint8, or floats in [-1, 1].
         """
         vae = self._load().to(images.device)
         with _float32(images.device):
             parts = [
                 torch.cat([posterior.mean, posterior.logvar], dim=1)
                 for chunk in torch.split(images, _chunk(images.shape[2] * images.shape[3]))
-                for posterior in (vae.encode(from_uint8(chunk)).latent_dist,)
+                for pixels in (from_uint8(chunk) if chunk.dtype == torch.uint8 else chunk,)
+                for posterior in (vae.encode(pixels).latent_dist,)
             ]
         return torch.cat(parts)
 
@@ -191,10 +200,32 @@ class VaeCodec:
         """Latents in model space from means and log-variances [B, 2 C, h, w]; draws "latent"."""
         return sample_posterior(images, draws, self.scale, self.shift)
 
-    def save(self, folder: Path) -> None:
-        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all."""
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
+        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all.
+
+        Of `copies`, those count that this codec has written, as they are. Their files become those
+        of `folder`, too, which takes no time and no space.
+        """
         with atomic_folder(folder) as part:
-            self._load().save_pretrained(part, safe_serialization=True)
+            if not any(self._linked(copy, part) for copy in copies):
+                self._load().save_pretrained(part, safe_serialization=True)
+                for path in part.iterdir():
+                    flush_file(path)
+            self._written |= {_identity(path) for path in part.iterdir()}
+
+    def _linked(self, copy: Path, part: Path) -> bool:
+        """Fill `part` with links to the files of a copy, if this codec has written them."""
+        files = [*copy.iterdir()] if copy.is_dir() else []
+        if not files or not {_identity(path) for path in files} <= self._written:
+            return False
+        try:
+            for path in files:
+                os.link(path, part / path.name)
+        except OSError:  # a file system without links
+            for path in part.iterdir():
+                path.unlink()
+            return False
+        return True
 
     def describe(self) -> dict[str, Any] | None:
         """The autoencoder, by its weights wherever they lie, and the scaling."""
@@ -266,6 +297,12 @@ def _digest(vae: Any) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from others, and from itself once it was changed."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _downsample(vae: Any) -> int:

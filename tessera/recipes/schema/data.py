@@ -21,7 +21,9 @@ class DataConfig(Section):
     """The training images and how they are read."""
 
     path: UserPath | None = Field(
-        None, description="archive (.zip), packed set or image folder; with a VAE: latents"
+        None,
+        description="archive (.zip), packed set or image folder; with a VAE: latents, or images "
+        "(codec.encode)",
     )
     resolution: Side = Field(description="height and width of the images, pixels")
     shrink: Factor = Field(
@@ -64,6 +66,16 @@ class CodecSection(Section):
     of_pixels: ClassVar[bool] = True
     """Its values are pixels, bounded by [-1, 1]; others are not bounded."""
 
+    @property
+    def takes_images(self) -> bool:
+        """The data set holds images, and not what this codec has made of them before."""
+        return True
+
+    @property
+    def space(self) -> CodecSection:
+        """What decides what samples mean, without how a training comes by them."""
+        return self
+
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         """(C, H, W) of images in model space."""
         return data.channels, data.resolution, data.resolution
@@ -85,7 +97,7 @@ class PixelCodecConfig(CodecSection):
 class VaeCodecConfig(CodecSection):
     """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
 
-    The defaults are those of Stable Diffusion's.
+    Or of images, which are encoded in the step. The defaults are those of Stable Diffusion's.
     """
 
     of_pixels = False
@@ -99,6 +111,18 @@ class VaeCodecConfig(CodecSection):
     downsample: Factor = Field(8, description="side of the images / side of the latents")
     scale: PositiveFloat = 0.18215
     shift: FiniteFloat = 0
+    encode: Literal["cached", "online"] = Field(
+        "cached",
+        description="cached: data.path holds latents; online: images, encoded in every step",
+    )
+
+    @property
+    def takes_images(self) -> bool:
+        return self.encode == "online"
+
+    @property
+    def space(self) -> CodecSection:
+        return self.model_copy(update={"encode": "cached"})
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         side = data.resolution // self.downsample
