@@ -129,6 +129,7 @@ class _Bench:
         )
         self._meter = tracking.Meter(device)
         self._states = self._peak()
+        self._stepped = 0.0
         self._memory = self._states
 
     def measured(self) -> Timings:
@@ -196,6 +197,7 @@ class _Bench:
         self._meter.add(update, batch.plan.images)
         self._finish()
         self._tick(self._elapsed())
+        self._stepped += time.perf_counter() - begin
         return max(distributed.gather(time.perf_counter() - begin))
 
     # ------------------------------------------------------------------------------------- data
@@ -276,8 +278,12 @@ class _Bench:
         return seconds * steps / batch
 
     def _validation(self, per_image: float) -> float:
-        """Seconds of a validation: forward passes, of which a training step is three or so."""
-        return self._validated * per_image / 3
+        """Seconds of a validation: forward passes, of which a training step is three or so.
+
+        What encodes the images works as much as in the training.
+        """
+        encoder = self._feed.reports(self._stepped).get("encoder_share", 0.0)
+        return self._validated * per_image * (encoder + (1 - encoder) / 3)
 
     def _checkpoint(self) -> float:
         """Seconds to write, read back and hash what a checkpoint and a pipeline hold."""
