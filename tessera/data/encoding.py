@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from tessera import distributed
 from tessera.data.codec import VaeCodec
 from tessera.data.dataset import ImageDataset
-from tessera.data.latents import VERSION, LatentInfo
-from tessera.data.packed import DTYPES, LATENTS_FORMAT, tensor_entry
+from tessera.data.latent_cache import Changes, update_cache
+from tessera.data.latent_formats.base import (
+    LatentFormat,
+    LatentInfo,
+    LatentPlan,
+    Precision,
+)
+from tessera.data.latent_formats.packed import PACKED
+from tessera.data.latent_formats.registry import (
+    check_mirrored,
+    choose_format,
+    choose_precision,
+    latent_sink,
+)
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError
-from tessera.files import atomic_file, check_free, user_path
+from tessera.files import user_path
+from tessera.precision import resolve
 from tessera.progress import progress
-
-Precision = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class LatentReport:
     flips: bool
     num_classes: int
     seconds: float
+    changes: Changes | None = None
+    """Of a packed set, which is brought up to date."""
 
 
 def write_latents(
@@ -49,24 +58,41 @@ def write_latents(
     batch: int = 16,
     device: torch.device | str = "cpu",
     xflip: bool = False,
-    precision: Precision = "float16",
+    precision: Precision | None = None,
+    form: str | None = None,
+    seed: int = 0,
+    shard: int = 64,
     overwrite: bool = False,
 ) -> LatentReport:
-    """Encode all images of a set; the file appears when it is whole.
+    """Encode all images of a set; it appears when it is whole.
+
+    A packed set that is there already is brought up to date, see `latent_cache`, and processes of
+    a launcher share the work.
 
     Args:
         batch: images that are read and encoded at once.
         xflip: encode the mirrored images, too.
-        precision: of the numbers in the file.
-        overwrite: replace an existing file.
+        precision: of the numbers, where the format leaves a choice; by default float16.
+        form: name of the format, see `latent_formats`; None is told by the ending of `path`.
+        seed: of the sample, where the format holds one of each image.
+        shard: rows of a file, where the format has several files.
+        overwrite: replace an existing set, and take nothing from it.
 
     Raises:
-        DataError: images that the codec cannot encode, or a file that exists already.
+        DataError: images that the codec cannot encode, or something is there that is not replaced.
     """
     path, begin = user_path(path), time.monotonic()
-    if path.suffix.lower() != ".safetensors":
-        raise DataError(f"{path}: a set of latents is one file; end its name in .safetensors")
-    check_free(path, overwrite)
+    renewed = form in (None, PACKED.name) and PACKED.recognise(path)
+    written = choose_format(path, form, overwrite or renewed)
+    if precision is None and renewed and not overwrite:
+        precision = PACKED.open(path).precision
+    precision = choose_precision(path, written, precision, "float16")
+    check_mirrored(path, written, xflip)
+    if written is not PACKED and distributed.world() > 1:
+        raise DataError(
+            f"{path}: several processes encode packed sets only. Encode into one, and convert it: "
+            f"tessera data latents NAME.safetensors {path} --to {written.name}"
+        )
     channels, height, width = dataset.shape
     if channels != 3:
         raise DataError(
@@ -79,76 +105,52 @@ def write_latents(
             f"squares whose side is a multiple of {codec.downsample}. Resize them with: "
             "tessera data convert --resolution N --transform center-crop"
         )
-    info = LatentInfo(codec.model, width, codec.downsample, codec.scale, codec.shift)
+    device = torch.device(device)
+    codec.precision = compute = resolve(codec.precision, device, together=True)
+    info = LatentInfo(
+        codec.model, width, codec.downsample, codec.scale, codec.shift, codec.weights_digest(),
+        compute,
+    )  # fmt: skip
     side = width // codec.downsample
     shape = (codec.channels, side, side)
+    plan = LatentPlan(
+        path.stem, len(dataset), shape, info, xflip, dataset.labels, dataset.class_names, precision,
+        shard,
+    )  # fmt: skip
+    changes = None
+    if written is PACKED:
+        changes = update_cache(
+            dataset, codec, path, plan, batch=batch, device=device, overwrite=overwrite
+        )
+    else:
+        _encode_whole(dataset, codec, path, written, plan, batch, device, seed)
+    seconds = time.monotonic() - begin
+    count, classes = len(dataset), dataset.num_classes
+    return LatentReport(path, count, shape, info, xflip, classes, seconds, changes)
+
+
+def _encode_whole(
+    dataset: ImageDataset,
+    codec: VaeCodec,
+    path: Path,
+    form: LatentFormat,
+    plan: LatentPlan,
+    batch: int,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Encode all images into a set of a format that cannot be brought up to date."""
     starts = range(0, len(dataset), batch)
 
     def read(start: int) -> NDArray[np.uint8]:
         return dataset.read(np.arange(start, min(start + batch, len(dataset))))
 
     with (
-        atomic_file(path) as file,
+        latent_sink(path, form, plan, seed) as put,
         progress("encoding", len(dataset), unit="images") as bar,
     ):
-        put = _begin(file, dataset, path.stem, info, shape, xflip, precision)
         for start, images in zip(starts, ordered_map(read, starts, 2, 4), strict=True):
             pixels = torch.from_numpy(images).to(device)
-            put("moments", start, codec.encode(pixels))
-            if xflip:
-                put("moments_flip", start, codec.encode(pixels.flip(3)))
+            mirrored = codec.encode(pixels.flip(3)) if plan.mirrored else None
+            put(start, codec.encode(pixels), mirrored)
             bar.advance(len(images))
-    seconds = time.monotonic() - begin
-    return LatentReport(path, len(dataset), shape, info, xflip, dataset.num_classes, seconds)
-
-
-def _begin(
-    file: IO[bytes],
-    dataset: ImageDataset,
-    name: str,
-    info: LatentInfo,
-    shape: tuple[int, int, int],
-    xflip: bool,
-    precision: Precision,
-) -> Any:
-    """Write header and labels; returns `put(tensor, first row, moments)`, which writes rows."""
-    metadata = {
-        "format": LATENTS_FORMAT,
-        "version": VERSION,
-        "name": name,
-        "vae": info.vae,
-        "resolution": str(info.resolution),
-        "downsample": str(info.downsample),
-        "scale": repr(info.scale),
-        "shift": repr(info.shift),
-    }
-    labels = dataset.labels
-    if labels is not None and dataset.class_names is not None:
-        metadata["class_names"] = json.dumps(dataset.class_names, ensure_ascii=False)
-    code = {"float16": "F16", "float32": "F32"}[precision]
-    dtype = DTYPES[code]
-    rows = (len(dataset), 2 * shape[0], *shape[1:])
-    size = math.prod(rows) * dtype.itemsize
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    if labels is not None:
-        # First, where their numbers of eight bytes are aligned.
-        header["labels"] = tensor_entry(
-            "I64" if labels.ndim == 1 else "F32", labels.shape, 0, labels.nbytes
-        )
-        end = labels.nbytes
-    offsets = {}
-    for tensor in ("moments", "moments_flip")[: 2 if xflip else 1]:
-        header[tensor] = tensor_entry(code, rows, end, end + size)
-        offsets[tensor], end = end, end + size
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text = text.ljust(-(-(8 + len(text)) // 64) * 64 - 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    if labels is not None:
-        file.write(np.ascontiguousarray(labels).data)
-
-    def put(tensor: str, first: int, moments: Tensor) -> None:
-        file.seek(8 + len(text) + offsets[tensor] + first * size // rows[0])
-        file.write(np.ascontiguousarray(moments.cpu().numpy(), dtype).data)
-
-    return put

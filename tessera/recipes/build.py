@@ -291,12 +291,17 @@ def build_training_codec(recipe: schema.Recipe) -> Codec:
     """The codec of a recipe, whose `train` takes what the recipe's data set holds."""
     section = recipe.codec
     if section.takes_images and isinstance(section, schema.VaeCodecConfig):
-        return OnlineVae(**_vae_options(section), shrink=recipe.data.shrink)
+        return OnlineVae(
+            **_vae_options(section),
+            shrink=recipe.data.shrink,
+            precision=section.precision,
+            batch=section.micro_batch,
+        )
     return build_codec(section)
 
 
 def _vae_options(section: schema.VaeCodecConfig) -> dict[str, Any]:
-    return section.model_dump(exclude={"kind", "encode"})
+    return section.model_dump(exclude={"kind", "encode", "precision", "micro_batch"})
 
 
 def build_refine(section: schema.RefineConfig, parts: Parts = NO_PARTS) -> Refine:

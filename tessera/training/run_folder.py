@@ -39,6 +39,7 @@ _CHANGEABLE = (
     "training.channels_last",
     "training.parallel",
     "training.max_skipped",
+    "codec.micro_batch",
     "data.path",
     "data.validation",
     "data.cache",

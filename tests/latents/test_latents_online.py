@@ -227,6 +227,24 @@ def test_two_processes_train_as_one(made: Path, tmp_path: Path) -> None:
     assert all("encoder_share" in line for line in two)
 
 
+def test_the_encoder_has_a_precision_and_a_micro_batch_of_its_own(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    from_images = codecs.from_uint8
+    monkeypatch.setattr(codecs, "from_uint8", lambda x: sizes.append(len(x)) or from_images(x))
+    full, few, half = (
+        next(rounds(Feed(recipe(made, view=FULL, codec=section), CPU)))[1][0].x
+        for section in ({}, {"micro_batch": 3}, {"precision": "bf16"})
+    )
+    assert sizes[1:4] == [3, 3, 2]
+    torch.testing.assert_close(few, full, rtol=1e-5, atol=1e-5)
+    assert half.dtype == torch.float32
+    assert 1e-5 < float((half - full).abs().max()) < 0.1
+    with pytest.raises(RecipeError, match=r"codec\.micro_batch are those of the encoder"):
+        recipe(made, "cached", codec={"micro_batch": 3})
+
+
 def test_pictures_to_start_from_are_of_encoded_images(made: Path) -> None:
     online, cached = (
         Feed(recipe(made, encode, **KINDS["relay, second"]), CPU).start_pictures(3)

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
+from tessera.precision import Precision
 from tessera.recipes.schema.base import (
     Factor,
     Listed,
@@ -115,6 +116,10 @@ class VaeCodecConfig(CodecSection):
         "cached",
         description="cached: data.path holds latents; online: images, encoded in every step",
     )
+    precision: Precision = Field("fp32", description="of the encoder, with encode=online")
+    micro_batch: PositiveInt | None = Field(
+        None, description="images encoded at once, with encode=online; null: by their size"
+    )
 
     @property
     def takes_images(self) -> bool:
@@ -122,13 +127,20 @@ class VaeCodecConfig(CodecSection):
 
     @property
     def space(self) -> CodecSection:
-        return self.model_copy(update={"encode": "cached"})
+        return self.model_copy(
+            update={"encode": "cached", "precision": "fp32", "micro_batch": None}
+        )
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         side = data.resolution // self.downsample
         return self.channels, side, side
 
     def check(self, data: DataConfig) -> None:
+        if self.encode == "cached" and (self.precision != "fp32" or self.micro_batch is not None):
+            raise ValueError(
+                "codec.precision and codec.micro_batch are those of the encoder in the step: set "
+                "codec.encode=online, or leave them out"
+            )
         if data.channels != 3:
             raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
         if data.resolution % self.downsample:
