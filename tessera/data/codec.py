@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tessera.data.tiling import Tiling, blend_tiles
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, is_hub_id, split_hub_id
+from tessera.files import atomic_folder, flush_file, is_hub_id, split_hub_id
 from tessera.images import from_uint8, to_uint8
 from tessera.precision import Precision, autocast, resolve
 from tessera.randomness import Draws
@@ -51,7 +51,8 @@ class Codec(Protocol):
     def train(self, images: Tensor, draws: Draws) -> Tensor:
         """What a data set of this codec holds, [B, ...], as it is trained on, [B, C, H, W].
 
-        Pixels may stay uint8, so that only those that are trained on need be converted.
+        Pixels may stay uint8, so that only those that are trained on need be converted; images
+        that were augmented are floats in [-1, 1].
         """
         ...
 
@@ -59,8 +60,11 @@ class Codec(Protocol):
         """What decides how images are decoded, as plain JSON values; None for pixels."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Write what decoding needs as a folder that `codec.model` may name.
+
+        Args:
+            copies: folders that it may have been saved in before, to be linked to.
 
         Raises:
             TesseraError: nothing is needed.
@@ -94,7 +98,7 @@ class PixelCodec:
         """Nothing but the recipe decides."""
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Refused."""
         raise TesseraError("a model of pixels has no autoencoder to save along; leave out `codec`")
 
@@ -137,6 +141,7 @@ class VaeCodec:
         self._channels, self._downsample = channels, downsample
         self._scale, self._shift = scale, shift
         self._vae: Any = None
+        self._written: set[tuple[int, ...]] = set()
 
     @property
     def channels(self) -> int:
@@ -245,10 +250,32 @@ class VaeCodec:
             return images.to(torch.float32)
         return sample_posterior(images, draws, self.scale, self.shift)
 
-    def save(self, folder: Path) -> None:
-        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all."""
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
+        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all.
+
+        Of `copies`, those count that this codec has written, as they are. Their files become those
+        of `folder`, too, which takes no time and no space.
+        """
         with atomic_folder(folder) as part:
-            self._load().save_pretrained(part, safe_serialization=True)
+            if not any(self._linked(copy, part) for copy in copies):
+                self._load().save_pretrained(part, safe_serialization=True)
+                for path in part.iterdir():
+                    flush_file(path)
+            self._written |= {_identity(path) for path in part.iterdir()}
+
+    def _linked(self, copy: Path, part: Path) -> bool:
+        """Fill `part` with links to the files of a copy, if this codec has written them."""
+        files = [*copy.iterdir()] if copy.is_dir() else []
+        if not files or not {_identity(path) for path in files} <= self._written:
+            return False
+        try:
+            for path in files:
+                os.link(path, part / path.name)
+        except OSError:  # a file system without links
+            for path in part.iterdir():
+                path.unlink()
+            return False
+        return True
 
     def describe(self) -> dict[str, Any] | None:
         """The autoencoder, by its weights wherever they lie, and the scaling."""
@@ -327,6 +354,12 @@ def _digest(vae: Any) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from others, and from itself once it was changed."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _downsample(vae: Any) -> int:

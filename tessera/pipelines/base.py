@@ -86,6 +86,7 @@ class Pipeline(ABC):
         self.recipe, self.own_parts = recipe, parts
         self.model = model.eval()
         self.codec: Codec = build_codec(recipe.codec)
+        self.saves_codec = recipe.run.save_vae
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else recipe.ema_names[0]
@@ -169,7 +170,9 @@ class Pipeline(ABC):
 
     # ---------------------------------------------------------------------- saving, moving
 
-    def save(self, folder: str | Path, *, codec: bool = False) -> None:
+    def save(
+        self, folder: str | Path, *, codec: bool | None = None, known: Sequence[Path] = ()
+    ) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced.
 
         The weights in memory are saved; of a loaded pipeline, that is the average it was loaded
@@ -177,17 +180,21 @@ class Pipeline(ABC):
 
         Args:
             codec: save the autoencoder of a model of latents along, so that the folder makes
-                images where there is no other copy.
+                images where there is no other copy; None does so if it was loaded from such a
+                folder, or trained with `run.save_vae`.
+            known: pipeline folders which this one's autoencoder may have been saved in before, to
+                be linked to where possible.
 
         Raises:
             CheckpointError: something else than a pipeline is in the way.
             TesseraError: the codec has nothing to save.
         """
-        parts = self.parts()
-        if codec:
-            parts["codec"] = ("codec", self.codec.save)
+        parts, folder = self.parts(), user_path(folder)
+        if self.saves_codec if codec is None else codec:
+            copies = [place / "codec" for place in (folder, *known)]
+            parts["codec"] = ("codec", lambda place: self.codec.save(place, copies))
         folders.write_folder(
-            user_path(folder),
+            folder,
             self.kind,
             dump_recipe(self.recipe),
             self._states(),
@@ -195,6 +202,12 @@ class Pipeline(ABC):
             class_names=self.class_names,
             parts=parts,
         )
+
+    def keep_codec(self, codec: Codec | None) -> None:
+        """Decode by a codec, and save it along; None for that of the recipe, which stays alone."""
+        if codec is not None:
+            self.codec = codec
+        self.saves_codec = codec is not None
 
     def _states(self) -> dict[str, Mapping[str, Tensor]]:
         """The network's state dict for each named average, the default first."""
@@ -466,6 +479,11 @@ class Pipeline(ABC):
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def saved_codec(pipes: Sequence[Pipeline]) -> Codec | None:
+    """That of the first of some pipelines which is saved along with it; None if none is."""
+    return next((pipe.codec for pipe in pipes if pipe.saves_codec), None)
 
 
 def _on_meta(model: Model) -> Model:

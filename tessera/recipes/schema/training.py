@@ -173,6 +173,9 @@ class RunConfig(Section):
     log_every_images: Images = 50_000
     checkpoint_every_images: Images = 2_500_000
     keep: PositiveInt = Field(2, description="checkpoints kept")
+    save_vae: bool = Field(
+        False, description="save the VAE of a model of latents in its pipeline folders"
+    )
     preview: PreviewConfig | None = PreviewConfig()
     histograms_every_images: Images | None = Field(
         None, description="histograms of weights and gradients, to TensorBoard and wandb"
