@@ -114,6 +114,7 @@ class VaeCodec:
         channels: of the latents; None for the autoencoder's own.
         downsample: side of the images / side of the latents; None for the autoencoder's own.
         scale, shift: of the latents; None for those in its configuration.
+        weights: what `weights_digest` must be; None for any.
         precision: in which it encodes; "auto" is bfloat16 where the device is fast at it.
         decode_precision: in which it decodes.
         batch: images that it takes at once; None for as many as take about two gigabytes.
@@ -128,6 +129,7 @@ class VaeCodec:
         scale: float | None = None,
         shift: float | None = None,
         *,
+        weights: str | None = None,
         precision: Precision = "fp32",
         decode_precision: Precision = "fp32",
         batch: int | None = None,
@@ -138,6 +140,7 @@ class VaeCodec:
         self.tiling = tiling
         self._decode_precision: Precision = decode_precision
         self._batch = batch
+        self._weights = weights
         self._channels, self._downsample = channels, downsample
         self._scale, self._shift = scale, shift
         self._vae: Any = None
@@ -299,6 +302,13 @@ class VaeCodec:
                         f"the VAE {self.model} has codec.{key} {value}, but the recipe says "
                         f"{wanted}. Name another VAE, or use the recipe that fits this one"
                     )
+            if self._weights is not None and _digest(vae) != self._weights:
+                raise CheckpointError(
+                    f"the VAE {self.model} has other weights than the one that made the latents "
+                    f"(SHA-256 {self._weights[:12]}..., codec.weights in the recipe). Name that "
+                    "one with codec.model or --vae, or make the latents anew with this one: "
+                    "tessera data latents"
+                )
             self._vae = vae
         return self._vae
 

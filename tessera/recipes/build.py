@@ -284,7 +284,9 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
         case schema.PixelCodecConfig():
             return PixelCodec()
         case schema.VaeCodecConfig():
-            return VaeCodec(**(_vae_options(section) | ({} if vae is None else {"model": vae})))
+            # One that is named in its place may be another one on purpose.
+            other = {} if vae is None else {"model": vae, "weights": None}
+            return VaeCodec(**(_vae_options(section) | other))
 
 
 def build_training_codec(recipe: schema.Recipe) -> Codec:
@@ -301,7 +303,10 @@ def build_training_codec(recipe: schema.Recipe) -> Codec:
 
 
 def _vae_options(section: schema.VaeCodecConfig) -> dict[str, Any]:
-    return section.model_dump(exclude={"kind", "encode", "precision", "micro_batch"})
+    options = section.model_dump(exclude={"kind", "encode", "precision", "micro_batch"})
+    # Where there is no set yet, as when a recipe's cost is measured.
+    unknown = {"scale": 1.0, "shift": 0.0}
+    return options | {k: number for k, number in unknown.items() if options[k] == "data"}
 
 
 def build_refine(section: schema.RefineConfig, parts: Parts = NO_PARTS) -> Refine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from tessera.data.latents import LatentDataset, is_latents, open_latents
 from tessera.errors import DataError, RecipeError
 from tessera.randomness import derive_seed, numpy_generator
 from tessera.recipes.external import trained_dataset
+from tessera.recipes.latents import is_measured
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
 
@@ -244,17 +245,25 @@ def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
             f"its latents are {width}x{height}, but those of images of data.resolution="
             f"{recipe.data.resolution} are {side}x{side} at codec.downsample={codec.downsample}"
         )
-    pairs = (
+    pairs: tuple[tuple[str, float | None, float | Literal["data"]], ...] = (
         ("data.resolution", info.resolution, recipe.data.resolution),
         ("codec.channels", channels, codec.channels),
         ("codec.downsample", info.downsample, codec.downsample),
         ("codec.scale", info.scale, codec.scale),
         ("codec.shift", info.shift, codec.shift),
     )
+    if info.weights is not None and codec.weights not in (None, info.weights):
+        problems.append(
+            f"it was made by a VAE of other weights ({info.vae}, SHA-256 {info.weights[:12]}...), "
+            f"but the recipe has codec.weights={codec.weights[:12]}..."
+        )
+    if is_measured(codec, dataset):
+        pairs = pairs[:3]
     # What a set does not say is taken from the recipe.
     return problems + [
         f"it was made with {key}={found:g} (VAE {info.vae or 'unknown'}), but the recipe has "
         f"{wanted:g}"
         for key, found, wanted in pairs
-        if found is not None and not math.isclose(found, wanted, rel_tol=1e-6)
+        if found is not None and wanted != "data"
+        if not math.isclose(found, wanted, rel_tol=1e-6)
     ]

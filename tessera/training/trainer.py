@@ -20,6 +20,7 @@ from tessera.files import user_path
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.folder import holds, start_from
 from tessera.progress import progress
+from tessera.recipes.latents import check_vae, with_latents_told
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
@@ -105,7 +106,7 @@ class Trainer:
             )
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
-            recipe = recipe or recorded
+            recipe = recorded if recipe is None else with_latents_told(recipe, recorded)
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
@@ -119,7 +120,9 @@ class Trainer:
         self._parts = parts
         if parts.dataset is not None:
             recipe = _without_path(recipe)
-        self.recipe = recipe = run_folder.anchored(recipe)
+        recipe = with_latents_told(run_folder.anchored(recipe))
+        check_vae(recipe)
+        self.recipe = recipe
         self._feed = Feed(recipe, self.device, parts)
         self._validated = validation_images(recipe, self.device, self._feed, parts)
         check_labels(recipe, self.dataset.class_names)

@@ -110,8 +110,15 @@ class VaeCodecConfig(CodecSection):
     )
     channels: Factor = Field(4, description="of the latents")
     downsample: Factor = Field(8, description="side of the images / side of the latents")
-    scale: PositiveFloat = 0.18215
-    shift: FiniteFloat = 0
+    scale: PositiveFloat | Literal["data"] = Field(
+        0.18215, description="data: such that the standard deviation of the set's latents is 1"
+    )
+    shift: FiniteFloat | Literal["data"] = Field(0, description="data: the mean of the set's")
+    weights: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the VAE's weights; by default of the VAE that made the set",
+    )
     encode: Literal["cached", "online"] = Field(
         "cached",
         description="cached: data.path holds latents; online: images, encoded in every step",
@@ -128,7 +135,7 @@ class VaeCodecConfig(CodecSection):
     @property
     def space(self) -> CodecSection:
         return self.model_copy(
-            update={"encode": "cached", "precision": "fp32", "micro_batch": None}
+            update={"encode": "cached", "precision": "fp32", "micro_batch": None, "weights": None}
         )
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
