@@ -34,10 +34,10 @@ from tessera.data.latent_keys import (
     EncodedRows,
     Key,
     RowAppender,
+    all_shares,
     alone,
     image_key,
     image_keys,
-    together,
 )
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError, TesseraError
@@ -95,7 +95,7 @@ def update_cache(
         work = _Work(path, plan, old, keys, batch, overwrite)
         _refuse_strangers(path, old, keys)
         before = work.encoded_before()
-        encoded = sum(together(lambda: work.encode(dataset, codec, device, before)))
+        encoded = sum(all_shares(lambda: work.encode(dataset, codec, device, before)))
         written = distributed.is_main() and work.write()
         return work.changes(encoded, distributed.broadcast(written))
 

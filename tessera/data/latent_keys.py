@@ -56,10 +56,10 @@ def image_keys(dataset: ImageDataset, batch: int) -> list[bytes]:
                 bar.advance(len(found) * world)
         return every
 
-    return [key for part in together(own) for key in part]
+    return [key for part in all_shares(own) for key in part]
 
 
-def together(share: Callable[[], T]) -> list[T]:
+def all_shares(share: Callable[[], T]) -> list[T]:
     """What each process makes of its share; the error of one of them is that of all."""
     done: T | None = None
     failure: TesseraError | None = None

@@ -14,7 +14,7 @@ from tessera.data.latents import LatentDataset, is_latents, open_latents
 from tessera.errors import DataError, RecipeError
 from tessera.randomness import derive_seed, numpy_generator
 from tessera.recipes.external import trained_dataset
-from tessera.recipes.latents import is_measured
+from tessera.recipes.latents import fits_measured
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
 
@@ -257,7 +257,7 @@ def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
             f"it was made by a VAE of other weights ({info.vae}, SHA-256 {info.weights[:12]}...), "
             f"but the recipe has codec.weights={codec.weights[:12]}..."
         )
-    if is_measured(codec, dataset):
+    if fits_measured(codec, dataset):
         pairs = pairs[:3]
     # What a set does not say is taken from the recipe.
     return problems + [

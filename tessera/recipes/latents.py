@@ -93,7 +93,7 @@ def measured_scaling(dataset: LatentDataset) -> tuple[float, float]:
     return float(f"{1 / deviation:.6g}"), float(f"{mean:.6g}")
 
 
-def is_measured(codec: VaeCodecConfig, dataset: LatentDataset) -> bool:
+def fits_measured(codec: VaeCodecConfig, dataset: LatentDataset) -> bool:
     """Whether the scaling of a recipe is, or once was, what is measured on a set.
 
     The set must have its statistics.
