@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tessera.data.latent_cache import Changes
     from tessera.data.latent_convert import LatentConversion
     from tessera.data.latent_formats.base import LatentInfo, Precision
+    from tessera.precision import Precision as Arithmetic
 
 _MOMENTS = "mean and log-variance"
 _DRAWN = "one sample of each image, scaled"
@@ -97,15 +98,13 @@ def latents(
 
     Means and log-variances are kept, so that training draws a fresh sample of each image every
     time; some formats hold one sample instead. DEST appears when it is whole, or not at all. A
-    packed DEST is brought up to date: only new and changed images are encoded. The same command
-    goes on where it was interrupted.
+    packed DEST is brought up to date, and the same command goes on where it was interrupted.
     """
     from tessera import distributed
     from tessera.data.codec import VaeCodec
     from tessera.data.dataset import open_dataset
     from tessera.data.encoding import write_latents
     from tessera.data.latent_convert import convert_latents
-    from tessera.precision import Precision as Arithmetic
 
     if scale == 0:
         raise DataError("--scale 0 would leave nothing of the latents; give a positive number")
@@ -121,9 +120,7 @@ def latents(
         return
     if vae is None:
         raise DataError("say by which VAE: --vae MODEL encodes images (--to converts latents)")
-    if vae_precision not in get_args(Arithmetic):
-        raise DataError(f"--vae-precision: choose one of {', '.join(get_args(Arithmetic))}")
-    codec = VaeCodec(vae, scale=scale, shift=shift, precision=cast("Arithmetic", vae_precision))
+    codec = VaeCodec(vae, scale=scale, shift=shift, precision=_arithmetic(vae_precision))
     codec.prepare()
     with distributed.session(device) as where:
         images = open_dataset(source, max_images=max_images, skip_bad=skip_bad)
@@ -133,6 +130,14 @@ def latents(
         )  # fmt: skip
         if distributed.is_main():
             _print_latents(encoded)
+
+
+def _arithmetic(name: str) -> Arithmetic:
+    from tessera.precision import Precision as Names
+
+    if name not in get_args(Names):
+        raise DataError(f"--vae-precision: choose one of {', '.join(get_args(Names))}")
+    return cast("Arithmetic", name)
 
 
 def _refuse(options: Mapping[str, object]) -> None:
