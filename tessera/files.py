@@ -316,6 +316,12 @@ def tidy(folder: Path, names: str | None = None) -> None:
                 path.unlink(missing_ok=True)
 
 
+def flush_file(path: str | os.PathLike[str]) -> None:
+    """Put a file that others have written on disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path, "w") as file:

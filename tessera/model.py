@@ -128,3 +128,10 @@ def with_tensors(module: nn.Module, replace: Callable[[str, Tensor], Tensor]) ->
         memo.setdefault(id(buffer), replace(name, buffer))
     made: nn.Module = copy.deepcopy(module, memo)
     return made
+
+
+def on_meta(model: Model) -> Model:
+    """The same model on tensors without data."""
+    made = with_tensors(model, lambda _name, tensor: torch.empty_like(tensor, device="meta"))
+    assert isinstance(made, Model)
+    return made

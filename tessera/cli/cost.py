@@ -186,7 +186,7 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
     with distributed.session() as device:
         real = recipe.data.path is not None or parts.dataset is not None
         feed = Feed(recipe, device, parts, None if real else blank_images(recipe))
-        images = validation_images(recipe, device, feed.dataset, parts) if real else None
+        images = validation_images(recipe, device, feed, parts) if real else None
         validated = 0 if images is None else images.count
         timings = measure(recipe, feed, device, parts=parts, validated=validated, show=show)
         return timings.forecast(recipe, feed.view, 0)

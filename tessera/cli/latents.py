@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.text import Text
@@ -25,8 +25,10 @@ from tessera.errors import DataError
 
 if TYPE_CHECKING:
     from tessera.data.encoding import LatentReport
+    from tessera.data.latent_cache import Changes
     from tessera.data.latent_convert import LatentConversion
     from tessera.data.latent_formats.base import LatentInfo, Precision
+    from tessera.precision import Precision as Arithmetic
 
 _MOMENTS = "mean and log-variance"
 _DRAWN = "one sample of each image, scaled"
@@ -81,6 +83,9 @@ def latents(
         LatentPrecision | None,
         typer.Option(help="Of the numbers. (default: float16; the source's with --to)"),
     ] = None,
+    vae_precision: Annotated[
+        str, typer.Option(help="In which the VAE computes: fp32, bf16, fp16, or auto, the fastest.")
+    ] = "fp32",
     seed: SampleSeed = 0,
     shard_size: ShardSize = 64,
     max_images: Annotated[
@@ -92,7 +97,8 @@ def latents(
     """Encode a set of images by a VAE, once, for training on latents.
 
     Means and log-variances are kept, so that training draws a fresh sample of each image every
-    time; some formats hold one sample instead. DEST appears when it is whole, or not at all.
+    time; some formats hold one sample instead. DEST appears when it is whole, or not at all. A
+    packed DEST is brought up to date, and the same command goes on where it was interrupted.
     """
     from tessera import distributed
     from tessera.data.codec import VaeCodec
@@ -114,14 +120,24 @@ def latents(
         return
     if vae is None:
         raise DataError("say by which VAE: --vae MODEL encodes images (--to converts latents)")
-    codec = VaeCodec(vae, scale=scale, shift=shift)
+    codec = VaeCodec(vae, scale=scale, shift=shift, precision=_arithmetic(vae_precision))
     codec.prepare()
-    images = open_dataset(source, max_images=max_images, skip_bad=skip_bad)
-    encoded = write_latents(
-        images, codec, target, batch=batch, device=distributed.device(device), xflip=xflip,
-        precision=numbers, form=form, seed=seed, shard=shard_size, overwrite=overwrite,
-    )  # fmt: skip
-    _print_latents(encoded)
+    with distributed.session(device) as where:
+        images = open_dataset(source, max_images=max_images, skip_bad=skip_bad)
+        encoded = write_latents(
+            images, codec, target, batch=batch, device=where, xflip=xflip, precision=numbers,
+            form=form, seed=seed, shard=shard_size, overwrite=overwrite,
+        )  # fmt: skip
+        if distributed.is_main():
+            _print_latents(encoded)
+
+
+def _arithmetic(name: str) -> Arithmetic:
+    from tessera.precision import Precision as Names
+
+    if name not in get_args(Names):
+        raise DataError(f"--vae-precision: choose one of {', '.join(get_args(Names))}")
+    return cast("Arithmetic", name)
 
 
 def _refuse(options: Mapping[str, object]) -> None:
@@ -137,9 +153,25 @@ def _print_latents(report: LatentReport) -> None:
     table.add_row("latents", f"{report.count:,} of {_latent_text(report.shape)}")
     table.add_row("mirrored", "encoded, too" if report.flips else "no")
     table.add_row("labels", classes_text(report.num_classes))
+    changes = report.changes
+    if changes is not None:
+        table.add_row("images", _changes_text(changes))
     table.add_row("time", duration_text(report.count, report.seconds))
-    table.add_row("written", Text(f"{report.path} ({_size_text(report.path)})"))
+    written = changes is None or changes.written
+    where = Text(f"{report.path} ({_size_text(report.path)})")
+    table.add_row("written" if written else "up to date", where)
     plain_console().print(table)
+
+
+def _changes_text(changes: Changes) -> str:
+    """How many images were encoded, and what became of the others."""
+    parts = [f"{changes.kept:,} kept", f"{changes.encoded:,} encoded"]
+    if changes.resumed:
+        parts.append(f"{changes.resumed:,} encoded before the interruption")
+    parts.append(f"{changes.dropped:,} dropped")
+    if changes.repeats:
+        parts.append(f"{changes.repeats:,} the same as others")
+    return ", ".join(parts)
 
 
 def _print_conversion(report: LatentConversion) -> None:

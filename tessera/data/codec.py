@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tessera.data.tiling import Tiling, blend_tiles
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, is_hub_id, split_hub_id
+from tessera.files import atomic_folder, flush_file, is_hub_id, split_hub_id
 from tessera.images import from_uint8, to_uint8
+from tessera.precision import Precision, autocast, resolve
 from tessera.randomness import Draws
 
 _PIXELS_AT_ONCE = 4 * 256 * 256
+"""Decoding takes about half a gigabyte for an image of 256x256."""
 
 
 class Codec(Protocol):
@@ -47,7 +51,8 @@ class Codec(Protocol):
     def train(self, images: Tensor, draws: Draws) -> Tensor:
         """What a data set of this codec holds, [B, ...], as it is trained on, [B, C, H, W].
 
-        Pixels may stay uint8, so that only those that are trained on need be converted.
+        Pixels may stay uint8, so that only those that are trained on need be converted; images
+        that were augmented are floats in [-1, 1].
         """
         ...
 
@@ -55,8 +60,11 @@ class Codec(Protocol):
         """What decides how images are decoded, as plain JSON values; None for pixels."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Write what decoding needs as a folder that `codec.model` may name.
+
+        Args:
+            copies: folders that it may have been saved in before, to be linked to.
 
         Raises:
             TesseraError: nothing is needed.
@@ -90,7 +98,7 @@ class PixelCodec:
         """Nothing but the recipe decides."""
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
         """Refused."""
         raise TesseraError("a model of pixels has no autoencoder to save along; leave out `codec`")
 
@@ -98,7 +106,7 @@ class PixelCodec:
 class VaeCodec:
     """Model space is the latents z of a KL autoencoder, (z - shift) * scale.
 
-    The autoencoder is loaded when it is first needed, and computes in float32.
+    The autoencoder is loaded when it is first needed. Its weights stay in float32.
 
     Args:
         model: folder with `config.json` and safetensors weights as diffusers writes them, or
@@ -106,6 +114,11 @@ class VaeCodec:
         channels: of the latents; None for the autoencoder's own.
         downsample: side of the images / side of the latents; None for the autoencoder's own.
         scale, shift: of the latents; None for those in its configuration.
+        weights: what `weights_digest` must be; None for any.
+        precision: in which it encodes; "auto" is bfloat16 where the device is fast at it.
+        decode_precision: in which it decodes.
+        batch: images that it takes at once; None for as many as take about two gigabytes.
+        tiling: how it cuts canvases too large to be taken whole, so that memory stays bounded.
     """
 
     def __init__(
@@ -115,11 +128,23 @@ class VaeCodec:
         downsample: int | None = None,
         scale: float | None = None,
         shift: float | None = None,
+        *,
+        weights: str | None = None,
+        precision: Precision = "fp32",
+        decode_precision: Precision = "fp32",
+        batch: int | None = None,
+        tiling: Tiling = Tiling(),
     ) -> None:
         self.model = os.path.expanduser(model)
+        self.precision: Precision = precision
+        self.tiling = tiling
+        self._decode_precision: Precision = decode_precision
+        self._batch = batch
+        self._weights = weights
         self._channels, self._downsample = channels, downsample
         self._scale, self._shift = scale, shift
         self._vae: Any = None
+        self._written: set[tuple[int, ...]] = set()
 
     @property
     def channels(self) -> int:
@@ -158,18 +183,28 @@ class VaeCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] to mean and log-variance, float32 [B, 2 C, H/f, W/f].
+        """Images [B, 3, H, W] to mean and log-variance, float32 [B, 2 C, H/f, W/f].
 
         The log-variance is cut to [-30, 20], as whenever it is used.
+
+        Args:
+            images: uint8, or floats in [-1, 1].
         """
-        vae = self._load().to(images.device)
-        with _float32(images.device):
-            parts = [
-                torch.cat([posterior.mean, posterior.logvar], dim=1)
-                for chunk in torch.split(images, _chunk(images.shape[2] * images.shape[3]))
-                for posterior in (vae.encode(from_uint8(chunk)).latent_dist,)
-            ]
-        return torch.cat(parts)
+        vae, factor = self._load().to(images.device), self.downsample
+
+        def moments(x: Tensor) -> Tensor:
+            posterior = vae.encode(from_uint8(x) if x.dtype == torch.uint8 else x).latent_dist
+            return torch.cat([posterior.mean, posterior.logvar], dim=1).to(torch.float32)
+
+        height, width = images.shape[2:]
+        with autocast(images.device, resolve(self.precision, images.device)):
+            if not self.tiling.cuts(height, width):
+                return self._in_batches(moments, images, height * width)
+            tile, overlap = self.tiling.cells(factor)
+            return blend_tiles(
+                lambda part: self._in_batches(moments, part, self.tiling.tile**2),
+                images, tile, overlap, shrink=factor,
+            )  # fmt: skip
 
     def encode_mean(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] to the means of their latents, [B, C, H/f, W/f]."""
@@ -178,14 +213,36 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, C, H, W] to uint8 images [B, 3, f H, f W]; a few at a time, in float32."""
-        vae = self._load().to(x.device)
+        """Latents [B, C, H, W] to uint8 images [B, 3, f H, f W], a few at a time."""
+        vae, factor = self._load().to(x.device), self.downsample
         latents = x.to(torch.float32) / self.scale + self.shift
-        pixels = x.shape[2] * x.shape[3] * self.downsample**2
-        with _float32(x.device):
-            return torch.cat(
-                [to_uint8(vae.decode(z).sample) for z in torch.split(latents, _chunk(pixels))]
+        height, width = x.shape[2] * factor, x.shape[3] * factor
+
+        def pixels(z: Tensor) -> Tensor:
+            sample: Tensor = vae.decode(z).sample
+            return sample.to(torch.float32)
+
+        def images(z: Tensor) -> Tensor:
+            return to_uint8(pixels(z))
+
+        with autocast(x.device, resolve(self._decode_precision, x.device)):
+            if not self.tiling.cuts(height, width):
+                return self._in_batches(images, latents, height * width)
+            tile, overlap = self.tiling.cells(factor)
+            return to_uint8(
+                blend_tiles(
+                    lambda part: self._in_batches(pixels, part, self.tiling.tile**2),
+                    latents,
+                    tile,
+                    overlap,
+                    grow=factor,
+                )
             )
+
+    def _in_batches(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+        """`function` of a few of x at a time, of which each takes the memory of so many pixels."""
+        size = self._batch or max(1, _PIXELS_AT_ONCE // pixels)
+        return torch.cat([function(part) for part in torch.split(x, size)])
 
     def train(self, images: Tensor, draws: Draws) -> Tensor:
         """Latents in model space from means and log-variances [B, 2 C, h, w]; draws "latent".
@@ -196,14 +253,43 @@ class VaeCodec:
             return images.to(torch.float32)
         return sample_posterior(images, draws, self.scale, self.shift)
 
-    def save(self, folder: Path) -> None:
-        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all."""
+    def save(self, folder: Path, copies: Sequence[Path] = ()) -> None:
+        """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all.
+
+        Of `copies`, those count that this codec has written, as they are. Their files become those
+        of `folder`, too, which takes no time and no space.
+        """
         with atomic_folder(folder) as part:
-            self._load().save_pretrained(part, safe_serialization=True)
+            if not any(self._linked(copy, part) for copy in copies):
+                self._load().save_pretrained(part, safe_serialization=True)
+                for path in part.iterdir():
+                    flush_file(path)
+            self._written |= {_identity(path) for path in part.iterdir()}
+
+    def _linked(self, copy: Path, part: Path) -> bool:
+        """Fill `part` with links to the files of a copy, if this codec has written them."""
+        files = [*copy.iterdir()] if copy.is_dir() else []
+        if not files or not {_identity(path) for path in files} <= self._written:
+            return False
+        try:
+            for path in files:
+                os.link(path, part / path.name)
+        except OSError:  # a file system without links
+            for path in part.iterdir():
+                path.unlink()
+            return False
+        return True
 
     def describe(self) -> dict[str, Any] | None:
         """The autoencoder, by its weights wherever they lie, and the scaling."""
-        return {"vae": _digest(self._load()), "scale": self.scale, "shift": self.shift}
+        facts = {"vae": self.weights_digest(), "scale": self.scale, "shift": self.shift}
+        if self._decode_precision != "fp32":
+            facts["precision"] = self._decode_precision
+        return facts if self.tiling == Tiling() else facts | {"tiling": asdict(self.tiling)}
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the autoencoder's weights and their names, wherever they lie."""
+        return _digest(self._load())
 
     def _load(self) -> Any:
         if self._vae is None:
@@ -216,6 +302,13 @@ class VaeCodec:
                         f"the VAE {self.model} has codec.{key} {value}, but the recipe says "
                         f"{wanted}. Name another VAE, or use the recipe that fits this one"
                     )
+            if self._weights is not None and _digest(vae) != self._weights:
+                raise CheckpointError(
+                    f"the VAE {self.model} has other weights than the one that made the latents "
+                    f"(SHA-256 {self._weights[:12]}..., codec.weights in the recipe). Name that "
+                    "one with codec.model or --vae, or make the latents anew with this one: "
+                    "tessera data latents"
+                )
             self._vae = vae
         return self._vae
 
@@ -273,17 +366,14 @@ def _digest(vae: Any) -> str:
     return found.hexdigest()
 
 
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from others, and from itself once it was changed."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _downsample(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def _chunk(pixels: int) -> int:
-    """Images at once; decoding takes about half a gigabyte for one of 256x256."""
-    return max(1, _PIXELS_AT_ONCE // pixels)
-
-
-def _float32(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

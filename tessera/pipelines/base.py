@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from tessera.data.codec import Codec
 from tessera.errors import TesseraError
 from tessera.files import user_path
 from tessera.images import to_pil
-from tessera.model import Model, with_tensors
+from tessera.model import Model, on_meta
 from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
 from tessera.pipelines.plan import OnStep, Plan, SampledBatch, counting_steps
 from tessera.pipelines.samples import Samples, facts_html
-from tessera.pipelines.signature import PerModel
+from tessera.pipelines.signature import show_options
 from tessera.progress import in_notebook, quantity
 from tessera.progress import progress as progress_bar
 from tessera.recipes.build import build_codec, build_model
@@ -89,6 +89,7 @@ class Pipeline(ABC):
         self.recipe, self.own_parts = recipe, parts
         self.model = model.eval()
         self.codec: Codec = build_codec(recipe.codec)
+        self.saves_codec = recipe.run.save_vae
         self.images_seen = images_seen
         self.class_names = None if class_names is None else tuple(class_names)
         self.ema = ema if ema is not None else recipe.ema_names[0]
@@ -178,7 +179,9 @@ class Pipeline(ABC):
 
     # ---------------------------------------------------------------------- saving, moving
 
-    def save(self, folder: str | Path, *, codec: bool = False) -> None:
+    def save(
+        self, folder: str | Path, *, codec: bool | None = None, known: Sequence[Path] = ()
+    ) -> None:
         """Write the pipeline folder, whole or not at all; an existing one is replaced.
 
         The weights in memory are saved; of a loaded pipeline, that is the average it was loaded
@@ -186,17 +189,21 @@ class Pipeline(ABC):
 
         Args:
             codec: save the autoencoder of a model of latents along, so that the folder makes
-                images where there is no other copy.
+                images where there is no other copy; None does so if it was loaded from such a
+                folder, or trained with `run.save_vae`.
+            known: pipeline folders which this one's autoencoder may have been saved in before, to
+                be linked to where possible.
 
         Raises:
             CheckpointError: something else than a pipeline is in the way.
             TesseraError: the codec has nothing to save.
         """
-        parts = self.parts()
-        if codec:
-            parts["codec"] = ("codec", self.codec.save)
+        parts, folder = self.parts(), user_path(folder)
+        if self.saves_codec if codec is None else codec:
+            copies = [place / "codec" for place in (folder, *known)]
+            parts["codec"] = ("codec", lambda place: self.codec.save(place, copies))
         folders.write_folder(
-            user_path(folder),
+            folder,
             self.kind,
             dump_recipe(self.recipe),
             self._states(),
@@ -204,6 +211,12 @@ class Pipeline(ABC):
             class_names=self.class_names,
             parts=parts,
         )
+
+    def keep_codec(self, codec: Codec | None) -> None:
+        """Decode by a codec, and save it along; None for that of the recipe, which stays alone."""
+        if codec is not None:
+            self.codec = codec
+        self.saves_codec = codec is not None
 
     def _states(self) -> dict[str, Mapping[str, Tensor]]:
         """The network's state dict for each named average, the default first."""
@@ -236,7 +249,7 @@ class Pipeline(ABC):
     def without_weights(self) -> Self:
         """The same pipeline on tensors without data, to count what it would compute."""
         other = copy.copy(self)
-        other.model = _on_meta(self.model)
+        other.model = on_meta(self.model)
         return other
 
     def cost(self, **options: Any) -> counting.Cost:
@@ -270,7 +283,7 @@ class Pipeline(ABC):
 
     def _training(self) -> counting.Training:
         """What training the model costs."""
-        return counting.training(self.recipe, _on_meta(self.model), self.own_parts)
+        return counting.training(self.recipe, on_meta(self.model), self.own_parts)
 
     # -------------------------------------------------------------------------------- sampling
 
@@ -487,12 +500,4 @@ class Pipeline(ABC):
 
 
 # For people: what the model at hand takes, instead of `**options`.
-if not TYPE_CHECKING:
-    Pipeline.sample = PerModel(Pipeline.sample)
-    Pipeline.sample_batches = PerModel(Pipeline.sample_batches)
-
-
-def _on_meta(model: Model) -> Model:
-    made = with_tensors(model, lambda _name, tensor: torch.empty_like(tensor, device="meta"))
-    assert isinstance(made, Model)
-    return made
+show_options(Pipeline, "sample", "sample_batches")

@@ -13,6 +13,7 @@ from tessera.errors import CheckpointError, TesseraError
 from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
+from tessera.pipelines.codecs import saved_codec
 from tessera.pipelines.diffusion import DiffusionPipeline
 
 
@@ -46,6 +47,7 @@ class ExpertsPipeline(DiffusionPipeline):
             checksum=hashlib.sha256(checksums.encode()).hexdigest() if checksums else None,
             parts=first.own_parts,
         )
+        self.keep_codec(saved_codec(pipes))
         self.pipes = tuple(pipes)
 
     @classmethod
@@ -59,7 +61,7 @@ class ExpertsPipeline(DiffusionPipeline):
 
     def parts(self) -> dict[str, folders.WritePart]:
         def writer(pipe: DiffusionPipeline) -> folders.WritePart:
-            return "pipeline", lambda folder: pipe.save(folder)
+            return "pipeline", lambda folder: pipe.save(folder, codec=False)
 
         return {f"expert-{index}": writer(pipe) for index, pipe in enumerate(self.pipes)}
 

@@ -109,8 +109,7 @@ def _open(folder: Path, ema: str | None, own_parts: Parts) -> Pipeline:
             folders.Opened(folder, config, recipe, pipes, ema, own_parts)
         )
     codec = next((name for name, kind in config.parts.items() if kind == "codec"), None)
-    if codec is not None:
-        pipe.codec = build_codec(recipe.codec, str(folder / codec))
+    pipe.keep_codec(None if codec is None else build_codec(recipe.codec, str(folder / codec)))
     return pipe
 
 

@@ -19,6 +19,7 @@ from tessera.model import Model
 from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.base import Pipeline
+from tessera.pipelines.codecs import saved_codec
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.labels import Label, Seeds, list_seeds
 from tessera.pipelines.options import Option, divide_options
@@ -120,7 +121,7 @@ class RelayPipeline(Pipeline):
     def __init__(self, pipes: Sequence[DiffusionPipeline]) -> None:
         _check(pipes)
         self.pipes = tuple(pipes)
-        last = pipes[-1]
+        last, codec = pipes[-1], saved_codec(pipes)
         checksums = "".join(pipe.checksum or "" for pipe in pipes)
         super().__init__(
             last.recipe.model_copy(update={"name": " > ".join(p.recipe.name for p in pipes)}),
@@ -132,6 +133,7 @@ class RelayPipeline(Pipeline):
             checksum=hashlib.sha256(checksums.encode()).hexdigest() if checksums else None,
             parts=last.own_parts,
         )
+        self.keep_codec(codec)
 
     @property
     def codec(self) -> Codec:
@@ -167,7 +169,7 @@ class RelayPipeline(Pipeline):
 
     def parts(self) -> dict[str, folders.WritePart]:
         def writer(pipe: DiffusionPipeline) -> folders.WritePart:
-            return "pipeline", lambda folder: pipe.save(folder)
+            return "pipeline", lambda folder: pipe.save(folder, codec=False)
 
         return {f"stage-{index}": writer(pipe) for index, pipe in enumerate(self.pipes)}
 
@@ -355,7 +357,7 @@ def _check_pair(before: DiffusionPipeline, after: DiffusionPipeline, one: str, o
             f"the stage {other} starts from noise, not from a picture of {one}. Train it with "
             "objective.kind=blur, or name the stages from the lowest resolution to the highest"
         )
-    if before.recipe.codec != after.recipe.codec:
+    if before.recipe.codec.space != after.recipe.codec.space:
         raise TesseraError(
             f"the stages {one} and {other} do not speak of the same pixels or latents: their "
             "recipes differ in `codec`"

@@ -53,6 +53,12 @@ class PerModel:
         return found
 
 
+def show_options(owner: type, *names: str) -> None:
+    """Make methods of a class show the options of the instance."""
+    for name in names:
+        setattr(owner, name, PerModel(owner.__dict__[name]))
+
+
 def _signature(function: Callable[..., Any], options: Iterable[Option]) -> inspect.Signature:
     plain = inspect.signature(function)
     rest = inspect.Parameter.VAR_KEYWORD

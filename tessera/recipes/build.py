@@ -11,6 +11,7 @@ from torch import nn
 
 from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
+from tessera.data.online import OnlineVae
 from tessera.data.views import FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
 from tessera.diffusion.blur import Blur, BlurCorruption, BlurObjective
@@ -283,7 +284,29 @@ def build_codec(section: schema.CodecConfig, vae: str | None = None) -> Codec:
         case schema.PixelCodecConfig():
             return PixelCodec()
         case schema.VaeCodecConfig():
-            return VaeCodec(**(_options(section) | ({"model": vae} if vae is not None else {})))
+            # One that is named in its place may be another one on purpose.
+            other = {} if vae is None else {"model": vae, "weights": None}
+            return VaeCodec(**(_vae_options(section) | other))
+
+
+def build_training_codec(recipe: schema.Recipe) -> Codec:
+    """The codec of a recipe, whose `train` takes what the recipe's data set holds."""
+    section = recipe.codec
+    if section.takes_images and isinstance(section, schema.VaeCodecConfig):
+        return OnlineVae(
+            **_vae_options(section),
+            shrink=recipe.data.shrink,
+            precision=section.precision,
+            batch=section.micro_batch,
+        )
+    return build_codec(section)
+
+
+def _vae_options(section: schema.VaeCodecConfig) -> dict[str, Any]:
+    options = section.model_dump(exclude={"kind", "encode", "precision", "micro_batch"})
+    # Where there is no set yet, as when a recipe's cost is measured.
+    unknown = {"scale": 1.0, "shift": 0.0}
+    return options | {k: number for k, number in unknown.items() if options[k] == "data"}
 
 
 def build_refine(section: schema.RefineConfig, parts: Parts = NO_PARTS) -> Refine:

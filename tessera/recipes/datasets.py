@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from tessera.data.latents import LatentDataset, is_latents, open_latents
 from tessera.errors import DataError, RecipeError
 from tessera.randomness import derive_seed, numpy_generator
 from tessera.recipes.external import trained_dataset
+from tessera.recipes.latents import fits_measured
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe, VaeCodecConfig
 
@@ -43,7 +44,7 @@ def open_validation_set(recipe: Recipe, parts: Parts = NO_PARTS) -> Dataset | No
     """
     data = recipe.data
     if data.validation is not None:
-        dataset = shrunk(_open(_changed(recipe, max_images=None), 0, "validation"), recipe)
+        dataset = _as_trained(_open(_changed(recipe, max_images=None), 0, "validation"), recipe)
         _check(recipe, dataset, data.validation, "give another data.validation", subset=True)
         return dataset
     if data.held_out is None:
@@ -102,18 +103,28 @@ def _open_whole(recipe: Recipe, parts: Parts) -> Dataset:
     """The images of a recipe, those held out included."""
     seed = derive_seed(recipe.training.seed, "subset")
     if parts.dataset is None:
-        dataset = shrunk(_open(recipe, seed), recipe)
+        dataset = _as_trained(_open(recipe, seed), recipe)
         _check(
             recipe, dataset, str(recipe.data.path), "convert the images with: tessera data convert"
         )
     else:
-        dataset = shrunk(trained_dataset(recipe, parts, seed), recipe)
+        dataset = _as_trained(trained_dataset(recipe, parts, seed), recipe)
         _check(recipe, dataset, f"the own data set {dataset.name}", "the data set")
     return dataset
 
 
+def _shrinks_latents(recipe: Recipe) -> bool:
+    """Whether whole images are read, whose latents are shrunk when they have been made."""
+    return recipe.codec.takes_images and not recipe.codec.of_pixels
+
+
+def _as_trained(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """The set as the recipe's codec wants it."""
+    return dataset if _shrinks_latents(recipe) else shrunk(dataset, recipe)
+
+
 def shrunk(dataset: Dataset, recipe: Recipe) -> Dataset:
-    """The images of `data.path`, as small as the recipe trains on them.
+    """The images of `data.path`, as small as the recipe's samples are.
 
     Raises:
         RecipeError: they cannot be shrunk so.
@@ -124,7 +135,7 @@ def shrunk(dataset: Dataset, recipe: Recipe) -> Dataset:
     try:
         if isinstance(dataset, LatentDataset):
             return dataset.shrunk(factor)
-        if not recipe.codec.of_pixels:
+        if not recipe.codec.takes_images:
             raise DataError(f"{dataset.name} is an own set of latents; let it shrink them itself")
         return ShrunkDataset(dataset, factor)
     except DataError as error:
@@ -146,20 +157,25 @@ def _open(recipe: Recipe, seed: int, key: str = "path") -> Dataset:
             f"data.{key}: there is nothing at {path} (seen from {Path.cwd()}). Say where the "
             f"images are with data.{key}=...; a run that is resumed takes it too"
         )
-    if not isinstance(recipe.codec, VaeCodecConfig):
+    if recipe.codec.takes_images:
         if is_latents(path):
+            wants, other = "encodes images in the step (codec.encode=online)", "codec.encode=cached"
+            if recipe.codec.of_pixels:
+                wants, other = "trains on pixels", "codec.kind=vae"
             raise RecipeError(
-                f"{path} holds latents, but the recipe trains on pixels. Use a recipe with "
-                f"codec.kind=vae, or give data.{key} the images"
+                f"{path} holds latents, but the recipe {wants}. Use a recipe with {other}, or give "
+                f"data.{key} the images"
             )
         return open_dataset(
             path, max_images=max_images, seed=seed, xflip=xflip, cache=recipe.data.cache
         )
+    assert isinstance(recipe.codec, VaeCodecConfig)
     if not is_latents(path):
         raise RecipeError(
             f"{path} holds no latents, but the recipe trains on those (codec.kind=vae). Encode the "
             f"images once: tessera data latents {path} LATENTS.safetensors --vae "
-            f"{recipe.codec.model}"
+            f"{recipe.codec.model}\nOr encode them in every step, which takes longer: "
+            "codec.encode=online"
         )
     return open_latents(path, max_images=max_images, seed=seed, xflip=xflip)
 
@@ -173,17 +189,23 @@ def _check(
         subset: images of some of the classes only are welcome, too.
     """
     data, problems = recipe.data, list[str]()
-    shape = dataset.shape
-    if not recipe.codec.of_pixels:
+    channels, height, width = dataset.shape
+    whole = _shrinks_latents(recipe) and data.shrink > 1
+    if not recipe.codec.takes_images:
         # Of the images that the latents were made of.
-        shape = data.channels, data.resolution, data.resolution
+        channels, height, width = data.channels, data.resolution, data.resolution
     if isinstance(dataset, LatentDataset):
         problems += _latent_problems(recipe, dataset)
         remedy = "make the latents anew with: tessera data latents"
-    channels, height, width = shape
     if height != width:
         problems.append(f"its images are {width}x{height} pixels; they must be square")
-    elif height != data.resolution:
+    elif whole and height != data.resolution * data.shrink:
+        problems.append(
+            f"its images are {width}x{height} pixels, but data.resolution ({data.resolution}) is "
+            f"that of latents shrunk {data.shrink} times (data.shrink), of images of "
+            f"{data.resolution * data.shrink}"
+        )
+    elif not whole and height != data.resolution:
         problems.append(
             f"its images are {width}x{height} pixels{_smaller(data.shrink)}, but data.resolution "
             f"is {data.resolution}"
@@ -223,17 +245,25 @@ def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
             f"its latents are {width}x{height}, but those of images of data.resolution="
             f"{recipe.data.resolution} are {side}x{side} at codec.downsample={codec.downsample}"
         )
-    pairs = (
+    pairs: tuple[tuple[str, float | None, float | Literal["data"]], ...] = (
         ("data.resolution", info.resolution, recipe.data.resolution),
         ("codec.channels", channels, codec.channels),
         ("codec.downsample", info.downsample, codec.downsample),
         ("codec.scale", info.scale, codec.scale),
         ("codec.shift", info.shift, codec.shift),
     )
+    if info.weights is not None and codec.weights not in (None, info.weights):
+        problems.append(
+            f"it was made by a VAE of other weights ({info.vae}, SHA-256 {info.weights[:12]}...), "
+            f"but the recipe has codec.weights={codec.weights[:12]}..."
+        )
+    if fits_measured(codec, dataset):
+        pairs = pairs[:3]
     # What a set does not say is taken from the recipe.
     return problems + [
         f"it was made with {key}={found:g} (VAE {info.vae or 'unknown'}), but the recipe has "
         f"{wanted:g}"
         for key, found, wanted in pairs
-        if found is not None and not math.isclose(found, wanted, rel_tol=1e-6)
+        if found is not None and wanted != "data"
+        if not math.isclose(found, wanted, rel_tol=1e-6)
     ]

@@ -341,12 +341,12 @@ def trained_dataset(recipe: schema.Recipe, parts: Parts, seed: int) -> Dataset:
         RecipeError: see `own_dataset`; mirrored latents.
     """
     data, dataset = recipe.data, own_dataset(recipe, parts)
-    if data.xflip and not recipe.codec.of_pixels:
+    if data.xflip and not recipe.codec.takes_images:
         raise RecipeError(
             "data.xflip cannot mirror the latents of an own data set; add mirrored ones to it"
         )
     reader: ImageReader = dataset
-    if data.cache and recipe.codec.of_pixels:
+    if data.cache and recipe.codec.takes_images:
         reader = CachedReader(dataset, len(dataset))
     rows = choose_subset(len(dataset), data.max_images, seed)
     made = ImageDataset(
@@ -420,7 +420,7 @@ def _image_problems(recipe: schema.Recipe, dataset: Any) -> Iterator[str]:
     """What is wrong with the images of a caller's set, the first and the last of them."""
     if len(dataset) == 0:
         return
-    shape, pixels = tuple(dataset.shape), recipe.codec.of_pixels
+    shape, pixels = tuple(dataset.shape), recipe.codec.takes_images
     if len(shape) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
         yield f"shape is {dataset.shape!r}; it must be (C, H, W)"
         return

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tessera import distributed
+from tessera.data.codec import Codec
 from tessera.data.dataset import open_dataset
 from tessera.data.latents import is_latents
 from tessera.errors import DataError, RecipeError
@@ -37,10 +38,9 @@ from tessera.recipes.external import own_dataset
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import EvaluateConfig, Recipe
 from tessera.training.learner import Learner
-from tessera.training.preview import ema_pipeline
+from tessera.training.preview import BEST, ema_pipeline, save_pipeline
 from tessera.training.tracking import Metrics, Tracker
 
-BEST = "best"
 SCORE = "score.json"
 _HIGHER_IS_BETTER = ("is", "precision")
 
@@ -61,10 +61,11 @@ class Evaluation:
         trackers: Sequence[Tracker],
         start_from: Pictures | None = None,
         parts: Parts = NO_PARTS,
+        codec: Codec | None = None,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
         self._run_dir, self._trackers = run_dir, trackers
-        self._start_from, self._parts = start_from, parts
+        self._start_from, self._parts, self._codec = start_from, parts, codec
         self._sides: tuple[FeatureExtractor, Measured] | None = None
 
     def make(self, learner: Learner, images_seen: int) -> Metrics:
@@ -77,7 +78,13 @@ class Evaluation:
             self._sides = self._open(config, learner.device)
         extractor, reference = self._sides
         pipeline = ema_pipeline(
-            self._recipe, learner, images_seen, self._class_names, self._parts, everywhere=True
+            self._recipe,
+            learner,
+            images_seen,
+            self._class_names,
+            self._parts,
+            everywhere=True,
+            codec=self._codec,
         )
         assert pipeline is not None
         start: dict[str, Any] = {} if self._start_from is None else {"start_from": self._start_from}
@@ -96,7 +103,7 @@ class Evaluation:
             if self._is_best(name, values[name] or 0.0):
                 # The pipeline folder and its score appear together.
                 with atomic_folder(self._run_dir / BEST) as part:
-                    pipeline.save(part / "pipeline")
+                    save_pipeline(pipeline, part / "pipeline", self._run_dir)
                     score = {"images": images_seen, "by": name, **values}
                     write_json(part / SCORE, score)
         return distributed.broadcast(values)
@@ -211,7 +218,7 @@ def check_reference(recipe: Recipe, config: EvaluateConfig, parts: Parts = NO_PA
         raise RecipeError("evaluate.reference is not set, and there are no images at data.path")
     if path is not None and not path.exists():
         raise RecipeError(f"evaluate.reference: there is nothing at {path}")
-    own_latents = path is None and not recipe.codec.of_pixels
+    own_latents = path is None and not recipe.codec.takes_images
     if own_latents or (path is not None and is_latents(path)):
         raise RecipeError(
             f"{path or 'the own data set'} holds latents, but scores compare decoded samples with "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.data.codec import Codec
 from tessera.data.dataset import Dataset
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
@@ -19,11 +20,12 @@ from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
 from tessera.pipelines.plans import Pictures
 from tessera.randomness import AddressedDraws, Draws, derive_seed
-from tessera.recipes.build import build_augment, build_codec, build_view
+from tessera.recipes.build import build_augment, build_training_codec, build_view
 from tessera.recipes.datasets import open_training_set
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training.learner import MicroBatch
+from tessera.training.stopwatch import Stopwatch
 
 _AT_ONCE = 256
 """Images that are read at once for the pictures to start from."""
@@ -34,12 +36,15 @@ Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
 class Feed:
     """The training images of a recipe, in the order of the run, as the learner wants them.
 
-    Args:
-        dataset: instead of the recipe's own, and not compared with it.
+    Attributes:
+        dataset: images, or latents.
+        view: what of them is trained on.
+        codec: between what the data set holds and model space.
 
     Raises:
         RecipeError: the images do not fit the recipe, or the batch not the processes; the message
             names the key.
+        CheckpointError: the autoencoder that encodes the images cannot be had.
     """
 
     def __init__(
@@ -48,15 +53,20 @@ class Feed:
         device: torch.device,
         parts: Parts = NO_PARTS,
         dataset: Dataset | None = None,
+        codec: Codec | None = None,
     ) -> None:
         """Args:
         parts: functions that make external parts.
         dataset: in place of the recipe's, unchecked.
+        codec: that of another feed of the same codec section, to share its autoencoder.
         """
         self._recipe, self._device = recipe, device
         self.dataset = open_training_set(recipe, parts) if dataset is None else dataset
         _check_batch(recipe)
-        self._codec = build_codec(recipe.codec)
+        self.codec = build_training_codec(recipe) if codec is None else codec
+        if recipe.codec.takes_images:
+            self.codec.prepare()
+        self._encoding = Stopwatch(device)
         self.view = build_view(recipe, parts)
         self._augment: Augment | None = build_augment(recipe.augment)
         seed = derive_seed(recipe.training.seed, "order")
@@ -68,6 +78,7 @@ class Feed:
 
     def batches(self, images_seen: int) -> Loader:
         """This process's batches of the steps that follow after `images_seen` images."""
+        self._encoding.lap()
         return self.load(self._plans(images_seen))
 
     def load(self, plans: Iterable[StepPlan]) -> Loader:
@@ -105,7 +116,9 @@ class Feed:
             if self._augment is not None:
                 # Whole images are augmented: what the network is told about it then holds for them.
                 images, augment = self._augment(from_uint8(images), draws)
-            x, coords = self.view.apply(self._codec.train(images, draws), draws, batch.plan)
+            with self._encoding.running():
+                x = self.codec.train(images, draws)
+            x, coords = self.view.apply(x, draws, batch.plan)
             x = from_uint8(x) if x.dtype == torch.uint8 else x
             labels = None if batch.labels is None else batch.labels[rows]
             seed = derive_seed(training.seed, "dropout", first + start)
@@ -113,6 +126,16 @@ class Feed:
             image = self._start(x) if self._recipe.low_resolution else None
             cond = Conditioning(labels, augment, coords, image)
             yield MicroBatch(x, cond, draws, seed, weight)
+
+    def reports(self, seconds: float) -> dict[str, float]:
+        """What of `seconds`, the time since the last call or since `batches`, went into encoding.
+
+        "encoder_share" where there is an autoencoder in the step; waits for the device.
+        """
+        encoding = self._encoding.lap()
+        if self._recipe.codec.of_pixels or not self._recipe.codec.takes_images:
+            return {}
+        return {"encoder_share": min(encoding / max(seconds, 1e-9), 1.0)}
 
     def start_pictures(self, count: int) -> Pictures | None:
         """What a model starts from, of the first images: uint8 [N, h, w, C], or latents.
@@ -130,8 +153,9 @@ class Feed:
 
     def _start_of(self, numbers: NDArray[np.int64]) -> Tensor:
         """What a model starts from, of the images of these numbers, of pixels as uint8."""
-        draws = AddressedDraws(self._recipe.training.seed, torch.from_numpy(numbers))
-        x = self._codec.train(torch.from_numpy(self.dataset.read(numbers)), draws)
+        rows, images = torch.from_numpy(numbers), torch.from_numpy(self.dataset.read(numbers))
+        draws = AddressedDraws(self._recipe.training.seed, rows.to(self._device))
+        x = self.codec.train(images.to(self._device), draws).cpu()
         start = self._start(from_uint8(x) if x.dtype == torch.uint8 else x)
         assert start is not None
         return to_uint8(start) if self._recipe.codec.of_pixels else start

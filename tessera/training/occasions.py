@@ -69,10 +69,11 @@ def occasions(
         made.append(Occasion(recipe.validation.every_images, validation.make, settled=True))
     if previews is not None:
         start = feed.start_pictures(previews.rows * previews.columns)
-        made.append(Occasion(previews.every_images, Preview(*about, start, parts).make))
+        preview = Preview(*about, start, parts, feed.codec)
+        made.append(Occasion(previews.every_images, preview.make))
     if scores is not None:
         start = feed.start_pictures(scores.images)
-        evaluation = Evaluation(*about, start, parts)
+        evaluation = Evaluation(*about, start, parts, feed.codec)
         made.append(Occasion(scores.every_images, evaluation.make, settled=True))
     return made
 

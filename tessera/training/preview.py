@@ -24,6 +24,8 @@ from tessera.recipes.schema import PreviewConfig, Recipe
 from tessera.training.learner import Learner
 from tessera.training.tracking import Tracker
 
+BEST = "best"
+"""Folder of a run with the model that did best, and its score."""
 _NETWORK = "network."
 
 
@@ -42,11 +44,13 @@ class Preview:
         trackers: Sequence[Tracker],
         start_from: Pictures | None = None,
         parts: Parts = NO_PARTS,
+        codec: Codec | None = None,
     ) -> None:
         self._recipe, self._class_names = recipe, class_names
         self._folder, self._trackers = run_dir / "previews", trackers
         self._start_from, self._parts = start_from, parts
-        self._codec: Codec | None = build_codec(recipe.codec)
+        self._codec = build_codec(recipe.codec) if codec is None else codec
+        self._no_codec = False
 
     def make(self, learner: Learner, images_seen: int) -> None:
         """Sample and write a grid; all processes take part, the main one samples."""
@@ -54,7 +58,6 @@ class Preview:
         pipeline = ema_pipeline(self._recipe, learner, images_seen, self._class_names, self._parts)
         if pipeline is None or config is None or not self._decodes():
             return
-        assert self._codec is not None
         pipeline.codec = self._codec
         count = config.rows * config.columns
         labels = shown_labels(config, self._recipe.data.num_classes)
@@ -70,12 +73,12 @@ class Preview:
 
     def _decodes(self) -> bool:
         """Whether samples can be made visible; if not, that is said once and training goes on."""
-        if self._codec is None:
+        if self._no_codec:
             return False
         try:
             self._codec.prepare()
         except TesseraError as error:
-            self._codec = None
+            self._no_codec = True
             warnings.warn(f"no previews will be made: {error}", stacklevel=3)
             return False
         return True
@@ -124,17 +127,21 @@ def ema_pipeline(
     parts: Parts = NO_PARTS,
     *,
     everywhere: bool = False,
+    codec: Codec | None = None,
 ) -> Pipeline | None:
     """The model with averaged weights where it is trained, which all processes must ask for.
 
     It shares the tensors of the averages, which the next step changes: sample or save it first.
+
+    Args:
+        codec: of the training, so that its autoencoder is not loaded once more.
 
     None but on the main process, unless it is wanted `everywhere`.
     """
     states = [learner.average(index) for index in range(len(recipe.ema))]
     if not (everywhere or distributed.is_main()):
         return None
-    return build_pipeline(
+    made = build_pipeline(
         recipe,
         _with_weights(recipe, learner, states[0], parts),
         images_seen=images_seen,
@@ -145,6 +152,15 @@ def ema_pipeline(
         ],
         parts=parts,
     )
+    if codec is not None:
+        made.codec = codec
+    return made
+
+
+def save_pipeline(pipeline: Pipeline, folder: Path, run_dir: Path) -> None:
+    """Write a pipeline folder of a run; its autoencoder, if that is saved along, only once."""
+    known = (run_dir / "pipeline", run_dir / BEST / "pipeline")
+    pipeline.save(folder, known=known)
 
 
 def _with_weights(

@@ -30,7 +30,7 @@ from tessera.errors import TesseraError
 from tessera.pipelines.loading import build_pipeline
 from tessera.progress import progress
 from tessera.recipes.parts import NO_PARTS, Parts
-from tessera.recipes.schema import Recipe, VaeCodecConfig
+from tessera.recipes.schema import Recipe
 from tessera.training import tracking
 from tessera.training.feed import Feed
 from tessera.training.forecast import Kind, Timings, course
@@ -44,13 +44,16 @@ _WRITTEN = 1 << 24  # bytes
 
 
 class _Blank:
-    """Reads black images, or latents of such."""
+    """Reads black images, or latents of such, whatever the recipe trains on."""
 
     def __init__(self, recipe: Recipe) -> None:
-        channels, height, width = recipe.shape
-        latents = isinstance(recipe.codec, VaeCodecConfig)
-        self.shape = (2 * channels if latents else channels, height, width)
-        self._dtype: Any = np.float16 if latents else np.uint8
+        data, (channels, height, width) = recipe.data, recipe.shape
+        self._dtype: np.dtype[Any] = np.dtype(np.float16)
+        self.shape = (2 * channels, height, width)
+        if recipe.codec.takes_images:
+            # Latents are shrunk when they have been made, pixels when they are read.
+            side = data.resolution * (1 if recipe.codec.of_pixels else data.shrink)
+            self.shape, self._dtype = (data.channels, side, side), np.dtype(np.uint8)
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         return np.zeros((len(indices), *self.shape), self._dtype)
@@ -127,6 +130,7 @@ class _Bench:
         )
         self._meter = tracking.Meter(device)
         self._states = self._peak()
+        self._stepped = 0.0
         self._memory = self._states
 
     def measured(self) -> Timings:
@@ -194,6 +198,7 @@ class _Bench:
         self._meter.add(update, batch.plan.images)
         self._finish()
         self._tick(self._elapsed())
+        self._stepped += time.perf_counter() - begin
         return max(distributed.gather(time.perf_counter() - begin))
 
     # ------------------------------------------------------------------------------------- data
@@ -274,8 +279,12 @@ class _Bench:
         return seconds * steps / batch
 
     def _validation(self, per_image: float) -> float:
-        """Seconds of a validation: forward passes, of which a training step is three or so."""
-        return self._validated * per_image / 3
+        """Seconds of a validation: forward passes, of which a training step is three or so.
+
+        What encodes the images works as much as in the training.
+        """
+        encoder = self._feed.reports(self._stepped).get("encoder_share", 0.0)
+        return self._validated * per_image * (encoder + (1 - encoder) / 3)
 
     def _checkpoint(self) -> float:
         """Seconds to write, read back and hash what a checkpoint and a pipeline hold."""

@@ -39,6 +39,7 @@ _CHANGEABLE = (
     "training.channels_last",
     "training.parallel",
     "training.max_skipped",
+    "codec.micro_batch",
     "data.path",
     "data.validation",
     "data.cache",
@@ -125,7 +126,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its images, so that the run goes on from any folder.
+    """The recipe with absolute paths of images and VAE, so that the run goes on from any folder.
 
     Spelt as in a file, where a default of 0 is 0.0: a resumed run, which has it from there, writes
     the same bytes.
@@ -135,6 +136,9 @@ def anchored(recipe: Recipe) -> Recipe:
         for key in keys:
             if data[section] is not None:
                 data[section][key] = _absolute(data[section][key])
+    vae = data["codec"].get("model")  # or an id of the hub
+    if vae is not None and Path(vae).expanduser().is_dir():
+        data["codec"]["model"] = _absolute(vae)
     return parse_recipe(data)
 
 
@@ -185,7 +189,7 @@ def check_same(recipe: Recipe, changed: Recipe) -> None:
     Raises:
         RecipeError: names the keys.
     """
-    before, after = _flatten(dump_recipe(recipe)), _flatten(dump_recipe(changed))
+    before, after = (_flatten(dump_recipe(anchored(made))) for made in (recipe, changed))
     # Values, not their spelling: a default may be 0 where a file gives 0.0.
     differ = [k for k in sorted({*before, *after}) if before.get(k, _NONE) != after.get(k, _NONE)]
     wrong = [k for k in differ if not any(k == c or k.startswith(c + ".") for c in _CHANGEABLE)]

@@ -197,10 +197,12 @@ class StatusLines:
 
 
 def describe_metrics(metrics: Metrics) -> str:
-    """Loss per pixel, memory, and skipped steps if there are any, in a few words."""
+    """Loss per pixel, memory, time of a VAE, and skipped steps if there are any, in a few words."""
     loss, skipped = metrics["loss_per_pixel"], metrics["skipped"]
     text = f"loss {'not finite' if loss is None else format(loss, '.4g')}"
     text += f"  memory {metrics['memory_gb']:.1f} GB"
+    if (share := metrics.get("encoder_share")) is not None:
+        text += f"  encoder {share:.0%} of the time"
     return text + (f"  {skipped} steps skipped" if skipped else "")
 
 

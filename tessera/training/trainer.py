@@ -20,6 +20,7 @@ from tessera.files import user_path
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.folder import holds, start_from
 from tessera.progress import progress
+from tessera.recipes.latents import check_vae, with_latents_told
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
@@ -30,7 +31,7 @@ from tessera.training.feed import Feed
 from tessera.training.forecast import Forecast
 from tessera.training.learner import Update, fresh_model, learner_of
 from tessera.training.occasions import Due, occasions
-from tessera.training.preview import check_labels, ema_pipeline
+from tessera.training.preview import check_labels, ema_pipeline, save_pipeline
 from tessera.training.probe import measure
 from tessera.training.signals import StopRequest
 from tessera.training.validation import validation_images
@@ -105,7 +106,7 @@ class Trainer:
             )
         if resume is not None:
             recorded = run_folder.read_recipe(resume)
-            recipe = recipe or recorded
+            recipe = recorded if recipe is None else with_latents_told(recipe, recorded)
             run_folder.check_same(recorded, recipe)
         elif recipe is None:
             raise TrainingError("a recipe is needed to begin a run, or the folder of one to resume")
@@ -119,11 +120,15 @@ class Trainer:
         self._parts = parts
         if parts.dataset is not None:
             recipe = _without_path(recipe)
-        self.recipe = recipe = run_folder.anchored(recipe)
+        recipe = with_latents_told(run_folder.anchored(recipe))
+        check_vae(recipe)
+        self.recipe = recipe
         self._feed = Feed(recipe, self.device, parts)
-        self._validated = validation_images(recipe, self.device, self.dataset, parts)
+        self._validated = validation_images(recipe, self.device, self._feed, parts)
         check_labels(recipe, self.dataset.class_names)
         tracking.check(recipe)
+        if recipe.run.save_vae:
+            self._feed.codec.prepare()
         if recipe.evaluate is not None and recipe.expert is None:
             check_reference(recipe, recipe.evaluate, parts)
         measured = None
@@ -245,6 +250,7 @@ class Trainer:
         means = self._meter.means()
         counters = self.learner.counters()
         self._check_streak(counters["skipped_in_a_row"])
+        trained, seconds = clock.lap(self.images_seen)
         values: tracking.Metrics = {
             "images": self.images_seen,
             "step": self.step,
@@ -253,8 +259,9 @@ class Trainer:
             "skipped": int(counters["skipped"]),
             "loss_scale": counters["loss_scale"],
             "seconds": round(clock.seconds, 3),
-            "images_per_second": round(clock.speed(self.images_seen), 3),
+            "images_per_second": round(trained / max(seconds, 1e-9), 3),
             "memory_gb": round(tracking.memory_gb(self.device), 3),
+            **{name: round(value, 4) for name, value in self._feed.reports(seconds).items()},
         }
         reports = self.learner.reports()
         if taken := sorted(values.keys() & reports.keys()):
@@ -349,10 +356,15 @@ class Trainer:
 
     def _save_pipeline(self) -> None:
         pipeline = ema_pipeline(
-            self.recipe, self.learner, self.images_seen, self.dataset.class_names, self._parts
+            self.recipe,
+            self.learner,
+            self.images_seen,
+            self.dataset.class_names,
+            self._parts,
+            codec=self._feed.codec,
         )
         if pipeline is not None:
-            pipeline.save(self.run_dir / "pipeline")
+            save_pipeline(pipeline, self.run_dir / "pipeline", self.run_dir)
         distributed.barrier()
 
     @contextlib.contextmanager
@@ -446,11 +458,11 @@ class Clock:
         """Time spent in the whole run."""
         return time.monotonic() - self._start
 
-    def speed(self, images: int) -> float:
-        """Images per second since the last call."""
+    def lap(self, images: int) -> tuple[int, float]:
+        """Images and seconds since the last call."""
         now = self.seconds
         (then, before), self._mark = self._mark, (now, images)
-        return (images - before) / max(now - then, 1e-9)
+        return images - before, now - then
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -42,7 +42,7 @@ class ValidationImages:
 
 
 def validation_images(
-    recipe: Recipe, device: torch.device, training: Dataset, parts: Parts = NO_PARTS
+    recipe: Recipe, device: torch.device, training: Feed, parts: Parts = NO_PARTS
 ) -> ValidationImages | None:
     """The images that a recipe measures the loss on; None if it wants none.
 
@@ -51,7 +51,7 @@ def validation_images(
 
     Args:
         device: where they are wanted.
-        training: the data set that is trained on.
+        training: of the images that are trained on.
         parts: functions that make external parts.
 
     Raises:
@@ -60,7 +60,7 @@ def validation_images(
     dataset = open_validation_set(recipe, parts)
     if dataset is None:
         return None
-    _check_classes(recipe, dataset, training)
+    _check_classes(recipe, dataset, training.dataset)
     world = distributed.world()
     at_once = recipe.training.micro_batch or recipe.training.batch // world
     changes = {
@@ -77,7 +77,7 @@ def validation_images(
         }
     )
     count = min(recipe.validation.images, len(dataset))
-    return ValidationImages(Feed(plain, device, parts, dataset), count)
+    return ValidationImages(Feed(plain, device, parts, dataset, training.codec), count)
 
 
 def _check_classes(recipe: Recipe, dataset: Dataset, training: Dataset) -> None:

@@ -252,9 +252,15 @@ def test_the_commands(made: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "8x8, 4 channels" in result.output
+    assert "0 kept, 10 encoded, 0 dropped" in result.output
     again = CliRunner().invoke(app, words)
-    assert isinstance(again.exception, TesseraError)
-    assert "--overwrite" in str(again.exception)
+    assert "10 kept, 0 encoded, 0 dropped" in again.output
+    assert "up to date" in again.output
+    other = CliRunner().invoke(app, [*words, "--vae-precision", "bf16"])
+    assert isinstance(other.exception, TesseraError)
+    assert "--overwrite" in str(other.exception)
+    unknown = CliRunner().invoke(app, [*words, "--vae-precision", "half"])
+    assert "choose one of auto, fp32" in str(unknown.exception)
     nothing = CliRunner().invoke(app, [*words[:-1], "0", "--overwrite"])
     assert "--scale 0" in str(nothing.exception)
     data = open_latents(target)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from tiny_recipes import TINY, small_copy
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.masked import MaskedModel
@@ -92,25 +93,6 @@ PARAMETERS = {
     "mar-huge-imagenet256": 942_403_104,
     "mar-large-3x1024-imagenet256": 426_357_792,
 }
-TINY = [
-    "data.resolution=8", "network.model_channels=16", "network.channel_mult=1,2",
-    "network.num_blocks=1", "network.attn_resolutions=[]",
-]  # fmt: skip
-TINY_LEGO = [
-    "data.resolution=8", "network.width=16", "network.heads=2",
-    "network.bricks=[{size: 4, patch: 2, depth: 1}, {size: 8, patch: 2, depth: 1}]",
-]  # fmt: skip
-
-TINY_DIT = ["data.resolution=8", "network.depth=1", "network.width=16", "network.heads=2"]
-TINY_MAR = [
-    "data.resolution=8", "network.width=16", "network.depth=1", "network.decoder_depth=1",
-    "network.heads=2", "network.buffer=2", "network.head_width=16", "network.head_depth=1",
-    "sampling.num_iter=2", "sampling.head_steps=2",
-]  # fmt: skip
-TINY_PDM = [
-    *TINY[:1], "network.model_channels=32", *TINY[2:], "network.patch_size=2",
-    "network.head_channels=32",
-]  # fmt: skip
 
 
 def test_every_shipped_recipe_has_its_size_here() -> None:
@@ -134,21 +116,7 @@ def test_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_small_copy_of_every_shipped_recipe_trains_and_samples(name: str) -> None:
-    kind = shipped()[name]()
-    tiny = [*TINY, "sampling.steps=2"]
-    if kind.network.kind == "adm_unet":
-        tiny.append("network.model_channels=64")
-    if kind.network.kind == "lego":
-        tiny = [*TINY_LEGO, "sampling.steps=2"]
-    if kind.network.kind == "patched_unet":
-        tiny = [*TINY_PDM, "sampling.steps=2"]
-    if kind.network.kind in ("dit", "energy_dit"):
-        tiny = [*TINY_DIT, "sampling.steps=2"]
-    if kind.network.kind == "mar":
-        tiny = TINY_MAR
-    if kind.codec.kind == "vae":
-        tiny.append(f"data.resolution={8 * kind.codec.downsample}")
-    recipe = load_recipe(name, tiny)
+    kind, recipe = shipped()[name](), load_recipe(name, small_copy(name))
     denoiser = build.build_model(recipe)
     source = kind.codec if kind.codec.kind == "vae" else kind.data
     assert denoiser.shape == (source.channels, 8, 8)

@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_the_averaged_weights_at_the_same_levels(tmp_path: P
     assert [line["images"] for line in found] == [32, 64, 96]
     final = found[-1]
 
-    images = validation_images(recipe, trainer.device, trainer.dataset)
+    images = validation_images(recipe, trainer.device, trainer._feed)
     assert images is not None
     assert images.count == 13
     pipe = trainer.pipeline()

@@ -6,6 +6,7 @@ sampled nor scaled. Others hold one sample of it, as a model is trained on it: s
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tessera.plain import parse_json
 
 Precision = Literal["float16", "float32"]
 Mirrored = Literal["encoded", "flipped", "none"]
@@ -29,6 +32,9 @@ class LatentInfo:
         resolution: side of the images, pixels.
         downsample: side of the images / side of the latents.
         scale, shift: a model's latents are (z - shift) * scale.
+        weights: SHA-256 of the autoencoder's weights, which stays when its folder moves.
+        compute: precision in which it encoded: fp32, bf16 or fp16.
+        mean, std: of each channel of the latents z, over images and places.
     """
 
     vae: str | None = None
@@ -36,18 +42,32 @@ class LatentInfo:
     downsample: int | None = None
     scale: float | None = None
     shift: float | None = None
+    weights: str | None = None
+    compute: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def texts(self) -> dict[str, str]:
         """All that is known, as texts by name."""
-        values = {name: getattr(self, name) for name in INFO}
+        values = {name: getattr(self, name) for name in _INFO}
         return {
-            name: value if isinstance(value, str) else repr(value)
+            name: value if isinstance(value, str) else json.dumps(value)
             for name, value in values.items()
             if value is not None
         }
 
 
-INFO = ("vae", "resolution", "downsample", "scale", "shift")
+def _numbers(text: str) -> tuple[float, ...]:
+    values = parse_json(text, "channel statistics")
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+        raise ValueError("channel statistics that are no list of numbers")
+    return tuple(map(float, values))
+
+
+_INFO: dict[str, Callable[[str], Any]] = {
+    "vae": str, "resolution": int, "downsample": int, "scale": float, "shift": float,
+    "weights": str, "compute": str, "mean": _numbers, "std": _numbers,
+}  # fmt: skip
 
 
 def read_info(texts: Mapping[str, Any]) -> LatentInfo:
@@ -56,13 +76,13 @@ def read_info(texts: Mapping[str, Any]) -> LatentInfo:
     Raises:
         ValueError: something else is in its place.
     """
-    found = {name: texts[name] for name in INFO if texts.get(name) is not None}
+    found = {name: texts[name] for name in _INFO if texts.get(name) is not None}
     if not all(isinstance(value, str) for value in found.values()):
         raise ValueError("what it says of its VAE is no text")
-    kinds = {"vae": str, "resolution": int, "downsample": int, "scale": float, "shift": float}
-    info = LatentInfo(**{name: kinds[name](value) for name, value in found.items()})
+    info = LatentInfo(**{name: _INFO[name](value) for name, value in found.items()})
     sizes = [size for size in (info.resolution, info.downsample) if size is not None]
     factors = [factor for factor in (info.scale, info.shift) if factor is not None]
+    factors += [*(info.mean or ()), *(info.std or ())]
     if not (all(0 < size < 2**31 for size in sizes) and all(map(math.isfinite, factors))):
         raise ValueError("its metadata are no sizes and scales")
     return info
@@ -81,6 +101,7 @@ class LatentPlan:
         labels, class_names: as of an `ImageDataset`.
         precision: of the numbers.
         shard: rows of a file, where the format has several files.
+        keys: uint8 [N, 32], SHA-256 of the images (`latent_keys`), where the format keeps them.
     """
 
     name: str
@@ -92,6 +113,7 @@ class LatentPlan:
     class_names: tuple[str, ...] | None
     precision: Precision
     shard: int = 64
+    keys: NDArray[np.uint8] | None = None
 
 
 class LatentWriter(Protocol):

@@ -3,7 +3,8 @@
 Tensors: `moments` float16 or float32 [N, 2 C, h, w], the posterior's mean, then its log-variance;
 `moments_flip`, the same of the mirrored images, if wanted; `labels` as in packed sets of images.
 Metadata: `format` = "tessera-latents", `version`, `name`, `class_names` (JSON list, if known),
-and what `LatentInfo` says.
+and what `LatentInfo` says. Version 2 adds `keys` uint8 [N, 32], by which rows are found again when
+the set is brought up to date (`latent_cache`), and the channel statistics.
 
 Neither samples nor scaled latents are stored: a fresh sample is drawn each time that an image is
 trained on. float16 is enough: its rounding, once scaled, is a tenth of that of the 8-bit pixels.
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from tessera.data.latent_formats.base import (
     LatentFormat,
+    LatentInfo,
     LatentPlan,
     Mirrored,
     Precision,
@@ -33,13 +35,18 @@ from tessera.data.packed import DTYPES, LATENTS_FORMAT, read_header, tensor_entr
 from tessera.errors import DataError
 from tessera.files import atomic_file
 
-VERSION = "1"
+PLAIN, KEYED = "1", "2"
+"""The versions without and with the keys of the images."""
 _HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` makes one"
 _CODES: dict[Precision, str] = {"float16": "F16", "float32": "F32"}
 
 
 class PackedLatents:
-    """Reads a packed set of latents; see `LatentReader`."""
+    """Reads a packed set of latents; see `LatentReader`.
+
+    Attributes:
+        keys: uint8 [N, 32] of the images; None where the set has none.
+    """
 
     drawn = False
 
@@ -52,14 +59,20 @@ class PackedLatents:
         try:
             header = read_header(path)
             metadata = header.metadata
-            if metadata.get("format") != LATENTS_FORMAT or metadata.get("version") != VERSION:
-                raise DataError(f"{path} is no set of latents of version {VERSION}. {_HOW_TO_MAKE}")
+            version = metadata.get("version")
+            if metadata.get("format") != LATENTS_FORMAT or version not in (PLAIN, KEYED):
+                raise DataError(
+                    f"{path} is no set of latents of version {PLAIN} or {KEYED}. {_HOW_TO_MAKE}"
+                )
             moments = header.map("moments")
             both = "moments_flip" in header.entries
             flipped = header.map("moments_flip") if both else None
             self.labels, self.class_names = header.labels(), header.class_names()
             self.info = read_info(metadata)
             _check_moments(moments, flipped, self.labels)
+            self.keys = header.map("keys") if version == KEYED else None
+            if self.keys is not None and self.keys.shape != (len(moments), 32):
+                raise ValueError(f"keys of shape {self.keys.shape}")
             self.count, width, *sides = moments.shape
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -97,39 +110,57 @@ def _check_moments(
         raise ValueError(f"{len(moments)} latents but {len(labels)} labels")
 
 
-class _Writer:
-    """Header and labels at once, then rows at their places, in whatever order they come."""
+class PackedLatentWriter:
+    """Header, labels and keys at once, then rows at their places, in whatever order they come."""
 
     def __init__(self, file: IO[bytes], plan: LatentPlan) -> None:
-        self._file = file
-        labels = plan.labels
-        metadata = {"format": LATENTS_FORMAT, "version": VERSION, "name": plan.name}
-        metadata |= plan.info.texts()
-        if labels is not None and plan.class_names is not None:
-            metadata["class_names"] = json.dumps(plan.class_names, ensure_ascii=False)
+        self._file, self._plan = file, plan
+        labels, keys = plan.labels, plan.keys
         code = _CODES[plan.precision]
         self._dtype = DTYPES[code]
         rows = (plan.count, 2 * plan.shape[0], *plan.shape[1:])
         self._row = math.prod(rows[1:]) * self._dtype.itemsize
-        header: dict[str, Any] = {"__metadata__": metadata}
+        self._entries: dict[str, Any] = {}
         end = 0
         if labels is not None:
             # First, where their numbers of eight bytes are aligned.
             kind = "I64" if labels.ndim == 1 else "F32"
-            header["labels"] = tensor_entry(kind, labels.shape, 0, labels.nbytes)
+            self._entries["labels"] = tensor_entry(kind, labels.shape, 0, labels.nbytes)
             end = labels.nbytes
+        if keys is not None:
+            self._entries["keys"] = tensor_entry("U8", keys.shape, end, end + keys.nbytes)
+            end += keys.nbytes
         offsets = []
         for tensor in ("moments", "moments_flip")[: 2 if plan.mirrored else 1]:
             size = plan.count * self._row
-            header[tensor] = tensor_entry(code, rows, end, end + size)
+            self._entries[tensor] = tensor_entry(code, rows, end, end + size)
             offsets.append(end)
             end += size
-        text = json.dumps(header, ensure_ascii=False).encode()
-        text = text.ljust(-(-(8 + len(text)) // 64) * 64 - 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        if labels is not None:
-            file.write(np.ascontiguousarray(labels).data)
-        self._offsets = [8 + len(text) + offset for offset in offsets]
+        # The statistics are known last; room is kept for the longest numbers.
+        room = 0 if keys is None else 2 * (16 + 28 * plan.shape[0])
+        text = self._header(plan.info)
+        self._start = math.ceil((8 + len(text) + room) / 64) * 64
+        self.finish(plan.info)
+        for array in (labels, keys):
+            if array is not None:
+                file.write(np.ascontiguousarray(array).data)
+        self._offsets = [self._start + offset for offset in offsets]
+
+    def finish(self, info: LatentInfo) -> None:
+        """Write the header, with what is known of the set by now."""
+        text = self._header(info).ljust(self._start - 8)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def _header(self, info: LatentInfo) -> bytes:
+        plan = self._plan
+        version = PLAIN if plan.keys is None else KEYED
+        metadata = {"format": LATENTS_FORMAT, "version": version, "name": plan.name}
+        metadata |= info.texts()
+        if plan.labels is not None and plan.class_names is not None:
+            metadata["class_names"] = json.dumps(plan.class_names, ensure_ascii=False)
+        header = {"__metadata__": metadata, **self._entries}
+        return json.dumps(header, ensure_ascii=False).encode()
 
     def put(self, first: int, rows: NDArray[Any], mirrored: NDArray[Any] | None) -> None:
         """Write rows from number `first` on; see `LatentWriter.put`."""
@@ -149,9 +180,9 @@ def _recognise(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _create(path: Path, plan: LatentPlan) -> Iterator[_Writer]:
+def _create(path: Path, plan: LatentPlan) -> Iterator[PackedLatentWriter]:
     with atomic_file(path) as file:
-        yield _Writer(file, plan)
+        yield PackedLatentWriter(file, plan)
 
 
 PACKED = LatentFormat(

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
+from tessera.precision import Precision
 from tessera.recipes.schema.base import (
     Factor,
     Listed,
@@ -21,7 +22,9 @@ class DataConfig(Section):
     """The training images and how they are read."""
 
     path: UserPath | None = Field(
-        None, description="archive (.zip), packed set or image folder; with a VAE: latents"
+        None,
+        description="archive (.zip), packed set or image folder; with a VAE: latents, or images "
+        "(codec.encode)",
     )
     resolution: Side = Field(description="height and width of the images, pixels")
     shrink: Factor = Field(
@@ -64,6 +67,16 @@ class CodecSection(Section):
     of_pixels: ClassVar[bool] = True
     """Its values are pixels, bounded by [-1, 1]; others are not bounded."""
 
+    @property
+    def takes_images(self) -> bool:
+        """The data set holds images, and not what this codec has made of them before."""
+        return True
+
+    @property
+    def space(self) -> CodecSection:
+        """What decides what samples mean, without how a training comes by them."""
+        return self
+
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         """(C, H, W) of images in model space."""
         return data.channels, data.resolution, data.resolution
@@ -85,7 +98,7 @@ class PixelCodecConfig(CodecSection):
 class VaeCodecConfig(CodecSection):
     """The latents of a variational autoencoder, (z - shift) * scale; data.path is a set of them.
 
-    The defaults are those of Stable Diffusion's.
+    Or of images, which are encoded in the step. The defaults are those of Stable Diffusion's.
     """
 
     of_pixels = False
@@ -97,14 +110,46 @@ class VaeCodecConfig(CodecSection):
     )
     channels: Factor = Field(4, description="of the latents")
     downsample: Factor = Field(8, description="side of the images / side of the latents")
-    scale: PositiveFloat = Field(0.18215, description="factor of the latents")
-    shift: FiniteFloat = Field(0, description="taken off before scaling")
+    scale: PositiveFloat | Literal["data"] = Field(
+        0.18215, description="factor of the latents; data: such that their standard deviation is 1"
+    )
+    shift: FiniteFloat | Literal["data"] = Field(
+        0, description="taken off before scaling; data: their mean"
+    )
+    weights: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the VAE's weights; by default of the VAE that made the set",
+    )
+    encode: Literal["cached", "online"] = Field(
+        "cached",
+        description="cached: data.path holds latents; online: images, encoded in every step",
+    )
+    precision: Precision = Field("fp32", description="of the encoder, with encode=online")
+    micro_batch: PositiveInt | None = Field(
+        None, description="images encoded at once, with encode=online; null: by their size"
+    )
+
+    @property
+    def takes_images(self) -> bool:
+        return self.encode == "online"
+
+    @property
+    def space(self) -> CodecSection:
+        return self.model_copy(
+            update={"encode": "cached", "precision": "fp32", "micro_batch": None, "weights": None}
+        )
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         side = data.resolution // self.downsample
         return self.channels, side, side
 
     def check(self, data: DataConfig) -> None:
+        if self.encode == "cached" and (self.precision != "fp32" or self.micro_batch is not None):
+            raise ValueError(
+                "codec.precision and codec.micro_batch are those of the encoder in the step: set "
+                "codec.encode=online, or leave them out"
+            )
         if data.channels != 3:
             raise ValueError("codec.kind=vae makes latents of RGB images; set data.channels=3")
         if data.resolution % self.downsample:

@@ -163,10 +163,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _codec_fits(self) -> Self:
         self.codec.check(self.data)
-        if self.augment is not None and not self.codec.of_pixels:
+        if self.augment is not None and not self.codec.takes_images:
             raise ValueError(
                 "augment works on images and not on latents; set augment=null, and data.xflip=true "
-                "for mirrored images"
+                "for mirrored images, or codec.encode=online, which augments images and encodes "
+                "them then"
+            )
+        if self.run.save_vae and self.codec.of_pixels:
+            raise ValueError(
+                "run.save_vae: a model of pixels has no VAE to be saved; leave it out, or set "
+                "codec.kind=vae"
             )
         return self
 

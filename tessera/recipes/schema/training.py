@@ -196,6 +196,9 @@ class RunConfig(Section):
         2_500_000, description="images of the training between two checkpoints"
     )
     keep: PositiveInt = Field(2, description="checkpoints kept")
+    save_vae: bool = Field(
+        False, description="save the VAE of a model of latents in its pipeline folders"
+    )
     preview: PreviewConfig | None = Field(
         PreviewConfig(), description="grids of samples while training; null for none"
     )
