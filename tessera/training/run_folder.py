@@ -126,7 +126,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of its images and VAE, so that the run goes on from any folder.
+    """The recipe with absolute paths of images and VAE, so that the run goes on from any folder.
 
     Spelt as in a file, where a default of 0 is 0.0: a resumed run, which has it from there, writes
     the same bytes.
