@@ -8,7 +8,19 @@ import importlib
 from benchmarks.harness import device
 from tessera import memory
 
-NAMES = ("unet", "loading", "latents", "metrics", "patch", "lego", "pdm", "relay", "energy", "mar")
+NAMES = (
+    "unet",
+    "loading",
+    "latents",
+    "metrics",
+    "patch",
+    "lego",
+    "pdm",
+    "relay",
+    "energy",
+    "mar",
+    "latents_online",
+)
 
 
 def main() -> None:

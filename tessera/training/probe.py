@@ -53,7 +53,7 @@ class _Blank:
         if recipe.codec.takes_images:
             # Latents are shrunk when they have been made, pixels when they are read.
             side = data.resolution * (1 if recipe.codec.of_pixels else data.shrink)
-            self.shape, self._dtype = (data.channels, side, side), np.dtype(np.uint8)
+            self.shape, self._dtype = (data.channels, side, side), np.uint8
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         return np.zeros((len(indices), *self.shape), self._dtype)
