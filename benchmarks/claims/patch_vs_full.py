@@ -39,7 +39,7 @@ def train(arm: str, options: argparse.Namespace, folder: Path) -> None:
         if seconds * options.evaluations < limit * (done + 1):
             continue
         done = int(seconds * options.evaluations / limit)
-        result = common.scored(averaged(trainer), reference, options, steps=options.steps).score
+        result = common.scored(averaged(trainer), reference, options, steps=options.steps).known
         line = {
             "arm": arm, "seconds": round(seconds, 1), "images": trainer.images_seen,
             "step": trainer.step, "distance": result.fd_classifier,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tessera.data.codec import Codec
 from tessera.errors import TesseraError
 from tessera.files import user_path
-from tessera.images import to_pil
 from tessera.model import Model, on_meta
 from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
@@ -330,12 +329,10 @@ class Pipeline(ABC):
             output: "numpy", uint8 [N, H, W, C]; "pil", a list of Pillow images; "tensor", uint8
                 [N, C, H, W] on the CPU; "samples", a `Samples`, which a notebook shows.
             progress: show a bar; None: in notebooks.
-            batch, on_step, options: those of `sample_batches`.
+            batch, on_step, options: of `sample_batches`; `help(pipe.sample)` lists the model's.
 
         Raises:
             TesseraError: no seeds, another output, or what `sample_batches` raises.
-
-        `help(pipe.sample)` lists the options of the model at hand.
         """
         check_output(output)
         check_batch(batch)
@@ -350,12 +347,11 @@ class Pipeline(ABC):
             )
         if output == "samples":
             return made
-        images = made.images
         if output == "pil":
-            return [to_pil(image) for image in images]
+            return list(made)
         if output == "tensor":
-            return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return images
+            return torch.from_numpy(made.images).permute(0, 3, 1, 2).contiguous()
+        return made.images
 
     def sample_batches(
         self,

@@ -48,7 +48,7 @@ class _Blank:
 
     def __init__(self, recipe: Recipe) -> None:
         data, (channels, height, width) = recipe.data, recipe.shape
-        self._dtype: np.dtype[Any] = np.dtype(np.float16)
+        self._dtype: Any = np.float16
         self.shape = (2 * channels, height, width)
         if recipe.codec.takes_images:
             # Latents are shrunk when they have been made, pixels when they are read.
