@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, is_hub_id, split_hub_id
+from tessera.files import atomic_folder, is_hub_id, read_json, split_hub_id, write_json
 from tessera.images import from_uint8, to_uint8
 from tessera.randomness import Draws
 
@@ -195,6 +195,10 @@ class VaeCodec:
         """Write the autoencoder as diffusers does, weights as safetensors; whole or not at all."""
         with atomic_folder(folder) as part:
             self._load().save_pretrained(part, safe_serialization=True)
+            # Where it was loaded from may be a path of this machine.
+            config = read_json(part / "config.json")
+            config.pop("_name_or_path", None)
+            write_json(part / "config.json", config)
 
     def describe(self) -> dict[str, Any] | None:
         """The autoencoder, by its weights wherever they lie, and the scaling."""
