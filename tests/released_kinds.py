@@ -53,9 +53,7 @@ class ReleasedKind(NamedTuple):
 
 def dit_tensors() -> dict[str, Tensor]:
     """A recorded network of DiT."""
-    found: dict[str, Tensor] = torch.load(
-        RECORDED / "dit-released-oldformat.pt", weights_only=True
-    )
+    found: dict[str, Tensor] = torch.load(RECORDED / "dit-released-oldformat.pt", weights_only=True)
     return found
 
 
@@ -99,7 +97,9 @@ def _unet(kind: str, **changes: Any) -> tuple[Recipe, dict[str, Tensor]]:
 
 def _guided(folder: Path, old: bool = False, **changes: Any) -> Path:
     recipe, state = _unet("adm_unet", network={"groups": 32}, **changes)
-    return write_torch(folder / "ema_0.9999_010000.pt", released_state(recipe, state, "split"), old=old)
+    return write_torch(
+        folder / "ema_0.9999_010000.pt", released_state(recipe, state, "split"), old=old
+    )
 
 
 def _pdm(folder: Path, **changes: Any) -> Path:

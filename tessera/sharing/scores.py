@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 from tessera.errors import DataError
 from tessera.files import read_json
 from tessera.metrics.conventions import RULES, chosen
+from tessera.plain import parse_json
 from tessera.recipes.schema import Recipe
 from tessera.sharing.portable import last_name
 from tessera.training.evaluation import SCORE
 
 _PREFIX = "evaluate/"
+_LONGEST_LINE = 2**20  # of a run's log
 _CLASSIFIER_RULE = "features of a classifier of the real images; this is not FID"
 
 
@@ -78,12 +79,12 @@ def _log(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
+        for text in iter(lambda: file.readline(_LONGEST_LINE), ""):
             if _PREFIX not in text:
                 continue
             try:
-                line = json.loads(text)
-            except ValueError:
+                line = parse_json(text, "line", max_depth=1)
+            except DataError:
                 continue
             if isinstance(line, dict) and isinstance(line.get("images"), int):
                 yield line
