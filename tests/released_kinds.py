@@ -73,7 +73,8 @@ def _mar(folder: Path) -> Path:
 
 
 def _mar_heads() -> str:
-    return f"network.heads={document()['cases']['mar_forward_patch2_eval']['config']['encoder_num_heads']}"
+    config = document()["cases"]["mar_forward_patch2_eval"]["config"]
+    return f"network.heads={config['encoder_num_heads']}"
 
 
 def _unet(kind: str, **changes: Any) -> tuple[Recipe, dict[str, Tensor]]:

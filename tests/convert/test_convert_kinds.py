@@ -215,7 +215,7 @@ def test_the_kind_of_the_autoencoder(tmp_path: Path) -> None:
     other = released("dit.pt", tmp_path)
     with pytest.raises(CheckpointError, match="is not of the kind kl16"):
         plan_conversion([other], kind="kl16")
-    with pytest.raises(CheckpointError, match="Choose patch, .*kl16"):
+    with pytest.raises(CheckpointError, match=r"Choose patch, .*kl16"):
         plan_conversion([other], kind="magic")
 
 
