@@ -25,7 +25,7 @@ from tessera.metrics.conventions import Convention
 from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
 from tessera.metrics.statistics import Moments
-from tessera.metrics.weights import check_stored, load_torch
+from tessera.metrics.weights import check_numbers, load_torch
 from tessera.pickles import NUMPY, load_pickle
 from tessera.plain import parse_json
 
@@ -260,7 +260,7 @@ def _from_torch(path: Path) -> Measured:
     data = load_torch(path, "cache of torch-fidelity", allowed)
     for name, value in data.items() if isinstance(data, dict) else [("features", data)]:
         if isinstance(value, Tensor):
-            check_stored(path, str(name), value)
+            check_numbers(path, str(name), value)
     if isinstance(data, dict) and "mu" in data and "sigma" in data:
         moments = _moments(path, data, "mu", "sigma")
         return Measured(path.name, NAMES.get(moments.dim), moments=moments)

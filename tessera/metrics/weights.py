@@ -109,7 +109,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: not a state dict of tensors")
     for name, tensor in state.items():
-        check_stored(path, str(name), tensor)
+        check_numbers(path, str(name), tensor)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DataError(
                 f"{path}: {str(name)[:80]!r} holds numbers that are not finite. Download or copy "
@@ -155,7 +155,7 @@ def check_size(path: Path) -> None:
         raise DataError(f"{path}: {size:,} bytes, of which at most {_MAX_BYTES:,} are read")
 
 
-def check_stored(path: Path, name: str, tensor: Tensor) -> None:
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
     """Raise for a tensor with more numbers than are stored of it.
 
     Raises:
