@@ -8,9 +8,14 @@ import json
 import socket
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
 
 USER, TOKEN = "ada", "hf_of_ada"
@@ -68,6 +73,14 @@ class FakeHub:
         self.private[repository] = private
         self.commit(repository, "main", {".gitattributes": b""}, "initial commit")
 
+    def put(self, repository: str, folder: Path) -> str:
+        """Make a commit of the files of a folder, as the newest of `main`; its hash."""
+        if repository not in self.private:
+            self.create(repository, private=False)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        tree = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        return self.commit(repository, "main", tree, "put there")
+
     def commit(self, repository: str, branch: str, tree: Tree, message: str) -> str:
         """Add a commit to a branch; its hash."""
         self.messages.append(message)
@@ -76,6 +89,33 @@ class FakeHub:
         self.commits[repository][commit] = tree
         self.branches[repository][branch] = commit
         return commit
+
+
+@contextmanager
+def hub_of_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that the client of this process talks to, with the token of its user."""
+    from huggingface_hub import constants, hf_api
+    from huggingface_hub.utils import _http
+
+    server = FakeHub()
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(folder / "cache"), "HF_TOKEN_PATH": str(folder / "token"),
+        "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    # The client's own instance, which diffusers calls, too.
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    # The client waits longer after each failure.
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(folder)
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def is_large(path: str) -> bool:

@@ -34,16 +34,18 @@ def convert(
     EDM, Patch Diffusion, LEGO, relay diffusion, PDM, guided diffusion, DiT, energy diffusion, MAR:
     docs/checkpoints.md names the files. preset=NAME takes what a file does not say from a recipe.
     """
-    from tessera.convert.assemble import free_folder, open_autoencoder, plan_conversion
-    from tessera.convert.run import read_source
+    from tessera.convert.assemble import autoencoder_in, free_folder, plan_conversion
+    from tessera.convert.families import open_checkpoint
+    from tessera.convert.run import read_opened
 
     paths, options = split_words(words)
     if inspect:
         for path in map(user_path, paths):
-            if (autoencoder := open_autoencoder(path, kind)) is not None:
+            source = open_checkpoint(path)
+            if (autoencoder := autoencoder_in(source, kind)) is not None:
                 print_autoencoder(autoencoder)
             else:
-                print_checkpoint(read_source(path, kind, options))
+                print_checkpoint(read_opened(source, kind, options))
         return
     if len(paths) < 2:
         raise CheckpointError(

@@ -25,6 +25,9 @@ def push(
     ),
     samples: int = typer.Option(16, min=0, help="Images in the card's grid; 0 for none."),
     batch: int = typer.Option(64, min=1, help="Images at once."),
+    include_vae: bool = typer.Option(
+        False, "--include-vae", help="Send the VAE along, though the recipe names it on the hub."
+    ),
     private: bool = typer.Option(False, "--private", help="For your eyes only."),
     revision: str | None = typer.Option(
         None, metavar="BRANCH", help="Branch that gets it, made if need be. (default: main)"
@@ -62,7 +65,7 @@ def push(
         def make(target: Path, link: bool) -> None:
             reason = make_folder(
                 pipe, folder, target, repository, licence=licence, scores=tables,
-                pictures=samples, batch=batch, link=link,
+                pictures=samples, batch=batch, link=link, include_vae=include_vae,
             )  # fmt: skip
             if reason is not None and samples:
                 print(f"note: the card has no sample grid: {reason}")

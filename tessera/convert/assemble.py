@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from tessera.convert import relay
 from tessera.convert.checkpoint import AVERAGE, TRAINED, CheckpointFile
-from tessera.convert.families import open_checkpoint
+from tessera.convert.families import AUTOENCODER, open_checkpoint, wrong_kind
 from tessera.convert.flat import is_state_dict, state_dict
-from tessera.convert.kl16 import autoencoder_config, save_autoencoder
+from tessera.convert.kl16 import autoencoder_config, build_autoencoder, save_autoencoder
 from tessera.convert.records import read_tensors
 from tessera.convert.run import (
     Part,
     Read,
     describe_source,
     merged,
+    read_opened,
     read_part,
     read_source,
     reading,
@@ -48,13 +49,13 @@ class Conversion:
         kind: one model, the stages of a relay, experts, or an autoencoder.
         parts: its models, in their order.
         whole: the pipeline of several models, without weights.
-        autoencoder: tensors of one, by their released names; there are no models then.
+        autoencoder: one of diffusers; there are no models then.
     """
 
     kind: Kind
     parts: tuple[Part, ...]
     whole: Pipeline | None = None
-    autoencoder: Mapping[str, Tensor] | None = None
+    autoencoder: Any = None
 
     def write(self, dest: str | Path) -> Path:
         """Write the pipeline folder, whole or not at all.
@@ -124,9 +125,11 @@ def plan_conversion(
     if not 1 <= len(paths) <= 2:
         raise CheckpointError("name one checkpoint, or the two that make one pipeline")
     if len(paths) == 1:
-        if (found := open_autoencoder(paths[0], kind)) is not None:
-            return Conversion("autoencoder", (), autoencoder=found.tensors)
-        return Conversion("model", (read_part(read_source(paths[0], kind, options)),))
+        source = open_checkpoint(paths[0])
+        if (found := autoencoder_in(source, kind)) is not None:
+            with found.source.about():
+                return Conversion("autoencoder", (), autoencoder=build_autoencoder(found.tensors))
+        return Conversion("model", (read_part(read_opened(source, kind, options)),))
     reads = [
         read_source(path, kind, _options_of(place, options)) for place, path in enumerate(paths)
     ]
@@ -152,27 +155,30 @@ class Autoencoder(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def open_autoencoder(path: Path, kind: str | None = None) -> Autoencoder | None:
+def autoencoder_in(source: CheckpointFile, kind: str | None = None) -> Autoencoder | None:
     """The KL autoencoder in a file; None if it holds something else.
 
     Args:
         kind: of checkpoint, "kl16" for this one; by default it is found out.
 
     Raises:
-        CheckpointError: the file cannot be read, or its autoencoder is none of diffusers'.
+        CheckpointError: its autoencoder is damaged or none of diffusers', or it holds none and
+            `kind` says so.
     """
-    if kind not in (None, "kl16"):
+    if kind not in (None, AUTOENCODER):
         return None
-    source = open_checkpoint(path)
     data = source.data.get("model") if isinstance(source.data, dict) else None
     marks = {"encoder.conv_in.weight", "quant_conv.weight"}
     if not is_state_dict(data) or not marks <= {*(data or ())}:
+        if kind == AUTOENCODER:
+            raise wrong_kind(source, kind)
         return None
     with reading(source):
         state = read_tensors(state_dict(source, data, "model"))
     if broken := not_finite(state):
         raise source.error(broken)
-    autoencoder_config(state)  # which says what does not fit
+    with source.about():
+        autoencoder_config(state)  # which says what does not fit
     return Autoencoder(source, state)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,18 @@ class CheckpointFile:
     def error(self, text: str) -> CheckpointError:
         """An error about the file."""
         return CheckpointError(f"{self.path} cannot be converted: {text}")
+
+    @contextlib.contextmanager
+    def about(self) -> Iterator[None]:
+        """A region whose errors are about the file.
+
+        Raises:
+            CheckpointError: one was raised in it.
+        """
+        try:
+            yield
+        except CheckpointError as error:
+            raise self.error(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ FAMILIES: tuple[Family, ...] = (
     dit.FAMILY,
 )
 
+AUTOENCODER = "kl16"
+"""The kind of file that holds no model, but the autoencoder of latents."""
+
+_KNOWN = ", ".join((*(family.kind for family in FAMILIES), AUTOENCODER))
 _CLASSES = frozenset(pair for family in FAMILIES for pair in family.classes)
 
 
@@ -44,9 +48,8 @@ def find_family(source: CheckpointFile, kind: str | None = None) -> Family:
     Raises:
         CheckpointError: of none, or not of that kind.
     """
-    known = ", ".join(family.kind for family in FAMILIES)
-    if kind is not None and kind not in {family.kind for family in FAMILIES}:
-        raise CheckpointError(f"`kind={kind}`: there is none. Choose {known}")
+    if kind not in (None, AUTOENCODER, *(family.kind for family in FAMILIES)):
+        raise CheckpointError(f"`kind={kind}`: there is none. Choose {_KNOWN}")
     for family in FAMILIES:
         if kind in (None, family.kind) and family.recognise(source):
             return family
@@ -55,10 +58,14 @@ def find_family(source: CheckpointFile, kind: str | None = None) -> Family:
         return edm.FAMILY
     if kind == "relay" and edm.FAMILY.recognise(source):
         return relay.FAMILY
-    what = contents(source)
     if kind is not None:
-        raise source.error(f"it is not of the kind {kind}: {what}. Leave out `kind`")
-    raise source.error(f"{what}, which is of no kind known here. Known are {known}")
+        raise wrong_kind(source, kind)
+    raise source.error(f"{contents(source)}, which is of no kind known here. Known are {_KNOWN}")
+
+
+def wrong_kind(source: CheckpointFile, kind: str) -> CheckpointError:
+    """The error about a file that is not of the kind that the caller names."""
+    return source.error(f"it is not of the kind {kind}: {contents(source)}. Leave out `kind`")
 
 
 def contents(source: CheckpointFile) -> str:

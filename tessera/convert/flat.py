@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from tessera.convert.checkpoint import CheckpointFile, Data, Settings
@@ -55,7 +55,7 @@ def shape_of(source: CheckpointFile, tensors: Tensors, name: str, dims: int) -> 
     return tensor.shape
 
 
-def numbered(tensors: Tensors, pattern: str) -> int:
+def numbered(tensors: Iterable[str], pattern: str) -> int:
     """How many numbers from 0 on the names that match `pattern` have, whose group is the number."""
     found = {int(m[1]) for name in tensors if (m := re.match(pattern, name)) and len(m[1]) < 6}
     return next(n for n in range(len(found) + 1) if n not in found)

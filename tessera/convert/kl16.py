@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tessera.convert.flat import numbered
 from tessera.errors import CheckpointError, require_extra
 from tessera.files import atomic_folder
+from tessera.pipelines.folder import mismatches
 
 SCALE = 0.2325
 """Of the latents of MAR's KL-16."""
@@ -34,18 +37,16 @@ def autoencoder_config(state: Mapping[str, Tensor], scale: float = SCALE) -> dic
         CheckpointError: they are those of something else.
     """
     try:
-        levels = 1 + max(int(m[1]) for name in state if (m := _match("encoder.down", name)))
+        levels = numbered(state, r"encoder\.down\.(\d+)\.")
         widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        blocks = 1 + max(
-            int(m[1])
-            for name in state
-            if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))
-        )
+        blocks = numbered(state, r"encoder\.down\.0\.block\.(\d+)\.")
         latent, channels = (
             state["post_quant_conv.weight"].shape[0],
             state["encoder.conv_in.weight"].shape[1],
         )
-    except (KeyError, ValueError) as error:
+        if not levels or not blocks:
+            raise KeyError("encoder.down")
+    except (KeyError, IndexError) as error:
         raise CheckpointError(
             f"these tensors are not those of a KL autoencoder of latent diffusion's kind ({error})"
         ) from error
@@ -74,19 +75,15 @@ def autoencoder_config(state: Mapping[str, Tensor], scale: float = SCALE) -> dic
 
 def diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of diffusers, those of attention as it wants them."""
-    levels = 1 + max(int(m[1]) for name in state if (m := _match("decoder.up", name)))
+    levels = numbered(state, r"decoder\.up\.(\d+)\.")
     return dict(_renamed(name, tensor, levels) for name, tensor in state.items())
 
 
-def _match(part: str, name: str) -> re.Match[str] | None:
-    return re.match(rf"{re.escape(part)}\.(\d+)\.", name)
-
-
 def _renamed(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
-    new = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
+    new = re.sub(r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
     new = new.replace(".mid.attn_1.", ".mid_block.attentions.0.")
     new = re.sub(
-        r"decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", new
+        r"decoder\.up\.(\d{1,5})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", new
     )
     new = re.sub(r"encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", new)
     new = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", new)
@@ -96,27 +93,45 @@ def _renamed(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
     if ".attentions." not in new:
         return new, tensor
     *head, layer, kind = new.split(".")
-    tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
-    return ".".join([*head, _ATTENTION[layer], kind]), tensor
+    tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
+    return ".".join([*head, _ATTENTION.get(layer, layer), kind]), tensor
 
 
-def save_autoencoder(state: Mapping[str, Tensor], folder: Path, scale: float = SCALE) -> None:
-    """Write the autoencoder as a folder that `codec.model` may name, whole or not at all.
+def build_autoencoder(state: Mapping[str, Tensor], scale: float = SCALE) -> Any:
+    """diffusers' `AutoencoderKL` of tensors under the released names.
 
     Args:
-        state: tensors under the released names.
-        folder: must not exist.
         scale: of the latents.
 
     Raises:
-        CheckpointError: the tensors are not those of such an autoencoder; some are missing or left
-            over.
+        CheckpointError: the tensors are not those of such an autoencoder; some are missing, left
+            over or of another shape.
     """
     diffusers = require_extra("diffusers", "latents", "the autoencoder")
-    vae = diffusers.AutoencoderKL(**autoencoder_config(state, scale))
+    config = autoencoder_config(state, scale)
     try:
-        vae.load_state_dict(diffusers_names(state), strict=True)
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the autoencoder's tensors do not fit it: {error}") from error
+        with torch.device("meta"):  # its sizes may be those that nothing but a name claims
+            vae = diffusers.AutoencoderKL(**config)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"diffusers builds no such autoencoder ({error})") from error
+    # Copies, for diffusers writes no tensors that share their numbers.
+    renamed = diffusers_names(state)
+    found = {name: t.to(torch.float32, copy=True) for name, t in renamed.items()}
+    if problems := mismatches(found, vae.state_dict()):
+        raise CheckpointError(
+            "the autoencoder's tensors, by the names of diffusers, do not fit it: "
+            + "; ".join(problems)
+        )
+    vae.load_state_dict(found, strict=True, assign=True)
+    return vae
+
+
+def save_autoencoder(vae: Any, folder: Path) -> None:
+    """Write an autoencoder as a folder that `codec.model` may name, whole or not at all.
+
+    Args:
+        vae: of `build_autoencoder`.
+        folder: must not exist.
+    """
     with atomic_folder(folder) as part:
         vae.save_pretrained(part, safe_serialization=True)

@@ -125,7 +125,13 @@ def read_source(path: Path, kind: str | None = None, options: Sequence[str] = ()
     Raises:
         CheckpointError: it cannot be read, or is of no kind known here.
     """
-    source = open_checkpoint(path)
+    return read_opened(open_checkpoint(path), kind, options)
+
+
+def read_opened(
+    source: CheckpointFile, kind: str | None = None, options: Sequence[str] = ()
+) -> Read:
+    """As `read_source`, of a file that is open already."""
     family = find_family(source, kind)
     read = describe_source(source, family, settings_of(family, options))
     return replace(read, options=options)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from tessera.data.tiling import Tiling, blend_tiles
 from tessera.errors import CheckpointError, TesseraError, require_extra
-from tessera.files import atomic_folder, flush_file, is_hub_id, split_hub_id
+from tessera.files import (
+    atomic_folder,
+    flush_file,
+    is_hub_id,
+    read_json,
+    split_hub_id,
+    write_json,
+)
 from tessera.images import from_uint8, to_uint8
 from tessera.precision import Precision, autocast, resolve
 from tessera.randomness import Draws
@@ -262,6 +269,10 @@ class VaeCodec:
         with atomic_folder(folder) as part:
             if not any(self._linked(copy, part) for copy in copies):
                 self._load().save_pretrained(part, safe_serialization=True)
+                # Where it was loaded from may be a path of this machine.
+                config = read_json(part / "config.json")
+                config.pop("_name_or_path", None)
+                write_json(part / "config.json", config)
                 for path in part.iterdir():
                     flush_file(path)
             self._written |= {_identity(path) for path in part.iterdir()}

@@ -25,6 +25,7 @@ from tessera.metrics.conventions import Convention
 from tessera.metrics.images import npz_names, open_images, read_npz
 from tessera.metrics.inception import SPATIAL_DIM, channels_first_order, channels_last_order
 from tessera.metrics.statistics import Moments
+from tessera.metrics.weights import check_numbers, load_torch
 from tessera.pickles import NUMPY, load_pickle
 from tessera.plain import parse_json
 
@@ -256,16 +257,10 @@ def _from_torch(path: Path) -> Measured:
     allowed += [
         (reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
     ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
-    except Exception as error:  # a damaged file may raise nearly anything
-        raise DataError(
-            f"{path}: not a readable cache of torch-fidelity "
-            f"({(str(error).strip().splitlines() or [''])[0]})"
-        ) from error
+    data = load_torch(path, "cache of torch-fidelity", allowed)
+    for name, value in data.items() if isinstance(data, dict) else [("features", data)]:
+        if isinstance(value, Tensor):
+            check_numbers(path, str(name), value)
     if isinstance(data, dict) and "mu" in data and "sigma" in data:
         moments = _moments(path, data, "mu", "sigma")
         return Measured(path.name, NAMES.get(moments.dim), moments=moments)

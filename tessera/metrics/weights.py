@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -49,6 +52,10 @@ DINOV2 = Weights(
 )
 
 
+_MAX_BYTES = 8 * 2**30
+"""The largest file that is read; DINOv2's ViT-L has 1.2 GB, features of 50,000 images 0.4 GB."""
+
+
 def find_weights(wanted: Weights, path: str | os.PathLike[str] | None = None) -> Path:
     """The file: `path` if given, else from the cache of torch.hub, where a download puts it.
 
@@ -88,16 +95,71 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     Nothing in the file is executed.
 
     Raises:
-        DataError: the file is damaged, or holds something else than tensors.
+        DataError: the file is damaged or too large, or holds something else than finite tensors.
     """
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        check_size(path)
+        try:
             state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise nearly anything
-        reason = str(error).strip().splitlines()[:1]
-        raise DataError(f"{path}: not a readable file of weights ({''.join(reason)})") from error
+        except Exception as error:  # a damaged file may raise nearly anything
+            reason = "".join(str(error).strip().splitlines()[:1])
+            raise DataError(f"{path}: not a readable file of weights ({reason})") from error
+    else:
+        state = load_torch(path, "file of weights")
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: not a state dict of tensors")
+    for name, tensor in state.items():
+        check_numbers(path, str(name), tensor)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(
+                f"{path}: {str(name)[:80]!r} holds numbers that are not finite. Download or copy "
+                "the file again"
+            )
     return state, sha256(path)[:8]
+
+
+def load_torch(path: Path, what: str, allowed: Sequence[Any] = ()) -> Any:
+    """What a file of `torch.save` holds: tensors and plain values; nothing in it is executed.
+
+    Args:
+        what: what messages call such a file.
+        allowed: further classes and functions that it may name, as `safe_globals` takes them.
+
+    Raises:
+        DataError: the file is missing, damaged, too large, compressed, or names something else.
+    """
+    check_size(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise DataError("it is compressed, which torch.save does not do")
+        with torch.serialization.safe_globals([*allowed]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise nearly anything
+        reason = "".join(str(error).strip().splitlines()[:1])
+        raise DataError(f"{path}: not a readable {what} ({reason})") from error
+
+
+def check_size(path: Path) -> None:
+    """Raise for files that are larger than any that is read here.
+
+    Raises:
+        DataError: it is, or there is none.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    if size > _MAX_BYTES:
+        raise DataError(f"{path}: {size:,} bytes, of which at most {_MAX_BYTES:,} are read")
+
+
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise for a tensor with more numbers than are stored of it.
+
+    Raises:
+        DataError: it repeats them.
+    """
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise DataError(f"{path}: {name[:80]!r} has more numbers than are stored of it")

@@ -183,6 +183,10 @@ def _is_pipeline(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
+RELEASED_SUFFIXES = (".pkl", ".pt", ".pth", ".ckpt", ".safetensors")
+"""Endings of the files that `tessera convert` is for."""
+
+
 def find_folder(source: str | Path) -> Path:
     """The pipeline folder that `source` names: itself, a run folder around it, or a hub id.
 
@@ -194,16 +198,14 @@ def find_folder(source: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in RELEASED_SUFFIXES)
+        how = f". {path.name} has a checkpoint in it: {_how_to_convert(files[0])}" if files else ""
         raise CheckpointError(
             f"{path} holds no pipeline: neither config.json nor pipeline/config.json is there. "
-            "Name a pipeline folder, or the folder of a run that has saved a checkpoint"
+            f"Name a pipeline folder, or the folder of a run that has saved a checkpoint{how}"
         )
     if path.is_file():
-        folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pipeline")
-        raise CheckpointError(
-            f"{path} is a file and no pipeline. If it is a released checkpoint, make a pipeline of "
-            f"it once: tessera convert {path} {folder}"
-        )
+        raise CheckpointError(f"{path} is a file and no pipeline. {_how_to_convert(path)}")
     if is_hub_id(source):
         return hub.download(str(source))
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*/")], 1)
@@ -211,6 +213,14 @@ def find_folder(source: str | Path) -> Path:
     raise CheckpointError(
         f"there is no pipeline {str(source)!r}: no such folder. {hint}Name a pipeline folder, the "
         "folder of a run, or a Hugging Face id like user/name or user/name@revision"
+    )
+
+
+def _how_to_convert(path: Path) -> str:
+    folder = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pipeline")
+    return (
+        "If it is a released checkpoint, make a pipeline of it once: "
+        f"tessera convert {path} {folder}"
     )
 
 

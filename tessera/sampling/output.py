@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from tessera.data.labels import LABELS_FILE
-from tessera.errors import TesseraError
-from tessera.files import atomic_file, check_writable, user_path, write_json
+from tessera.errors import DataError, TesseraError
+from tessera.files import atomic_file, check_writable, read_json, user_path, write_json
 from tessera.images import grid, labelled_grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"
+_LABELS_BYTES = 256 * 2**20  # of millions of samples
 
 
 def image_path(folder: Path, seed: int, subdirs: bool = False) -> Path:
@@ -65,8 +66,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     advice = "Choose another folder, or empty this one"
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            there = read_json(path)
+        except DataError as error:
             raise TesseraError(f"{path} cannot be read ({error}). {advice}") from error
         differing = _differences(there, json.loads(json.dumps(settings)))
         if differing:
@@ -102,11 +103,22 @@ def write_labels(folder: Path, labels: Mapping[str, int]) -> None:
 
 
 def read_labels(folder: Path) -> dict[str, int]:
-    """The classes that `write_labels` has written, by file; none if there is no such file."""
+    """The classes that `write_labels` has written, by file; none if there is no such file.
+
+    Raises:
+        DataError: it is another file, or damaged.
+    """
     path = folder / LABELS_FILE
-    if not path.exists():
+    try:
+        pairs = read_json(path, max_bytes=_LABELS_BYTES)["labels"]
+        found = {str(name): int(label) for name, label in pairs}
+    except FileNotFoundError:
         return {}
-    return dict(json.loads(path.read_text(encoding="utf-8"))["labels"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} does not hold the classes of samples. Choose another folder"
+        ) from error
+    return found
 
 
 def write_npz(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tessera._version import __version__
 from tessera.errors import TesseraError
+from tessera.files import split_hub_id
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.labels import shortened
 from tessera.progress import human
@@ -30,6 +31,7 @@ def model_card(
     licence: str | None = None,
     scores: Sequence[ScoreTable] = (),
     pictures: int = 0,
+    with_codec: bool = False,
 ) -> str:
     """A README.md with the hub's front matter.
 
@@ -38,6 +40,7 @@ def model_card(
         licence: the hub's name of it; None for "other", with a note.
         scores: tables of them.
         pictures: images in the sample grid, of the seeds from 0 on; 0 without a grid.
+        with_codec: the autoencoder of a model of latents goes along.
     """
     recipe = pipe.recipe
     sections = [
@@ -46,7 +49,7 @@ def model_card(
         _grid(repository, pictures) if pictures else "",
         "## How to load\n\n" + _loading(repository, recipe),
         "## Model\n\n" + _table(_model(pipe)),
-        "## Data\n\n" + _table(_data(pipe)),
+        "## Data\n\n" + _table([*_data(pipe), *_codec(recipe, with_codec)]),
         "## Cost\n\n" + _cost(pipe),
         "## Scores\n\n" + ("\n\n".join(map(_scores, scores)) or "None were measured."),
         f"## Recipe\n\n```yaml\n{write_yaml(portable_recipe(recipe))}```",
@@ -126,6 +129,18 @@ def _data(pipe: Pipeline) -> list[tuple[str, str]]:
     if data.held_out is not None:
         rows.append(("held out", f"{data.held_out:.1%}"))
     return rows
+
+
+def _codec(recipe: Recipe, along: bool) -> list[tuple[str, str]]:
+    """Where the autoencoder of a model of latents is, and at which revision."""
+    model = getattr(recipe.codec, "model", None)
+    if model is None:
+        return []
+    if along:
+        return [("autoencoder", f"{last_name(model)}, in the folder `codec`")]
+    repository, revision = split_hub_id(model)
+    at = f"at the revision `{revision}`" if revision else "its newest: the recipe names no revision"
+    return [("autoencoder", f"`{repository}` on the hub, {at}")]
 
 
 def _cost(pipe: Pipeline) -> str:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from tessera.errors import CheckpointError
+from tessera.errors import CheckpointError, TesseraError
 from tessera.files import is_hub_id, read_json, sha256, write_json
 from tessera.pipelines.folder import read_config
 from tessera.recipes.build import build_codec
@@ -75,7 +75,9 @@ def _expands(validator: Any) -> bool:
     return getattr(validator, "func", None) is os.path.expanduser
 
 
-def copy_pipeline(folder: Path, target: Path, *, link: bool = False) -> None:
+def copy_pipeline(
+    folder: Path, target: Path, *, link: bool = False, include_vae: bool = False
+) -> None:
     """Copy a pipeline folder, checked, with portable recipes, and nothing else that lies there.
 
     The autoencoder of a model of latents goes along where the recipe names a folder of this
@@ -83,15 +85,20 @@ def copy_pipeline(folder: Path, target: Path, *, link: bool = False) -> None:
 
     Args:
         link: link to the weights where that is possible, which saves their space.
+        include_vae: also an autoencoder that the recipe names by an id of the hub.
 
     Raises:
         CheckpointError: a file is missing or damaged.
+        TesseraError: `include_vae` for a model of pixels.
     """
     _copy_level(folder, target, link)
     config = read_json(target / "config.json")
     codec = parse_recipe(read_json(folder / "config.json")["recipe"]).codec
     model = getattr(codec, "model", None)
-    if model is not None and not is_hub_id(model) and "codec" not in config.get("parts", {}):
+    if model is None and include_vae:
+        raise TesseraError(f"{folder} is a model of pixels; leave out `include_vae`")
+    wanted = model is not None and (include_vae or not is_hub_id(model))
+    if wanted and "codec" not in config.get("parts", {}):
         build_codec(codec).save(target / "codec")
         config["parts"] = {**config.get("parts", {}), "codec": "codec"}
         write_json(target / "config.json", config)
@@ -124,7 +131,11 @@ def _copy_parts(folder: Path, target: Path, parts: Mapping[str, str], link: bool
             continue
         (target / name).mkdir()
         for path in sorted((folder / name).iterdir()):
-            if path.name == "config.json" or path.suffix == ".safetensors":
+            if path.name == "config.json":
+                config = read_json(path)
+                config.pop("_name_or_path", None)  # which may be a path of this machine
+                write_json(target / name / path.name, config)
+            elif path.suffix == ".safetensors":
                 _take(path, target / name / path.name, link)
 
 

@@ -62,6 +62,7 @@ def make_folder(
     pictures: int = 16,
     batch: int = 64,
     link: bool = False,
+    include_vae: bool = False,
 ) -> str | None:
     """Write what is sent: the pipeline without local paths, a sample grid and the model card.
 
@@ -75,14 +76,15 @@ def make_folder(
         scores: tables for the card, besides what the run of the pipeline has measured.
         pictures: in the grid, of the seeds from 0 on.
         batch: pictures made at once.
-        link: see `copy_pipeline`.
+        link, include_vae: see `copy_pipeline`.
 
     Returns:
         Why there is no sample grid, if there is none.
 
     Raises:
         CheckpointError: a file of the pipeline is missing or damaged.
-        TesseraError: `licence` or `scores` for a card that is there already.
+        TesseraError: `licence` or `scores` for a card that is there already, or an autoencoder of
+            a model that has none.
     """
     own = folder / CARD
     if own.is_file() and (licence is not None or scores):
@@ -90,7 +92,7 @@ def make_folder(
             f"{own} is sent as it is; `licence` and `score` are for a card that is written here. "
             "Leave them out, or remove that file"
         )
-    copy_pipeline(folder, target, link=link)
+    copy_pipeline(folder, target, link=link, include_vae=include_vae)
     if own.is_file():
         for name in (CARD, PICTURE):
             if (folder / name).is_file():
@@ -104,6 +106,7 @@ def make_folder(
         licence=licence,
         scores=[*([measured] if measured else []), *scores],
         pictures=0 if reason else pictures,
+        with_codec=(target / "codec").is_dir(),
     )
     with atomic_file(target / CARD) as file:
         file.write(card.encode())

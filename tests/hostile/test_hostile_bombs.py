@@ -33,7 +33,7 @@ from tessera.convert.unpickle import read_container
 from tessera.data.dataset import open_dataset
 from tessera.data.members import open_members
 from tessera.data.sources import open_source
-from tessera.errors import CheckpointError, DataError, RecipeError
+from tessera.errors import CheckpointError, DataError, RecipeError, TesseraError
 from tessera.files import sha256, write_json
 from tessera.metrics.images import open_images, read_npz
 from tessera.pickles import NUMPY, load_pickle
@@ -43,6 +43,7 @@ from tessera.recipes.build import _network, build_denoiser
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.parts import NO_PARTS
 from tessera.recipes.size import network_bytes
+from tessera.sampling.output import SETTINGS_FILE, claim_folder, read_labels
 from tessera.training.checkpoints import Checkpoints, load_tensors
 from tessera.training.trainer import Trainer
 
@@ -361,3 +362,14 @@ def test_pickled_arrays_are_as_large_as_they_say(tmp_path: Path) -> None:
     announced = pickle.dumps(array, 2).replace(b"K\x03K\x04\x86", b"J\xff\xff\xff\x7fK\x04\x86")
     with little_memory(), pytest.raises(DataError):
         load_pickle(io.BytesIO(announced), NUMPY)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "3", '{"labels": 3}', '{"labels": [[1]]}'])
+def test_notes_beside_samples(tmp_path: Path, text: str) -> None:
+    """Settings and classes of samples that somebody else wrote."""
+    (tmp_path / SETTINGS_FILE).write_text(text)
+    with pytest.raises(TesseraError, match=r"sampling\.json|other settings"):
+        claim_folder(tmp_path, {"seed": 1})
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        read_labels(tmp_path)

@@ -88,6 +88,31 @@ def test_no_file_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "this ran" not in capsys.readouterr().out
 
 
+def test_weights_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not finite, repeated without end, compressed, or larger than anything that is published."""
+    path = tmp_path / "a.pth"
+    for tensor, message in (
+        (torch.tensor([1.0, torch.nan]), "not finite"),
+        (torch.zeros(1).expand(10**12), "more numbers than are stored"),
+    ):
+        torch.save({"fc.weight": tensor}, path)
+        with pytest.raises(DataError, match=message):
+            weights.read_weights(path)
+    torch.save(torch.zeros(1, 1).expand(10**6, 2048), tmp_path / "cache.pt")
+    with pytest.raises(DataError, match="more numbers than are stored"):
+        read_measured(tmp_path / "cache.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(DataError, match="compressed"):
+        weights.read_weights(tmp_path / "b.pth")
+    with pytest.raises(DataError, match="no such file"):
+        weights.read_weights(tmp_path / "none.safetensors")
+    monkeypatch.setattr(weights, "_MAX_BYTES", 100)
+    with pytest.raises(DataError, match="of which at most 100 are read"):
+        weights.read_weights(path)
+
+
 def test_adm_npz_has_its_spatial_features_reordered(tmp_path: Path) -> None:
     arrays = {**moments(2048), "mu_s": RANDOM.normal(size=2023), "sigma_s": np.eye(2023)}
     images = RANDOM.integers(0, 255, (5, 4, 4, 3)).astype(np.uint8)

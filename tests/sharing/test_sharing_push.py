@@ -8,13 +8,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from forked import fork
-from hub_server import TOKEN, FakeHub
+from hub_server import FakeHub, hub_of_this_process
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
@@ -34,25 +33,8 @@ NAME = "ada/tiny"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that the client of this process talks to, with the token of its user."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    server = FakeHub()
-    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for name, value in {
-        "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(constants, name, value)
-    # The client waits longer after each failure.
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.chdir(tmp_path)
-    yield server
-    server.close()
+    with hub_of_this_process(tmp_path, monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
