@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from tessera.cli import app
+from tessera.cli.compare import arms_of
 from tessera.cli.sample import parse_options
 from tessera.errors import TesseraError
 from tessera.pipelines.loading import build_pipeline
@@ -345,6 +346,11 @@ def test_examples_of_the_help_are_right() -> None:
             if words and "..." not in words:
                 found += 1
                 name, values = parsed(words)
+                if name == "tessera compare":
+                    for arm in arms_of(values["words"]):
+                        if arm.changes:
+                            check_overrides(arm.source, arm.changes)
+                    continue
                 assert name == "tessera train"
                 if not values["resume"]:
                     check_overrides(values["recipe"], values["overrides"] or [])

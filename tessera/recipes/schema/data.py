@@ -114,7 +114,7 @@ class VaeCodecConfig(CodecSection):
         0.18215, description="factor of the latents; data: such that their standard deviation is 1"
     )
     shift: FiniteFloat | Literal["data"] = Field(
-        0, description="taken off before scaling; data: their mean"
+        0.0, description="taken off before scaling; data: their mean"
     )
     weights: str | None = Field(
         None,
