@@ -20,7 +20,13 @@ from tessera.cli.data_text import (
     plain_console,
     size_text,
 )
-from tessera.cli.latents import inspect_latents, latents
+from tessera.cli.latents import (
+    SourceImages,
+    VaeModel,
+    inspect_latents,
+    latents,
+    show_latents,
+)
 from tessera.cli.tables import facts_table
 from tessera.errors import DataError
 from tessera.files import check_free
@@ -159,24 +165,32 @@ def inspect(
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the samples and the subset.")] = 0,
     skip_bad: SkipBad = False,
+    vae: VaeModel = None,
+    images: SourceImages = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --out.")
     ] = False,
 ) -> None:
-    """Print what is in a set, and write a picture of samples (of images, not of latents)."""
+    """Print what is in a set, and write a picture of samples; of latents, decoded by --vae."""
     from tessera.data.latents import is_latents
-
-    if is_latents(path):
-        inspect_latents(path, max_images, seed)
-        return
-    from tessera.data.dataset import open_dataset
-    from tessera.data.inspect import sample_grid, summarise
-    from tessera.images import save_png
 
     if out is not None:
         if out.suffix.lower() != ".png":
             raise DataError(f"{out}: the picture of samples is a PNG file; end its name in .png")
         check_free(out, overwrite)
+    if is_latents(path):
+        inspect_latents(path, max_images, seed)
+        if vae is not None:
+            show_latents(path, vae, images, out, columns, max_images, seed)
+        elif images is not None or out is not None:
+            raise DataError("a picture of latents needs the VAE that decodes them: --vae MODEL")
+        return
+    if vae is not None or images is not None:
+        raise DataError(f"{path} holds images; --vae and --images are for a set of latents")
+    from tessera.data.dataset import open_dataset
+    from tessera.data.inspect import sample_grid, summarise
+    from tessera.images import save_png
+
     dataset = open_dataset(path, max_images=max_images, seed=seed, skip_bad=skip_bad)
     _print_summary(dataset, summarise(dataset, path))
     out = out or Path(f"{dataset.name}-samples.png")

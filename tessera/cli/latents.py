@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 _MOMENTS = "mean and log-variance"
 _DRAWN = "one sample of each image, scaled"
+VaeModel = Annotated[
+    str | None,
+    typer.Option("--vae", metavar="MODEL", help="Of latents: decode samples by this VAE."),
+]
+SourceImages = Annotated[
+    Path | None,
+    typer.Option("--images", help="Of latents: show samples beside these images, with PSNR."),
+]
 LatentPrecision = StrEnum("LatentPrecision", ["float16", "float32"])
 
 Form = Annotated[
@@ -210,6 +218,44 @@ def inspect_latents(path: Path, max_images: int | None, seed: int) -> None:
     console.print(table)
     if classes:
         console.print(class_table(classes, len(dataset)))
+
+
+def show_latents(
+    path: Path,
+    vae: str,
+    source: Path | None,
+    out: Path | None,
+    columns: int,
+    max_images: int | None,
+    seed: int,
+) -> None:
+    """Write a picture of decoded latents, below their images where these are named."""
+    from tessera import distributed
+    from tessera.data.codec import VaeCodec
+    from tessera.data.dataset import open_dataset
+    from tessera.data.latent_inspect import decode_some
+    from tessera.data.latents import open_latents
+    from tessera.images import labelled_grid, save_png
+
+    dataset = open_latents(path, max_images=max_images, seed=seed)
+    info = dataset.info
+    codec = VaeCodec(
+        vae, dataset.shape[0], info.downsample, info.scale, info.shift, weights=info.weights
+    )
+    images = None if source is None else open_dataset(source)
+    device = distributed.device()
+    shown = decode_some(dataset, codec, columns, images=images, seed=seed, device=device)
+    names = [f"{latent.row}" for latent in shown]
+    rows, titles = [[latent.image for latent in shown]], ["decoded"]
+    pictures = [latent.source for latent in shown if latent.source is not None]
+    if pictures:
+        rows, titles = [pictures, *rows], ["image", *titles]
+        names = [f"{latent.row}: {latent.psnr:.1f} dB" for latent in shown]
+        known = [latent.psnr for latent in shown if latent.psnr is not None]
+        print(f"PSNR: {sum(known) / len(known):.2f} dB in the mean, {min(known):.2f} at the least")
+    out = out or Path(f"{dataset.name}-samples.png")
+    save_png(out, labelled_grid(rows, titles, names, gap=4, least=96))
+    print(f"samples: {out}")
 
 
 def _vae_text(info: LatentInfo) -> str:

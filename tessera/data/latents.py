@@ -82,6 +82,12 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.raw_indices)
 
+    @property
+    def keys(self) -> NDArray[np.uint8] | None:
+        """SHA-256 of the image of each row, uint8 [N, 32]; None if the set does not know it."""
+        keys = getattr(self._reader, "keys", None)
+        return None if keys is None else np.asarray(keys[self.raw_indices])
+
     def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Means and log-variances [n, 2 C, h, w], or samples [n, C, h, w]; a fresh array.
 
