@@ -22,6 +22,7 @@ LAYERS = (
     ("metrics",),
     ("pipelines",),
     ("training", "convert"),
+    ("reports",),
     ("quickstart", "sharing"),
     ("cli",),
     ("tessera", "__main__"),
