@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tessera.pipelines.counting import Cost
 from tessera.pipelines.diffusion import DiffusionPipeline
 from tessera.pipelines.experts import ExpertsPipeline
 from tessera.randomness import numpy_generator
-from tessera.recipes.parts import Parts
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.reports.copies import (
     FEWEST_HELD_OUT,
     Neighbours,
@@ -141,18 +141,18 @@ class RunReport:
 def measure_run(
     run: str | Path,
     *,
-    samples: int | None,
-    seed: int,
-    data: str | Path | None,
-    held_out: str | Path | None,
-    dataset: Dataset | None,
-    reference: str | Path | None,
-    device: str | torch.device | None,
-    parts: Parts,
-    title: str | None,
-    with_module: str | None,
-    more_commands: Sequence[tuple[str, str]],
-    options: Mapping[str, Any],
+    samples: int | None = None,
+    seed: int = 0,
+    data: str | Path | None = None,
+    held_out: str | Path | None = None,
+    dataset: Dataset | None = None,
+    reference: str | Path | None = None,
+    device: str | torch.device | None = None,
+    parts: Parts = NO_PARTS,
+    title: str | None = None,
+    with_module: str | None = None,
+    more_commands: Sequence[tuple[str, str]] = (),
+    **options: Any,
 ) -> RunReport:
     """Sample, score, search and measure; args: see `write_report`."""
     if samples is not None and samples < 2:
@@ -161,7 +161,7 @@ def measure_run(
         run, data=data, held_out=held_out, dataset=dataset, device=device, parts=parts
     )
     report = RunReport(
-        title or subject.recipe.name, subject, seed, dict(options),
+        title or subject.recipe.name, subject, seed, options,
         with_module=with_module, more_commands=more_commands,
     )  # fmt: skip
     pipe = subject.pipeline

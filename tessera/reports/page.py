@@ -55,13 +55,11 @@ class Picture:
         image: uint8 [H, W, C] or [H, W].
         alt: what it is, for those who do not see it.
         wrong: whether it is framed as a mistake.
-        note: below it.
     """
 
     image: NDArray[np.uint8]
     alt: str
     wrong: bool = False
-    note: str = ""
 
 
 def page(title: str, cells: Iterable[str]) -> str:
@@ -143,10 +141,7 @@ def code(source: str, title: str = "", *, folded: bool = False) -> str:
 def picture(shown: Picture) -> str:
     """An image, as part of the page."""
     kind = ' class="wrong"' if shown.wrong else ""
-    image = f'<img{kind} alt="{escape(shown.alt)}" src="{_data(shown.image)}">'
-    if not shown.note:
-        return image
-    return f'<span class="noted">{image}<small>{escape(shown.note)}</small></span>'
+    return f'<img{kind} alt="{escape(shown.alt)}" src="{_data(shown.image)}">'
 
 
 def gallery(rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> str:
@@ -177,6 +172,15 @@ def strip(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -
         cells = "".join(map(picture, pictures))
         lines.append(f'<div class="row"><span>{escape(name)}</span>{cells}</div>')
     return f'<figure class="strip" style="--columns: {len(others)}">{"".join(lines)}</figure>'
+
+
+def couples(pairs: Iterable[tuple[Picture, Picture, str]]) -> str:
+    """Pictures two by two, with a note below each pair; as many in a row as there is room for."""
+    cells = "".join(
+        f"<figure>{picture(left)}{picture(right)}<figcaption>{escape(note)}</figcaption></figure>"
+        for left, right, note in pairs
+    )
+    return f'<div class="couples">{cells}</div>'
 
 
 def side_by_side(cells: Sequence[str]) -> str:

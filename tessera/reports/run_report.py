@@ -73,7 +73,7 @@ def write_report(
     measured = measure_run(
         run, samples=samples, seed=seed, data=data, held_out=held_out, dataset=dataset,
         reference=reference, device=device, parts=parts, title=title, with_module=with_module,
-        more_commands=more_commands, options=options,
+        more_commands=more_commands, **options,
     )  # fmt: skip
     with atomic_file(path) as file:
         file.write(render(measured).encode())

@@ -21,6 +21,7 @@ from tessera.randomness import numpy_generator
 _AT_ONCE = 256
 _BLUR = 4
 _NEIGHBOURS = 3
+_FEWEST = 100  # images, for precision and recall to say anything
 ROWS = ("samples", "floor", "blurred", "shuffled")
 """What is scored: the samples; as many other real images; these without detail, and with their
 pixels in disorder."""
@@ -97,7 +98,7 @@ def ladder(
             for name, found in made.items()
         }
     precision = recall = None
-    if min(n, len(real)) > 10 * _NEIGHBOURS:
+    if min(n, len(real)) >= _FEWEST:
         both = {
             name: precision_recall(found, real, k=_NEIGHBOURS) for name, found in made.items()
         }

@@ -17,6 +17,7 @@ from tessera.reports.page import (
     Picture,
     Tile,
     code,
+    couples,
     gallery,
     header,
     items,
@@ -261,27 +262,28 @@ def _copies(report: RunReport) -> str:
     body = text(_verdict(found))
     series = [("samples", found.samples.relative.tolist(), "a")]
     if found.held_out is not None and found.near is not None and found.standing_out is not None:
+        near, share = found.near, found.standing_out
         rows = [
-            _share_row("its nearest image stands out", found.standing_out, 2),
-            _share_row(f"it is near, in {unit}", found.near, 1),
+            _share_row(f"stands out (at most {share.threshold:.2f})", share),
+            _share_row(f"is near (at most {near.threshold:.3g} {unit})", near),
         ]
-        head = ["share that is as close as the closest 5% of held-out images", "at most",
-                "of samples", "95% interval", "of held-out images", "95% interval"]  # fmt: skip
-        body += table(rows, head)
+        body += table(rows, ["the nearest image", "of samples", "of held-out images"])
         series.append(("held-out images", found.held_out.relative.tolist(), "b"))
     mark = None if found.standing_out is None else found.standing_out.threshold
     body += legend([(name, kind) for name, _, kind in series])
     body += spread(series, mark, "distance to the nearest, of that to the 50 nearest")
-    pairs = [
-        Picture(one.sample, "sample", note=f"{one.relative:.2f} · {one.distance:.3g}")
-        for one in found.pairs
-    ]
-    near = [Picture(one.training, "nearest training image") for one in found.pairs]
     body += text(
-        "The closest pairs, by how much the nearest training image stands out; below each sample "
-        f"that share, and the distance in {unit}."
+        "The closest pairs, a sample to the left and its nearest training image to the right, by "
+        f"how much that stands out; below them this number, and the distance in {unit}."
     )
-    body += gallery([("sample", pairs), ("nearest", near)])
+    body += couples(
+        (
+            Picture(one.sample, "sample"),
+            Picture(one.training, "nearest training image"),
+            f"{one.relative:.2f} · {one.distance:.3g}",
+        )
+        for one in found.pairs
+    )
     return section("Are they copies?", body, _copies_note(found))
 
 
@@ -314,13 +316,13 @@ def _verdict(found: CopyCheck) -> str:
     return f"{told} That is no more than new images of the same kind would."
 
 
-def _share_row(name: str, share: Share, digits: int) -> tuple[str, ...]:
-    intervals = [wilson(share.samples, share.n), wilson(share.held_out, share.m)]
-    ours, theirs = (f"{low:.1%} – {high:.1%}" for low, high in intervals)
-    return (
-        name, f"{share.threshold:.{digits}f}", f"{share.of_samples:.1%}", ours,
-        f"{share.of_held_out:.1%}", theirs,
-    )  # fmt: skip
+def _share_row(name: str, share: Share) -> tuple[str, ...]:
+    """Of both sets the share, and its 95% interval."""
+    cells = [name]
+    for count, total in ((share.samples, share.n), (share.held_out, share.m)):
+        low, high = wilson(count, total)
+        cells.append(f"{count / total:.1%} ({low:.1%} – {high:.1%})")
+    return tuple(cells)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -424,7 +426,7 @@ def _took(report: RunReport) -> str:
                                    "evaluations of the network"),
         ]  # fmt: skip
     if len(report.subject.models()) > 1:  # of which each has its own
-        rows = [row for row in rows if row[0] not in ("training, all so far",)]
+        rows = [row for row in rows if row[0] != "training, all so far"]
     facts = table(rows)
     return section("What it took", facts + _recipes(report))
 
