@@ -59,7 +59,11 @@ def _add_training(report: RunReport, run: str, add: Any) -> None:
     if subject.pipeline.images_seen < training.images:
         add("Finish the training", "train", f"--resume {run}")
     else:
-        add("Train for twice as long", "train", f"--resume {run} training.images={2 * training.images}")
+        add(
+            "Train for twice as long",
+            "train",
+            f"--resume {run} training.images={2 * training.images}",
+        )
     recipe = shlex.quote(str(Path(subject.name) / "recipe.yaml"))
     add(
         "Another run that begins with these weights", "train",

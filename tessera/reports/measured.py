@@ -326,7 +326,9 @@ def _search(report: RunReport, started: bool) -> None:
         torch.cat([plain for plain, _ in sides]),
         lambda rows: small_pictures(training.space(rows)),
         among,
-        mirrored=torch.cat([other for _, other in sides if other is not None]) if mirrored else None,
+        mirrored=torch.cat([other for _, other in sides if other is not None])
+        if mirrored
+        else None,
     )
     ours, theirs = _divided(found, len(made.images))
     near = standing_out = None

@@ -154,9 +154,7 @@ def gallery(rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> s
         made.append(f'<div class="row">{cells}{"".join(map(picture, pictures))}</div>')
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     kind = "gallery named" if named else "gallery"
-    return (
-        f'<figure class="{kind}" style="--columns: {columns}">{caption}{"".join(made)}</figure>'
-    )
+    return f'<figure class="{kind}" style="--columns: {columns}">{caption}{"".join(made)}</figure>'
 
 
 def strip(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -> str:

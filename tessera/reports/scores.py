@@ -99,9 +99,7 @@ def ladder(
         }
     precision = recall = None
     if min(n, len(real)) >= _FEWEST:
-        both = {
-            name: precision_recall(found, real, k=_NEIGHBOURS) for name, found in made.items()
-        }
+        both = {name: precision_recall(found, real, k=_NEIGHBOURS) for name, found in made.items()}
         precision = {name: found.precision for name, found in both.items()}
         recall = {name: found.recall for name, found in both.items()}
     return Ladder(extractor.name, extractor.dim, n, len(real), distances, precision, recall)
@@ -131,7 +129,9 @@ def shuffled(images: NDArray[np.uint8], seed: int = 0) -> NDArray[np.uint8]:
     return mixed.reshape(images.shape)
 
 
-def halves(rows: Sequence[int] | NDArray[np.int64], seed: int, most: int) -> list[NDArray[np.int64]]:
+def halves(
+    rows: Sequence[int] | NDArray[np.int64], seed: int, most: int
+) -> list[NDArray[np.int64]]:
     """Up to `most` of some images in two halves drawn at random, which are compared."""
     order = numpy_generator(seed, "report", "halves").permutation(np.asarray(rows, np.int64))
     return np.array_split(order[:most], 2)

@@ -237,5 +237,3 @@ def _references(subject: Subject) -> list[Path]:
     path = subject.recipe.data.path
     beside = find_reference(path) if path is not None and subject.recipe.data.shrink == 1 else None
     return [*found, *([beside] if beside else [])]
-
-

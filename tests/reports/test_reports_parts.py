@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,12 +93,14 @@ def test_intervals_hold_the_share(total: int, data: st.DataObject) -> None:
 
 def test_the_ladder_has_the_order_that_it_is_for() -> None:
     real = [pictures(120, seed).numpy() for seed in (0, 1, 2)]
-    rung = ladder(ColourLayout(3), *real)
+    rung = ladder(ColourLayout(3), real[0] // 8, *real[1:])
     assert rung.n == rung.n_reference == 120
     assert rung.distances["floor"] < rung.distances["shuffled"]
-    assert rung.distances["samples"] < rung.distances["shuffled"]
+    assert rung.distances["floor"] < rung.distances["samples"]
     assert rung.precision is not None
-    assert rung.precision["floor"] > rung.precision["shuffled"]
+    assert rung.recall is not None
+    assert rung.precision["samples"] < 0.1 < rung.precision["floor"]
+    assert rung.recall["samples"] < 0.1 < rung.recall["floor"]
     assert ladder(ColourLayout(3), real[0][:10], *real[1:]).precision is None
 
 
@@ -142,6 +145,9 @@ def test_samples_are_as_many_of_each_class() -> None:
     assert affordable(None, cpu, 10) == 20
     assert affordable(None, cpu, 3) == 18
     assert affordable(None, cpu, 0) == 20
+    for flops, count in ((1, 500), (10**11, 20), (20 * 10**9, 100)):
+        assert affordable(SimpleNamespace(sample_flops=flops), cpu, 0) == count
+    assert affordable(SimpleNamespace(sample_flops=10**11), torch.device("cuda"), 0) == 500
     assert shown_classes(10) == list(range(10))
     assert len(set(shown_classes(37))) == 10
 

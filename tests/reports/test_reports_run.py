@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import relay_tiny
+import torch
 from data_files import random_images, write_archive, write_packed
 from html_parts import Parts, code_of, loads_nothing
 from tiny_pipeline import tiny_pipeline
@@ -16,17 +18,20 @@ from training_case import BASE
 from typer.testing import CliRunner
 
 from tessera.cli import app
+from tessera.data.dataset import open_dataset
 from tessera.errors import TesseraError
 from tessera.metrics.reference import build_reference, find_reference, save_reference
-from tessera.data.dataset import open_dataset
+from tessera.pipelines.base import Pipeline
 from tessera.pipelines.experts import assemble
 from tessera.pipelines.loading import build_pipeline
 from tessera.pipelines.relay import assemble_relay
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
-from tessera.reports import write_report
+from tessera.recipes.parts import NO_PARTS
+from tessera.reports import making, measured, write_report
 from tessera.reports.measured import measure_run
 from tessera.reports.sections import render
+from tessera.reports.sources import open_subject
 from tessera.training.trainer import Trainer
 
 NAMES = ["<script>alert(1)</script>", 'b"e&e']
@@ -34,6 +39,23 @@ CHANGES: dict[str, Any] = {
     "data": {"held_out": 0.4, "xflip": True},
     "validation": {"every_images": 48, "images": 16},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted() -> Iterator[None]:
+    """Costs are counted once, of the run; of other models it takes seconds and shows nothing."""
+    known: list[Any] = []
+
+    def cost_of(pipe: Pipeline, options: dict[str, Any]) -> Any:
+        if pipe.recipe.data.held_out is None:
+            return None
+        if not known:
+            known.append(making.cost_of(pipe, options))
+        return known[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "cost_of", cost_of)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +67,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     recipe = parse_recipe(merge(merge(BASE, {"data": {"path": str(data)}}), CHANGES))
     Trainer(recipe, folder / "a").run()
-    save_reference(folder / "tiny.ref.npz", build_reference(open_dataset(data), training_images=256))
+    save_reference(
+        folder / "tiny.ref.npz", build_reference(open_dataset(data), training_images=256)
+    )
     return folder / "a"
 
 
@@ -57,7 +81,7 @@ def page(run: Path) -> str:
 def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
     parts = Parts(page)
     assert loads_nothing(page.replace("data:image/png;base64,", "data:"))
-    assert "default-src 'none'" in page
+    assert any("default-src 'none'" in str(a.get("content")) for tag, a in parts.tags)
     assert sum(tag == "script" for tag, _ in parts.tags) == 1
     assert {a.get("name") for tag, a in parts.tags if tag == "meta"} >= {"viewport"}
 
@@ -106,12 +130,6 @@ def test_a_second_report_has_the_same_bytes(page: str, run: Path, tmp_path: Path
     assert again.read_text("utf-8") == page
 
 
-def test_the_number_of_samples_is_chosen_by_their_cost(run: Path) -> None:
-    made = measure_run(run, steps=1).made
-    assert made is not None
-    assert len(made.images) == 500
-
-
 def test_a_reference_beside_the_images_is_found(run: Path, tmp_path: Path) -> None:
     assert find_reference(run.parent / "tiny.zip") == run.parent / "tiny.ref.npz"
     assert find_reference(write_packed(tmp_path / "x.safetensors", random_images(4))) is None
@@ -151,16 +169,14 @@ def test_without_held_out_images_there_is_no_share(tmp_path: Path) -> None:
 
 
 def test_copies_of_training_images_are_told(run: Path, monkeypatch: Any) -> None:
-    from tessera.reports import measured
-
     def copied(pipe: Any, seed: int, count: int, *rest: Any) -> Any:
         made = make(pipe, seed, count, *rest)
-        source = measured.open_subject(
-            run, data=None, held_out=None, dataset=None, device="cpu", parts=measured.NO_PARTS
+        source = open_subject(
+            run, data=None, held_out=None, dataset=None, device="cpu", parts=NO_PARTS
         ).training
         assert source is not None
         mirrored = source.pictures(np.arange(count))[:, :, ::-1].copy()
-        space = measured.torch.from_numpy(mirrored).permute(0, 3, 1, 2)
+        space = torch.from_numpy(mirrored).permute(0, 3, 1, 2)
         return replace(made, images=mirrored, space=space)
 
     make = measured.make_samples
@@ -181,7 +197,9 @@ def test_copies_of_training_images_are_told(run: Path, monkeypatch: Any) -> None
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    return write_packed(folder / "x.safetensors", random_images(24), labels=[i % 2 for i in range(24)])
+    return write_packed(
+        folder / "x.safetensors", random_images(24), labels=[i % 2 for i in range(24)]
+    )
 
 
 def of_kind(folder: Path, pipe: Any, data: Path, **options: Any) -> tuple[Any, str]:
@@ -271,7 +289,6 @@ def test_a_training_writes_its_report_if_asked(run: Path, tmp_path: Path) -> Non
         (["--data", "nowhere.zip"], "there is nothing at"),
         (["--held-out", "nowhere.zip"], "data.validation: there is nothing at"),
         (["--reference", "nowhere.npz"], "there is no such file"),
-        (["--out", "nowhere/\0/x.html"], ""),
         (["stesp=3"], "stesp"),
     ],
 )
@@ -279,10 +296,8 @@ def test_what_is_wrong_is_said_and_nothing_is_lost(
     run: Path, page: str, words: list[str], message: str
 ) -> None:
     outcome = call("report", run, "--samples", 4, *words)
-    assert outcome.exception is not None
-    if message:
-        assert isinstance(outcome.exception, TesseraError)
-        assert message in str(outcome.exception)
+    assert isinstance(outcome.exception, TesseraError)
+    assert message in str(outcome.exception)
     assert (run / "report.html").read_text("utf-8") == page
 
 
