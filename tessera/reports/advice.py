@@ -83,7 +83,8 @@ def _options(report: RunReport) -> str:
 
 
 def _report_options(report: RunReport) -> list[tuple[str, Any]]:
-    made, found = report.made, []
+    made = report.made
+    found: list[tuple[str, Any]] = []
     if made is not None:
         found.append(("--samples", len(made.images)))
     if report.seed:

@@ -33,7 +33,7 @@ def small_pictures(images: Tensor) -> Tensor:
 
     So fine noise and shifts by a pixel of large images count little, and a search is quick.
     """
-    sides = [min(side, _SIDE) for side in images.shape[2:]]
+    sides = min(images.shape[2], _SIDE), min(images.shape[3], _SIDE)
     return F.adaptive_avg_pool2d(images.to(torch.float32), sides).flatten(1).to(torch.float64)
 
 
@@ -51,6 +51,10 @@ class Neighbours:
     rows: NDArray[np.int64]
     distances: NDArray[np.float64]
     relative: NDArray[np.float64]
+
+    def part(self, rows: slice) -> Neighbours:
+        """Those of some of the pictures."""
+        return Neighbours(self.rows[rows], self.distances[rows], self.relative[rows])
 
 
 def nearest_images(

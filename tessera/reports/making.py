@@ -93,8 +93,8 @@ def make_samples(
     """
     labels = [classes[i % len(classes)] for i in range(count)] if classes else None
     plan = pipe.plan(range(seed, seed + count), labels, **options)
-    pixels = math.prod(pipe.codec.image_shape(tuple(plan.shape))[1:])
-    batch = 64 if pixels <= _FEW_PIXELS else 8
+    _, height, width = pipe.codec.image_shape(plan.shape)
+    batch = 64 if height * width <= _FEW_PIXELS else 8
     images, spaces = [], []
     with progress("samples", count, unit="images") as bar:
         step = counting_steps(bar)

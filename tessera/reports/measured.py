@@ -15,6 +15,7 @@ from torch import Tensor
 from tessera.data.dataset import Dataset
 from tessera.errors import TesseraError
 from tessera.metrics.classifier import Classifier
+from tessera.metrics.features import FeatureExtractor
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.counting import Cost
 from tessera.pipelines.diffusion import DiffusionPipeline
@@ -275,8 +276,10 @@ def _score(report: RunReport, given: str | Path | None) -> None:
         return
     theirs = subject.training.pictures(reference).transpose(0, 3, 1, 2)
     rest = subject.training.pictures(others).transpose(0, 3, 1, 2)
-    extractors = [ColourLayout(made.images.shape[3])]
-    for extractor in [*([judge.reference.extractor] if judge else []), *extractors]:
+    extractors: list[FeatureExtractor] = [ColourLayout(made.images.shape[3])]
+    if judge is not None:
+        extractors.insert(0, judge.reference.extractor)
+    for extractor in extractors:
         report.ladders.append(ladder(extractor, chw, rest, theirs, report.seed))
 
 
@@ -287,7 +290,7 @@ def _predicted(
     facts, num_classes = classifier.facts, report.subject.pipeline.model.num_classes
     if facts.task != "classes" or not num_classes or facts.outputs != num_classes:
         return None
-    parts = torch.from_numpy(np.ascontiguousarray(images)).split(256)
+    parts = torch.split(torch.from_numpy(np.ascontiguousarray(images)), 256)
     found: NDArray[np.int64] = torch.cat([classifier.predict(part) for part in parts]).numpy()
     return found
 
@@ -348,9 +351,8 @@ def _sides(space: Tensor, *, mirrored: bool) -> tuple[Tensor, Tensor | None]:
 
 def _divided(found: Neighbours, count: int) -> tuple[Neighbours, Neighbours | None]:
     """The neighbours of the samples, and those of the held-out images behind them."""
-    values = found.rows, found.distances, found.relative
-    rest = Neighbours(*(v[count:] for v in values)) if len(found.rows) > count else None
-    return Neighbours(*(v[:count] for v in values)), rest
+    theirs = found.part(slice(count, None)) if len(found.rows) > count else None
+    return found.part(slice(count)), theirs
 
 
 def _pairs(found: Neighbours, made: Made, training: ImageSource) -> list[Pair]:

@@ -13,7 +13,7 @@ from tessera.files import atomic_file, check_writable, user_path
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.reports.measured import measure_run
 from tessera.reports.sections import render
-from tessera.reports.sources import RECIPE
+from tessera.training.run_folder import RECIPE
 
 FILE = "report.html"
 

@@ -106,14 +106,14 @@ def ladder(
 
 
 def _features(extractor: FeatureExtractor, images: NDArray[np.uint8]) -> Tensor:
-    parts = torch.from_numpy(images).split(_AT_ONCE)
+    parts = torch.split(torch.from_numpy(images), _AT_ONCE)
     return torch.cat([extractor(part).cpu() for part in parts])
 
 
 def blurred(images: NDArray[np.uint8], block: int = _BLUR) -> NDArray[np.uint8]:
     """Images [N, C, H, W] with a quarter of their resolution, smoothly enlarged again."""
     x = torch.from_numpy(images).to(torch.float32)
-    small = F.adaptive_avg_pool2d(x, [max(1, side // block) for side in x.shape[2:]])
+    small = F.adaptive_avg_pool2d(x, (max(1, x.shape[2] // block), max(1, x.shape[3] // block)))
     large = F.interpolate(small, x.shape[2:], mode="bilinear", align_corners=False)
     return large.round().clamp(0, 255).to(torch.uint8).numpy()
 

@@ -394,7 +394,7 @@ def _took(report: RunReport) -> str:
     pipe, cost = report.subject.pipeline, report.cost
     recipe = pipe.recipe
     training, data = recipe.training, recipe.data
-    channels, height, width = pipe.codec.image_shape(tuple(pipe.model.shape))
+    channels, height, width = report.subject.image_shape
     images = report.subject.training
     classes = f", {pipe.model.num_classes:,} classes" if pipe.model.num_classes else ""
     count = "" if images is None else f"{len(images):,} images, "

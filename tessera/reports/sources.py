@@ -70,7 +70,8 @@ class ImageSource:
         labels = self.dataset.labels
         if labels is None or labels.ndim == 1:
             return labels
-        return labels.argmax(axis=1).astype(np.int64)
+        classes: NDArray[np.int64] = labels.argmax(axis=1).astype(np.int64)
+        return classes
 
     def space(self, rows: NDArray[np.int64]) -> Tensor:
         """What a model of them sees: uint8 pixels, or the means of latents; [n, C, H, W]."""
@@ -116,6 +117,11 @@ class Subject:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.pipeline.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that are made."""
+        return self.pipeline.codec.image_shape(self.pipeline.model.shape)
 
     def models(self) -> list[tuple[str, Pipeline]]:
         """What was trained, by name: stages and experts one by one; "" where there is one only."""
@@ -206,7 +212,7 @@ def find_judge(subject: Subject, given: str | Path | None) -> Judge | None:
     Raises:
         DataError: the file that was named holds none, or one of other images.
     """
-    shape = subject.pipeline.codec.image_shape(tuple(subject.pipeline.model.shape))
+    shape = subject.image_shape
     if given is not None:
         reference = load_reference(given, subject.device)
         if reference.extractor.facts.shape != shape:
