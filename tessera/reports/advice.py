@@ -31,7 +31,7 @@ def advice(report: RunReport) -> list[tuple[str, str]]:
             if names and report.classes:
                 label = shlex.quote(names[report.classes[-1]])
                 add("Of one class", "sample",
-                    f"{given} --class {label} --seeds 0-63 --grid --out samples-of-one")  # fmt: skip
+                    f"{given} --class {label} --seeds 0-63 --grid --out one-class")  # fmt: skip
             add("Watch them come about", "sample",
                 f"{given} --seeds 0-15 --out few.png --trajectory few.gif")  # fmt: skip
             if report.judge is not None and not options:

@@ -10,6 +10,7 @@ from html import escape
 _WIDTH, _HEIGHT = 720, 300
 _SIDE = 20
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 12, 70
+_APART = 28  # between lines of the grid
 _FEWEST = 1e-12  # of values on a logarithmic axis
 
 
@@ -60,7 +61,12 @@ def lines(
         up = (math.log10(max(y, _FEWEST)) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return _LEFT + inner, _HEIGHT - _BOTTOM - up
 
-    parts = [_level(place(0, value)[1], f"{value:g}") for value in _log_ticks(10**low, 10**high)]
+    parts, below = [], math.inf
+    for value in _log_ticks(10**low, 10**high):
+        _, y = place(0, value)
+        if below - y >= _APART:  # else the numbers would cover each other
+            parts.append(_level(y, f"{value:.3g}"))
+            below = y
     for value in _ticks(right):
         x, _ = place(value, values[0])
         parts.append(_text(x, _HEIGHT - _BOTTOM + 26, _thousands(value), "middle"))

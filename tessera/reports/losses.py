@@ -73,7 +73,7 @@ def last_quartiles(metrics: Sequence[Metrics], prefix: str = "") -> Quartiles | 
         values = tuple(_per_pixel(line, f"{prefix}loss_q{q}", prefix) for q in range(4))
         mean = line.get(f"{prefix}loss_per_pixel")
         if mean is not None and any(value is not None for value in values):
-            of = "held-out images" if prefix else "training, last line of the log"
+            of = "held-out images" if prefix else "training, last in the log"
             return Quartiles("", of, None, float(mean), values)
     return None
 

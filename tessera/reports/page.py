@@ -147,14 +147,16 @@ def picture(shown: Picture) -> str:
 def gallery(rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> str:
     """Rows of images of one size behind their names; rows without names fill the width."""
     columns = max((len(pictures) for _, pictures in rows), default=1)
-    named = any(name for name, _ in rows)
+    longest = max((len(name) for name, _ in rows), default=0)
+    named = longest > 0
     made = []
     for name, pictures in rows:
         cells = f'<span title="{escape(name)}">{escape(name)}</span>' if named else ""
         made.append(f'<div class="row">{cells}{"".join(map(picture, pictures))}</div>')
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     kind = "gallery named" if named else "gallery"
-    return f'<figure class="{kind}" style="--columns: {columns}">{caption}{"".join(made)}</figure>'
+    label = f"{0.6 + 0.5 * min(longest, 10):.1f}em"
+    return f'<figure class="{kind}" style="--columns: {columns}; --label: {label}">{caption}{"".join(made)}</figure>'
 
 
 def strip(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -> str:
@@ -162,13 +164,15 @@ def strip(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -
 
     Args:
         heads: one for the names, and one above each column.
+        rows: name and images; below each that is named as the last there is a gap.
     """
     first, *others = heads
     top = "".join(f"<span>{escape(head)}</span>" for head in others)
     lines = [f'<div class="row head"><span>{escape(first)}</span>{top}</div>']
     for name, pictures in rows:
         cells = "".join(map(picture, pictures))
-        lines.append(f'<div class="row"><span>{escape(name)}</span>{cells}</div>')
+        last = " last" if name == rows[-1][0] else ""
+        lines.append(f'<div class="row{last}"><span>{escape(name)}</span>{cells}</div>')
     return f'<figure class="strip" style="--columns: {len(others)}">{"".join(lines)}</figure>'
 
 

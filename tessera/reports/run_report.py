@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with samples, scores, a search for copies, losses and costs."""
+"""The report of a run: one HTML file of samples, scores, the search for copies, losses, costs."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tessera.recipes.text import write_yaml
 from tessera.reports.advice import advice
 from tessera.reports.charts import Mark, groups, lines, scale, spread
 from tessera.reports.copies import FEWEST_HELD_OUT, Share, wilson
-from tessera.reports.losses import QUARTERS, curves, quarter_curves
+from tessera.reports.losses import QUARTERS, Quartiles, curves, quarter_curves
 from tessera.reports.measured import CopyCheck, RunReport, shown_columns
 from tessera.reports.page import (
     Picture,
@@ -224,10 +224,15 @@ def _distances(report: RunReport) -> str:
     n = report.ladders[0].n
     note = (
         f"Fréchet distances of {n:,} samples from {report.ladders[0].n_reference:,} real images; "
-        "smaller is closer. The floor are as many other real images: nobody does better than that. "
-        "Above lie the same images without detail (a quarter of the resolution), and with all "
-        "pixels in disorder. They compare models on these images, and are not FID."
+        "smaller is closer. As many other real images are the floor; above lie the same images "
+        "without detail (a quarter of the resolution), and with all pixels in disorder. They "
+        "compare models on these images, and are not FID."
     )
+    if any(one.distances["samples"] < one.distances["floor"] for one in report.ladders):
+        note += (
+            " Samples below the floor are not better than real: they vary less, as with guidance, "
+            "and so few of them then look closer."
+        )
     if n <= max(one.dim for one in report.ladders):
         note += " So few samples make all of these distances large; more: --samples NUMBER."
     return section("How far from real", "".join(body), note)
@@ -340,7 +345,7 @@ def _training(report: RunReport) -> str:
         body += lines(quarters, what="loss per pixel by quarters of the noise levels")
     found = [one for one in report.quartiles if one.values]
     if found:
-        titles = [f"{one.name}, {one.of}".removeprefix(", ") for one in found]
+        titles = [_of(one) for one in found]
         series = [
             (title, one.values, "abcd"[index % 4])
             for index, (title, one) in enumerate(zip(titles, found, strict=True))
@@ -353,15 +358,19 @@ def _training(report: RunReport) -> str:
         body += legend([(title, kind) for title, _, kind in series])
         body += groups(QUARTERS, series, "loss per pixel")
     rows = [
-        (f"{one.name}, {one.of}".removeprefix(", "), *(_number(v) for v in one.values or [None] * 4),
-         _number(one.mean))
+        (_of(one), *(_number(value) for value in one.values or [None] * 4), _number(one.mean))
         for one in report.quartiles
-    ]  # fmt: skip
+    ]
     if rows:
         body += table(rows, ["loss per pixel", *QUARTERS, "mean"])
     if not body:
         return ""
     return section("Loss", body, _training_note(report))
+
+
+def _of(one: Quartiles) -> str:
+    """Which model and images a loss is of."""
+    return f"{one.name}, {one.of}" if one.name else one.of
 
 
 def _counted(report: RunReport) -> str:
