@@ -156,7 +156,8 @@ def gallery(rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> s
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     kind = "gallery named" if named else "gallery"
     label = f"{0.6 + 0.5 * min(longest, 10):.1f}em"
-    return f'<figure class="{kind}" style="--columns: {columns}; --label: {label}">{caption}{"".join(made)}</figure>'
+    style = f"--columns: {columns}; --label: {label}"
+    return f'<figure class="{kind}" style="{style}">{caption}{"".join(made)}</figure>'
 
 
 def strip(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -> str:
