@@ -228,7 +228,8 @@ def find_judge(subject: Subject, given: str | Path | None) -> Judge | None:
             continue  # a damaged file that nobody named
         if reference.extractor.facts.shape == shape:
             return Judge(path, reference)
-    data = subject.recipe.data.path or "IMAGES"
+    pixels = subject.recipe.codec.of_pixels
+    data = (subject.recipe.data.path if pixels else None) or "IMAGES"
     subject.missing.append(
         "Distances that know what is in the pictures: they need a classifier of such images, and "
         "none lies beside them. Make one and write the report again: "

@@ -12,8 +12,10 @@ import pytest
 import relay_tiny
 import torch
 from data_files import random_images, write_archive, write_packed
+from energy_pipeline import energy_pipeline
 from html_parts import Parts, code_of, loads_nothing
 from tiny_pipeline import tiny_pipeline
+from tiny_vae import latent_recipe, save_vae
 from training_case import BASE
 from typer.testing import CliRunner
 
@@ -255,6 +257,43 @@ def test_masked_tokens_grey_and_discrete(tmp_path: Path) -> None:
     assert "order drawn at random" in page
     assert report.quartiles[0].values == ()
     assert report.quartiles[0].mean > 0
+
+
+def test_energies_and_steps_of_a_discrete_process(tmp_path: Path, images: Path) -> None:
+    report, _ = of_kind(tmp_path, energy_pipeline(data={"num_classes": 2}), images)
+    assert len(report.quartiles[0].values) == 4
+    discrete = {
+        "preconditioning": {"kind": "discrete", "prediction": "eps"},
+        "objective": {"kind": "discrete"},
+        "sampling": {"kind": "ddpm", "steps": "3"},
+    }
+    pipe = build_pipeline(parse_recipe(merge(BASE, discrete)))
+    report, _ = of_kind(tmp_path / "discrete", pipe, images)
+    assert len(report.frames) == 3
+    assert len(report.quartiles[0].values) == 4
+
+
+def test_latents_are_decoded_and_searched_as_they_are(tmp_path: Path) -> None:
+    vae = save_vae(tmp_path / "vae")
+    pictures = write_packed(
+        tmp_path / "x.safetensors", random_images(40, size=16), labels=[i % 2 for i in range(40)]
+    )
+    latents = tmp_path / "z.safetensors"
+    call("data", "latents", pictures, latents, "--vae", vae)
+    pipe = build_pipeline(latent_recipe(vae, latents, data={"held_out": 0.6}))
+    pipe.save(tmp_path / "p")
+    report = measure_run(tmp_path / "p", samples=4)
+    page = render(report)
+    assert report.made is not None
+    assert report.made.images.shape == (4, 16, 16, 3)
+    assert report.made.space.shape == (4, 4, 8, 8)
+    assert {real.shape[1:] for real in report.real.values()} == {(16, 16, 3)}
+    assert report.copies is not None
+    assert report.copies.near is not None
+    assert not report.copies.pixels
+    assert report.copies.pairs[0].training.shape == (16, 16, 3)
+    assert "units of latents" in page
+    assert "eval reference IMAGES" in page
 
 
 # ------------------------------------------------------------------------------------ the command
