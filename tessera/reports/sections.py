@@ -58,6 +58,7 @@ def _head(report: RunReport) -> str:
     trained = f", trained on {pipe.images_seen:,} images" if pipe.images_seen else ""
     trained += f" in {time_text(seconds)}" if trained and seconds is not None else ""
     about = pipe.recipe.description.rstrip(".")
+    about = about[:1].upper() + about[1:]
     lead = f"{about}. A {pipe.kind} model of {quantity(parameters)} parameters{trained}."
     return header(report.title, lead.removeprefix(". "), _tiles(report))
 
