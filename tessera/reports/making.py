@@ -14,6 +14,7 @@ from torch import Tensor
 from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.counting import Cost
+from tessera.pipelines.mar import MarPipeline
 from tessera.pipelines.plan import counting_steps
 from tessera.progress import progress
 
@@ -125,12 +126,11 @@ def make_frames(
     """
     labels = [classes[i % len(classes)] for i in range(STRIPS)] if classes else None
     plan = pipe.plan(range(seed, seed + STRIPS), labels, **options)
-    frames = []
+    frames, tokens = [], isinstance(pipe, MarPipeline)
     for _, state in pipe.states(plan, range(STRIPS)):
         wanted = {round(step) for step in np.linspace(1, state.steps, FRAMES)}
         if state.step not in wanted:
             continue
-        tokens = state.denoised is state.x
         frames.append(
             Frame(
                 None if tokens else state.sigma,

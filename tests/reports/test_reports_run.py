@@ -218,6 +218,7 @@ def test_a_relay(tmp_path: Path, images: Path) -> None:
     report, page = of_kind(tmp_path, assemble_relay(stages), images)
     assert [one.name for one in report.quartiles] == ["first", "second"]
     assert page.count("The recipe, all of it, of ") == 2
+    assert all(frame.denoised is not None for frame in report.frames)
     assert report.copies is not None
 
 
