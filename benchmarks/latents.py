@@ -1,7 +1,11 @@
-"""Latents: reading training batches of the four formats side by side."""
+"""Latents: encoding by one and two processes, and reading training batches of the four formats."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +21,7 @@ from tessera.data.latent_formats.registry import FORMATS, choose_format, latent_
 from tessera.data.latents import open_latents
 from tessera.data.loader import Loader, StepPlan
 from tessera.data.order import EpochOrder
+from tessera.data.packed import PackedWriter
 
 IMAGES, SHAPE, BATCH, BATCHES = 2048, (4, 32, 32), 256, 8
 """Latents of 256x256 pixels; the batches of a round are those of an epoch."""
@@ -71,8 +76,73 @@ def reading(rounds: int) -> str:
     return section("Reading shuffled batches of 256 latents of 4x32x32", columns, rows)
 
 
+ENCODED, SIDE = 48, 64
+"""Images that are encoded, and their side, pixels."""
+
+
+def write_vae(folder: Path) -> Path:
+    """An autoencoder like Stable Diffusion's of a quarter of its channels, with random weights."""
+    import diffusers
+
+    kind: Any = diffusers.AutoencoderKL
+    vae = kind(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=SIDE,
+    )
+    vae.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def encoded(images: Path, vae: Path, target: Path, processes: int, threads: int) -> float:
+    """Images/s of `tessera data latents`, as it reports them: without the start of Python."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    command = [*start, "tessera", "data", "latents", str(images), str(target), "--vae", str(vae)]
+    told = subprocess.run(
+        [*command, "--overwrite"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.search(r"^time +([\d.]+) s", told, re.M)
+    assert found is not None, told
+    return ENCODED / float(found[1])
+
+
+def encoding(rounds: int) -> str:
+    """Images/s of one and of two processes, in turn; the best of all rounds."""
+    ways = {(1, 1): "one, of one thread", (1, 2): "one, of two threads", (2, 1): "two, of one each"}
+    best = dict.fromkeys(ways, 0.0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vae = write_vae(folder / "vae")
+        with open(folder / "images.safetensors", "wb") as file:
+            writer = PackedWriter(file, (3, SIDE, SIDE), "images", None)
+            for image in np.random.default_rng(0).integers(0, 256, (ENCODED, 3, SIDE, SIDE)):
+                writer.add(image.astype(np.uint8))
+            writer.finish(None)
+        for _ in range(rounds):
+            for processes, threads in ways:
+                speed = encoded(
+                    folder / "images.safetensors", vae, folder / "set.safetensors",
+                    processes, threads,
+                )  # fmt: skip
+                best[processes, threads] = max(best[processes, threads], speed)
+    rows = [
+        [text, f"{best[way]:.1f}", f"{best[way] / best[1, 1]:.2f}x"] for way, text in ways.items()
+    ]
+    columns = ["processes", "images/s", "against one of one thread"]
+    return section(f"Encoding {SIDE}x{SIDE} images, encoder of 2.3 M parameters", columns, rows)
+
+
 def run(rounds: int, record_figures: bool) -> None:
-    """Time the formats, print the table, and keep it if asked to."""
-    tables = [reading(rounds)]
+    """Time the formats and the encoder, print the tables, and keep them if asked to."""
+    tables = [encoding(min(rounds, 3)), reading(rounds)]
     if record_figures:
         record("Latents", "\n\n".join(tables))

@@ -25,7 +25,7 @@ from tessera.metrics.reference import Reference, open_reference, save_reference
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.loading import load
 from tessera.recipes.loading import load_recipe
-from tessera.training.tracking import run_metrics
+from tessera.training.tracking import read_metrics
 from tessera.training.trainer import Trainer
 
 REFERENCE = "reference.ref.npz"
@@ -368,7 +368,7 @@ def _points(path: Path) -> Iterator[Point]:
 
 def _losses(run: Path) -> Iterator[tuple[int, float]]:
     """What a run has logged; nothing for what is no run."""
-    for line in run_metrics(run):
+    for line in read_metrics(run):
         images, loss = line.get("images"), line.get("loss_per_pixel")
         if isinstance(images, int) and isinstance(loss, float):
             yield images, loss

@@ -11,6 +11,7 @@ HEAD = (
     "model", "params", "minutes", "images", "evals", "GFLOP", "ms", "distance", "recognised",
 )  # fmt: skip
 _COLUMNS = 10
+_KINDS = "abcd"
 
 
 def table_rows(made: Comparison) -> list[list[str]]:
@@ -55,47 +56,51 @@ def comparison_page(made: Comparison) -> str:
         key=lambda r: r.distance or 0.0,
         default=None,
     )
-    tiles = [] if best is None else [("good", best.name, f"is nearest: {best.distance:.3f}")]
+    tiles = []
+    if best is not None:
+        tiles = [page.Tile(f"{best.distance:.3f}", f"distance of {best.name}, the nearest", "good")]
+    names = ", ".join(result.name for result in made.results)
     parts = [
-        page.header(
-            f"{len(made.results)} models side by side",
-            ", ".join(result.name for result in made.results),
-            tiles,
-        ),
-        page.section("All figures", page.table(HEAD, table_rows(made)), in_sentences(made)),
+        page.header(f"{len(made.results)} models side by side", names, tiles),
+        page.section("All figures", page.table(table_rows(made), HEAD), in_sentences(made)),
     ]
     ways = [
-        charts.Curve(r.name, [(p.minutes, p.distance) for p in r.points if p.distance is not None])
+        (r.name, [(p.minutes, p.distance) for p in r.points if p.distance is not None])
         for r in made.results
     ]
-    if any(curve.points for curve in ways):
-        chart = charts.curves(ways, "minutes of training", _spoken("distance", ways))
+    if any(points for _, points in ways):
+        chart = _lines(ways, "minutes of training", "distance")
         parts.append(page.section("Distance over time", chart, "Lower is nearer to real images."))
-    losses = [charts.Curve(r.name, r.losses) for r in made.results]
-    if any(curve.points for curve in losses):
-        chart = charts.curves(losses, "images seen", _spoken("loss", losses))
+    losses = [(r.name, list(r.losses)) for r in made.results]
+    if any(points for _, points in losses):
         note = (
             "As each was trained. Losses of different networks compare; of different objectives, "
             "noise levels or views they do not."
         )
-        parts.append(page.section("Loss", chart, note))
+        parts.append(page.section("Loss", _lines(losses, "images seen", "loss"), note))
     parts += [page.section(r.name, _grid(r), _source(r)) for r in made.results]
-    return page.document("tessera compare", parts)
+    return page.page("tessera compare", parts)
 
 
-def _spoken(what: str, shown: Sequence[charts.Curve]) -> str:
-    ends = (f"{c.name} {c.points[-1][1]:.3g}" for c in shown if c.points)
-    return f"{what}, at the end: {', '.join(ends)}"
+def _lines(
+    ways: Sequence[tuple[str, Sequence[tuple[float, float]]]], across: str, what: str
+) -> str:
+    """A chart of several arms, and what its colours mean; they repeat after four."""
+    kinds = [_KINDS[index % len(_KINDS)] for index in range(len(ways))]
+    series = [
+        charts.Series(name, points, kind) for (name, points), kind in zip(ways, kinds, strict=True)
+    ]
+    keys = [(name, kind) for (name, _), kind in zip(ways, kinds, strict=True)]
+    return charts.lines(series, across=across, what=what) + page.legend(keys)
 
 
 def _grid(result: ArmResult) -> str:
-    return page.picture_rows(
-        [
-            page.image(picture, f"{result.name} {start + index}")
-            for index, picture in enumerate(result.first[start : start + _COLUMNS])
-        ]
-        for start in range(0, min(len(result.first), 4 * _COLUMNS), _COLUMNS)
-    )
+    pictures = [
+        page.Picture(picture, f"{result.name} {index}")
+        for index, picture in enumerate(result.first[: 4 * _COLUMNS])
+    ]
+    starts = range(0, len(pictures), _COLUMNS)
+    return page.gallery([("", pictures[start : start + _COLUMNS]) for start in starts])
 
 
 def _source(result: ArmResult) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 720, 280
+_WIDTH, _HEIGHT = 720, 300
 _SIDE = 20
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 24, 12, 54
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 12, 70
+_APART = 28  # between lines of the grid
+_FEWEST = 1e-12  # of values on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -22,63 +24,63 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Points (x, y) of one thing, y above 0."""
+class Series:
+    """A line of a chart.
+
+    Attributes:
+        name: of it.
+        points: (x, y) by rising x.
+        kind: its colour in the page's style, "a" to "d".
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
+    kind: str = "a"
 
 
-def line(points: Sequence[tuple[int, float]]) -> str:
-    """Loss over images seen, on a logarithmic axis."""
-    if not points:
-        return "<p>No loss was logged.</p>"
-    first, last = (max(points[index][1], 1e-12) for index in (0, -1))
-    text = f"loss per pixel, {first:.3g} at first, {last:.3g} at the end"
-    return curves([Curve("", points)], "images seen", text)
-
-
-def curves(shown: Sequence[Curve], across: str, description: str) -> str:
-    """Curves of several things, on a logarithmic axis, with their names at their ends.
+def lines(
+    series: Sequence[Series], *, across: str = "images seen", what: str = "loss per pixel"
+) -> str:
+    """Values over images seen, on a logarithmic axis.
 
     Args:
-        shown: at most six that can be told apart.
-        across: name of the horizontal axis, from 0 on.
-        description: in a sentence, for those who do not see it.
+        across: name of the horizontal axis.
+        what: of the values, for those who do not see them.
     """
-    shown = [curve for curve in shown if curve.points]
-    if not shown:
-        return "<p>Nothing was measured.</p>"
-    every = [(x, max(y, 1e-12)) for curve in shown for x, y in curve.points]
-    low, high = (math.log10(end([y for _, y in every])) for end in (min, max))
+    series = [one for one in series if one.points]
+    if not series:
+        return f"<p>No {escape(what)} was logged.</p>"
+    values = [max(y, _FEWEST) for one in series for _, y in one.points]
+    right = max(x for one in series for x, _ in one.points) or 1
+    low, high = math.log10(min(values)), math.log10(max(values))
     margin = 0.05 * (high - low) or 0.1
     low, high = low - margin, high + margin
-    most = max(x for x, _ in every) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = (x / most) * (_WIDTH - _LEFT - _RIGHT)
-        up = (math.log10(max(y, 1e-12)) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-        return _LEFT + right, _HEIGHT - _BOTTOM - up
+        inner = (x / right) * (_WIDTH - _LEFT - _RIGHT)
+        up = (math.log10(max(y, _FEWEST)) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + inner, _HEIGHT - _BOTTOM - up
 
-    parts = []
+    parts, below = [], math.inf
     for value in _log_ticks(10**low, 10**high):
         _, y = place(0, value)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(_text(_LEFT - 8, y + 4, f"{value:g}", "end"))
-    for value in _ticks(most):
-        x, _ = place(value, 10**low)
-        parts.append(_text(x, _HEIGHT - _BOTTOM + 22, _thousands(value), "middle"))
-    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, across, "end"))
-    for index, curve in enumerate(shown):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve.points))
-        parts.append(f'<polyline class="curve c{index}" points="{path}"/>')
-        x, y = place(*curve.points[-1])
-        parts.append(f'<circle class="end c{index}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        if curve.name:
-            parts.append(_name(x - 8, y - 9, curve.name))
-    return _svg(parts, _HEIGHT, description)
+        if below - y >= _APART:  # else the numbers would cover each other
+            parts.append(_level(y, f"{value:.3g}"))
+            below = y
+    for value in _ticks(right):
+        x, _ = place(value, values[0])
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 26, _thousands(value), "middle"))
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 8, across, "end"))
+    for one in series:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in one.points))
+        parts.append(f'<polyline class="curve {one.kind}" points="{path}"/>')
+        last = place(*one.points[-1])
+        parts.append(f'<circle class="{one.kind}" cx="{last[0]:.1f}" cy="{last[1]:.1f}" r="4"/>')
+    told = "; ".join(
+        f"{one.name}: {one.points[0][1]:.3g} at first, {one.points[-1][1]:.3g} at the end"
+        for one in series
+    )
+    return _svg(parts, _HEIGHT, f"{what}; {told}")
 
 
 def scale(marks: Sequence[Mark]) -> str:
@@ -86,27 +88,115 @@ def scale(marks: Sequence[Mark]) -> str:
     values = [max(mark.value, 1e-6) for mark in marks]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     low, high = low - (low == math.log10(min(values))), max(high, low + 1)
-    row_height = 52
-    height = row_height * len(marks) + 30
+    row_height = 60
+    height = row_height * len(marks) + 34
 
     def place(value: float) -> float:
         return _SIDE + (math.log10(value) - low) / (high - low) * (_WIDTH - 3 * _SIDE)
 
     parts = []
-    for exponent in range(low, high + 1):
+    every = math.ceil((high - low) / 5)  # so that the numbers have room
+    for exponent in range(low, high + 1, every):
         x = place(10.0**exponent)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 26}"/>')
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{height - 30}"/>')
         parts.append(_text(x, height - 6, f"{10.0**exponent:g}", "middle"))
     for row, (mark, value) in enumerate(zip(marks, values, strict=True)):
         y = row * row_height
         width = max(place(value) - _SIDE, 2)
         name = f'<tspan class="value">{mark.value:.3g}</tspan>  {escape(mark.name)}'
-        parts.append(f'<text class="name" x="{_SIDE}" y="{y + 18}">{name}</text>')
+        parts.append(f'<text class="name" x="{_SIDE}" y="{y + 24}">{name}</text>')
         parts.append(
-            f'<rect class="{mark.kind}" x="{_SIDE}" y="{y + 25}" '
+            f'<rect class="{mark.kind}" x="{_SIDE}" y="{y + 33}" '
             f'width="{width:.1f}" height="16" rx="4"/>'
         )
     return _svg(parts, height, ", ".join(f"{mark.name}: {mark.value:.3g}" for mark in marks))
+
+
+def groups(
+    names: Sequence[str], series: Sequence[tuple[str, Sequence[float | None], str]], what: str
+) -> str:
+    """Bars beside each other in groups, from 0 up.
+
+    Args:
+        names: of the groups.
+        series: name, a value for each group (None: no bar), and kind, the colour.
+        what: of the values, for those who do not see them.
+    """
+    values = [v for _, row, _ in series for v in row if v is not None]
+    top = max(values, default=0) or 1
+    inner, step = _HEIGHT - _TOP - _BOTTOM, (_WIDTH - _LEFT - _RIGHT) / len(names)
+    width = 0.7 * step / max(len(series), 1)
+    parts = [
+        _level(_HEIGHT - _BOTTOM - value / (1.08 * top) * inner, f"{value:.3g}")
+        for value in _ticks(top)
+    ]
+    for column, name in enumerate(names):
+        middle = _LEFT + (column + 0.5) * step
+        parts.append(_text(middle, _HEIGHT - _BOTTOM + 26, name, "middle"))
+        for index, (_, row, kind) in enumerate(series):
+            value = row[column]
+            if value is None:
+                continue
+            x, height = middle - 0.35 * step + index * width, value / (1.08 * top) * inner
+            parts.append(
+                f'<rect class="{kind}" x="{x + 2:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" '
+                f'width="{width - 4:.1f}" height="{height:.1f}" rx="3"/>'
+            )
+    told = "; ".join(
+        f"{name}: {', '.join('none' if v is None else f'{v:.3g}' for v in row)}"
+        for name, row, _ in series
+    )
+    return _svg(parts, _HEIGHT, f"{what}; {told}")
+
+
+def spread(
+    series: Sequence[tuple[str, Sequence[float], str]], mark: float | None, across: str
+) -> str:
+    """How values are spread: the share of each set in twenty steps, as outlines.
+
+    Args:
+        series: name, values and kind, the colour.
+        mark: a value to be marked by a dashed line.
+        across: name of the horizontal axis.
+    """
+    every = [value for _, values, _ in series for value in values]
+    low, high = min(every), max(every)
+    high = high if high > low else low + 1
+    bins, room = 20, _WIDTH - _LEFT - _RIGHT
+    shares = []
+    for _, values, _ in series:
+        counts = [0] * bins
+        for value in values:
+            counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+        shares.append([count / len(values) for count in counts])
+    top, inner, ground = max(map(max, shares)), _HEIGHT - _TOP - _BOTTOM, _HEIGHT - _BOTTOM
+    parts = [_level(ground - t / (1.05 * top) * inner, f"{t:.0%}") for t in _ticks(top)]
+    for share in range(5):
+        x, value = _LEFT + share / 4 * room, low + share / 4 * (high - low)
+        anchor = "middle" if share < 4 else "end"
+        parts.append(_text(x, ground + 26, f"{value:.3g}", anchor))
+    parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 8, across, "end"))
+    for (_, _, kind), share_of_bin in zip(series, shares, strict=True):
+        points = [f"{_LEFT},{ground}"]
+        for index, found in enumerate(share_of_bin):
+            y = ground - found / (1.05 * top) * inner
+            left, right = (_LEFT + (index + end) / bins * room for end in (0, 1))
+            points += [f"{left:.1f},{y:.1f}", f"{right:.1f},{y:.1f}"]
+        points.append(f"{_WIDTH - _RIGHT},{ground}")
+        parts.append(f'<polyline class="curve {kind}" points="{" ".join(points)}"/>')
+    if mark is not None:
+        x = _LEFT + (mark - low) / (high - low) * room
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{ground}"/>')
+    told = "; ".join(
+        f"{name}: {min(values):.3g} to {max(values):.3g}" for name, values, _ in series
+    )
+    return _svg(parts, _HEIGHT, f"{across}; {told}")
+
+
+def _level(y: float, name: str) -> str:
+    """A horizontal line of the grid, with its number."""
+    line = f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    return line + _text(_LEFT - 8, y + 5, name, "end")
 
 
 def _svg(parts: Sequence[str], height: int, description: str) -> str:
@@ -121,10 +211,6 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return (
         f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
-
-
-def _name(x: float, y: float, text: str) -> str:
-    return f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="end">{escape(text)}</text>'
 
 
 def _ticks(largest: float) -> list[float]:
@@ -146,4 +232,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _thousands(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"

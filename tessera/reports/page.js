@@ -1,19 +1,20 @@
-// Copy buttons. Pages that are opened as files may have no clipboard: then the text is marked.
-document.addEventListener("click", (event) => {
-  const button = event.target.closest("button.copy");
-  if (!button) return;
-  const code = button.parentElement.querySelector("code");
-  const done = (text) => {
-    button.textContent = text;
-    setTimeout(() => { button.textContent = "copy"; }, 1500);
-  };
-  const mark = () => {
-    const range = document.createRange();
-    range.selectNodeContents(code);
-    getSelection().removeAllRanges();
-    getSelection().addRange(range);
-    try { done(document.execCommand("copy") ? "copied" : "marked"); } catch { done("marked"); }
-  };
-  if (!navigator.clipboard) mark();
-  else navigator.clipboard.writeText(code.textContent).then(() => done("copied"), mark);
-});
+// Copies the text beside a button; also of a page that was opened as a file.
+for (const button of document.querySelectorAll("button.copy")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const text = button.parentElement.querySelector("code").textContent;
+    let done = true;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const area = document.createElement("textarea");
+      area.value = text;
+      document.body.append(area);
+      area.select();
+      done = document.execCommand("copy");
+      area.remove();
+    }
+    button.textContent = done ? "Copied" : "Select and copy";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}

@@ -13,7 +13,7 @@ from tessera.metrics.conventions import RULES, chosen
 from tessera.recipes.schema import Recipe
 from tessera.sharing.portable import last_name
 from tessera.training.evaluation import SCORE
-from tessera.training.tracking import run_metrics
+from tessera.training.tracking import read_metrics
 
 _PREFIX = "evaluate/"
 _CLASSIFIER_RULE = "features of a classifier of the real images; this is not FID"
@@ -75,7 +75,7 @@ def _best(path: Path) -> Iterator[dict[str, Any]]:
 
 def _log(run: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's log that hold scores."""
-    return (line for line in run_metrics(run) if any(key.startswith(_PREFIX) for key in line))
+    return (line for line in read_metrics(run) if any(key.startswith(_PREFIX) for key in line))
 
 
 def read_scores(path: Path) -> ScoreTable:

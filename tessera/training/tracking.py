@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import math
 import resource
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -232,14 +231,31 @@ def cut_lines(path: Path, images: int) -> None:
             file.write(text)
 
 
+def read_metrics(run_dir: Path) -> list[Metrics]:
+    """The lines of a run's log in their order, without what is no line of it; none without a log.
+
+    Lines of the training, of its validation and of its evaluations stand between each other.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [values for values in map(_values, lines) if values is not None]
+
+
 def _images_of(line: bytes) -> int | None:
     """The images seen of a line of metrics; None if it is no such line."""
+    values = _values(line)
+    images = None if values is None else values["images"]
+    return images if isinstance(images, int) else None
+
+
+def _values(line: bytes) -> Metrics | None:
+    """A line of metrics; None if it is none."""
     try:
         values = parse_json(line, "line", max_bytes=_LONGEST_LINE, max_depth=1)
     except TesseraError:
         return None
     images = values.get("images") if isinstance(values, dict) else None
-    return images if type(images) is int and images >= 0 else None
+    return values if type(images) is int and images >= 0 else None
 
 
 class TensorBoard:
@@ -362,22 +378,6 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
     if not sys.stderr.isatty():
         trackers.append(StatusLines(recipe.training.images))
     return trackers
-
-
-def run_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines that a run has logged, oldest first; nothing of what is no run, or of damaged ones.
-
-    Each says after how many `images` it was.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        while text := file.readline(_LONGEST_LINE):
-            with contextlib.suppress(TesseraError):
-                line = parse_json(text, "line", max_bytes=_LONGEST_LINE, max_depth=1)
-                if isinstance(line, dict) and isinstance(line.get("images"), int):
-                    yield line
 
 
 def memory_gb(device: torch.device) -> float:

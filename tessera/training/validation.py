@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tessera import distributed
+from tessera.data.codec import Codec
 from tessera.data.dataset import Dataset
 from tessera.data.loader import StepPlan
 from tessera.errors import RecipeError
@@ -61,6 +62,24 @@ def validation_images(
     if dataset is None:
         return None
     _check_classes(recipe, dataset, training.dataset)
+    most = recipe.validation.images
+    return whole_images(recipe, device, dataset, parts, most, training.codec)
+
+
+def whole_images(
+    recipe: Recipe,
+    device: torch.device,
+    dataset: Dataset,
+    parts: Parts,
+    most: int,
+    codec: Codec | None = None,
+) -> ValidationImages:
+    """Up to `most` images of a set, as a recipe's loss is measured on them.
+
+    Args:
+        dataset: not compared with the recipe.
+        codec: of the training, which it shares; by default one of its own.
+    """
     world = distributed.world()
     at_once = recipe.training.micro_batch or recipe.training.batch // world
     changes = {
@@ -76,8 +95,8 @@ def validation_images(
             "augment": None,
         }
     )
-    count = min(recipe.validation.images, len(dataset))
-    return ValidationImages(Feed(plain, device, parts, dataset, training.codec), count)
+    count = min(most, len(dataset))
+    return ValidationImages(Feed(plain, device, parts, dataset, codec), count)
 
 
 def _check_classes(recipe: Recipe, dataset: Dataset, training: Dataset) -> None:

@@ -207,6 +207,9 @@ class RunConfig(Section):
     )
     tensorboard: bool = Field(True, description="write events for TensorBoard")
     wandb: str | None = Field(None, description="Weights & Biases project")
+    report: bool = Field(
+        False, description="`tessera train` writes report.html into the run folder at its end"
+    )
     timeout_minutes: PositiveFloat = Field(
         30, description="longest that one of several processes waits for the others"
     )
