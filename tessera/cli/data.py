@@ -37,9 +37,20 @@ Collection = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
-        help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
-        "LSUN *_lmdb folder, or a packed set.",
+        help="Folder or ZIP of images, parquet, datasets folder (save_to_disk), WebDataset shards, "
+        "list of files (.csv, .tsv, .jsonl), cifar-10-python.tar.gz, *-images-idx3-ubyte.gz "
+        "(MNIST), LSUN *_lmdb folder, or a packed set.",
     ),
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of images (or ending, as png, of shards)."),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of labels; none: without labels.")
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of parquet or a datasets folder, as train.")
 ]
 Destination = Annotated[
     Path,
@@ -50,6 +61,17 @@ Destination = Annotated[
 MaxPixels = Annotated[
     int | None,
     typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(min=1, max=3, help="3 makes all images RGB, 1 grey; otherwise as they are."),
+]
+LegacyWideCrop = Annotated[
+    bool,
+    typer.Option(
+        "--legacy-wide-crop",
+        help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
+    ),
 ]
 TransformName = Annotated[
     str,
@@ -75,10 +97,7 @@ def convert_data(
             help="For resizing: lanczos (the default), bicubic, bilinear, hamming, box, nearest.",
         ),
     ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(min=1, max=3, help="3 makes all images RGB, 1 grey; otherwise as they are."),
-    ] = None,
+    channels: Channels = None,
     max_images: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many images of the source.")
     ] = None,
@@ -97,18 +116,15 @@ def convert_data(
             "--ignore-orientation", help="Do not turn photos as the camera's tag (EXIF) says."
         ),
     ] = False,
-    legacy_wide_crop: Annotated[
-        bool,
-        typer.Option(
-            "--legacy-wide-crop",
-            help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
-        ),
-    ] = False,
+    legacy_wide_crop: LegacyWideCrop = False,
     max_file_size: Annotated[
         int,
         typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
     ] = 256,
     max_pixels: MaxPixels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split: Split = None,
 ) -> None:
     """Make a training set from a collection of images.
 
@@ -136,6 +152,9 @@ def convert_data(
         released_wide_crop=legacy_wide_crop,
         max_file_bytes=max_file_size * 2**20,
         max_pixels=max_pixels or MAX_PIXELS,
+        image_column=image_column,
+        label_column=label_column,
+        split=split,
         workers=workers,
     )
     _print_report(report)

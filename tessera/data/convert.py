@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -20,7 +21,7 @@ from tessera.data.labels import LABELS_FILE, Label, label_array
 from tessera.data.members import MAX_BYTES
 from tessera.data.packed import PackedWriter
 from tessera.data.parallel import cores, ordered_map
-from tessera.data.sources import Record, Source, open_source
+from tessera.data.sources import Options, Record, Source, open_source
 from tessera.data.transforms import (
     Filter,
     Pixels,
@@ -90,6 +91,9 @@ def convert_images(
     released_wide_crop: bool = False,
     max_file_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
     workers: int | None = None,
 ) -> Report:
     """Convert a collection; the result appears under `target` when it is whole, or not at all.
@@ -110,6 +114,9 @@ def convert_images(
         released_wide_crop: see `transforms.apply_transform`.
         max_file_bytes: the largest file in a folder or ZIP that is read.
         max_pixels: refuse images of more pixels, before they are decoded.
+        image_column, label_column: of a table; by default those that look like it. "none" as label
+            column: without labels.
+        split: of a collection that has several.
         workers: threads; by default one per core.
 
     Raises:
@@ -120,28 +127,21 @@ def convert_images(
     form = _format(target, form)
     _check_target(source, target, overwrite)
     workers = cores() if workers is None else workers
+
+    def edit(image: Pixels) -> Pixels | None:
+        cut = apply_transform(image, transform, resolution, resample, released_wide_crop)
+        return None if cut is None else to_channels(cut, channels)
+
+    options = Options(upright, max_file_bytes, max_pixels, image_column, label_column, split)
     started = time.monotonic()
     with (
-        open_source(
-            source, upright=upright, max_file_bytes=max_file_bytes, max_pixels=max_pixels
-        ) as opened,
+        open_source(source, options) as opened,
         _sink(form, target, opened) as sink,
     ):
         report = Report(target, form, opened.kind, ignored=opened.ignored)
 
-        def prepare(record: Record) -> _Prepared:
-            try:
-                image = apply_transform(
-                    record.load(), transform, resolution, resample, released_wide_crop
-                )
-                if image is None:
-                    return _Prepared(record)
-                image = to_channels(image, channels)
-                return _Prepared(record, channels_first(image).shape, sink.encode(image))
-            except DataError as error:
-                return _Prepared(record, error=str(error))
-
         chunks = _chunks(itertools.islice(opened.records, max_images))
+        prepare = functools.partial(_prepared, edit=edit, sink=sink)
         results = ordered_map(lambda chunk: [*map(prepare, chunk)], chunks, workers, workers + 2)
         total = opened.count if max_images is None else min(opened.count, max_images)
         bars = progress(f"converting {source.name}", total, unit="images")
@@ -164,6 +164,16 @@ class _Prepared:
     shape: tuple[int, ...] = ()
     payload: Any = None
     error: str | None = None
+
+
+def _prepared(record: Record, edit: Callable[[Pixels], Pixels | None], sink: _Sink) -> _Prepared:
+    try:
+        image = edit(record.load())
+        if image is None:
+            return _Prepared(record)
+        return _Prepared(record, channels_first(image).shape, sink.encode(image))
+    except DataError as error:
+        return _Prepared(record, error=str(error))
 
 
 def _write_all(
