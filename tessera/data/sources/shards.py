@@ -103,6 +103,13 @@ def _read_index(shard: Path, samples: list[_Sample], ignored: list[str]) -> None
                 for member in archive:
                     _add_member(shard, member, samples, ignored)
                     cast("Any", archive).members = []  # tarfile keeps them all
+                # It takes any damaged header for the end.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise DataError(
+                        f"{shard}: not a whole tar file (cut off or damaged at byte "
+                        f"{archive.offset:,})"
+                    )
     except FileNotFoundError as error:
         raise DataError(f"{shard}: no such file") from error
     except DataError:
