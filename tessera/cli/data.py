@@ -64,7 +64,7 @@ MaxPixels = Annotated[
 ]
 Channels = Annotated[
     int | None,
-    typer.Option(min=1, max=3, help="3 makes all images RGB, 1 grey; otherwise as they are."),
+    typer.Option(min=1, max=4, help="3 makes all images RGB, 1 grey, 4 RGBA; else as they are."),
 ]
 LegacyWideCrop = Annotated[
     bool,
@@ -135,7 +135,7 @@ def convert_data(
     from tessera.images import MAX_PIXELS
 
     if channels == 2:
-        raise DataError("--channels: 1 (grey) or 3 (RGB)")
+        raise DataError("--channels: 1 (grey), 3 (RGB) or 4 (RGBA)")
     # What is no transform, filter or format is refused by the conversion, in words of its own.
     report = convert_images(
         source,

@@ -104,7 +104,7 @@ def convert_images(
         source: see `sources.open_source`.
         resolution: (width, height) of the result; None keeps the size of the images.
         transform, resample: see `transforms.apply_transform`.
-        channels: 3 makes all images RGB, 1 grey; None leaves them as they are.
+        channels: 3 makes all images RGB, 1 grey, 4 RGBA; None leaves them as they are.
         max_images: stop after this many images of the source.
         form: of the result; by default `.zip` is an archive, `.safetensors` a packed set, and a
             name without such an ending a folder.
@@ -132,7 +132,8 @@ def convert_images(
         cut = apply_transform(image, transform, resolution, resample, released_wide_crop)
         return None if cut is None else to_channels(cut, channels)
 
-    options = Options(upright, max_file_bytes, max_pixels, image_column, label_column, split)
+    alpha = channels == 4
+    options = Options(upright, max_file_bytes, max_pixels, image_column, label_column, split, alpha)
     started = time.monotonic()
     with (
         open_source(source, options) as opened,
@@ -147,7 +148,6 @@ def convert_images(
         bars = progress(f"converting {source.name}", total, unit="images")
         with contextlib.closing(results), bars as bar:
             labels, names = _write_all(results, sink, report, skip_bad, bar.advance)
-        report.count = len(labels)
         if not labels:
             raise DataError(_nothing_left(source, report))
         sink.finish(_settle_labels(labels, names, opened, report), report.class_names)
@@ -173,7 +173,8 @@ def _prepared(record: Record, edit: Callable[[Pixels], Pixels | None], sink: _Si
             return _Prepared(record)
         return _Prepared(record, channels_first(image).shape, sink.encode(image))
     except DataError as error:
-        return _Prepared(record, error=str(error))
+        text = str(error)
+        return _Prepared(record, error=text if record.name in text else f"{record.name}: {text}")
 
 
 def _write_all(
@@ -196,7 +197,7 @@ def _write_all(
         elif result.payload is None:
             report.too_small += 1
         else:
-            report.shape = result.shape
+            report.shape, report.count = result.shape, report.count + 1
             sink.add(result.payload, result.shape)
             labels.append(result.record.label)
             names.append(result.record.name)
@@ -316,7 +317,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 class _Sink(Protocol):
     def encode(self, image: Pixels) -> Any:
-        """What `add` wants of uint8 [H, W] or [H, W, 3]; runs in any thread."""
+        """What `add` wants of uint8 [H, W] or [H, W, C]; runs in any thread."""
 
     def add(self, payload: Any, shape: tuple[int, ...]) -> None:
         """Append an image."""
@@ -328,18 +329,19 @@ class _Sink(Protocol):
 class _ArchiveSink:
     def __init__(self, put: archive.PutFile) -> None:
         self._put = put
-        self._count = 0
+        self._count, self._ending = 0, "png"
 
     def encode(self, image: Pixels) -> bytes:
         return archive.encode_member(image)
 
     def add(self, payload: bytes, shape: tuple[int, ...]) -> None:
-        self._put(archive.member_name(self._count), payload)
+        self._ending = archive.member_ending(shape[0])
+        self._put(archive.member_name(self._count, self._ending), payload)
         self._count += 1
 
     def finish(self, labels: NDArray[Any] | None, class_names: tuple[str, ...] | None) -> None:
         values = None if labels is None else labels.tolist()
-        self._put(LABELS_FILE, archive.labels_json(values, class_names))
+        self._put(LABELS_FILE, archive.labels_json(values, class_names, self._ending))
 
 
 class _PackedSink:

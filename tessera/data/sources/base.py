@@ -71,6 +71,7 @@ class Options:
         max_pixels: refuse images of more pixels, before they are decoded.
         image_column, label_column: where a table keeps images and labels; None to look for them.
         split: the part of a collection that has several.
+        alpha: make RGBA of all pictures.
     """
 
     upright: bool = True
@@ -79,6 +80,7 @@ class Options:
     image_column: str | None = None
     label_column: str | None = None
     split: str | None = None
+    alpha: bool = False
 
     def decode(self, data: bytes, name: str) -> Pixels:
         """Pixels of an image file.
@@ -92,7 +94,9 @@ class Options:
                 f"{self.max_file_bytes / 2**20:,.0f} MiB are not read. If it is what it should be: "
                 "tessera data convert --max-file-size MIB"
             )
-        return decode_image(data, name, upright=self.upright, max_pixels=self.max_pixels)
+        return decode_image(
+            data, name, upright=self.upright, alpha=self.alpha, max_pixels=self.max_pixels
+        )
 
     def record(self, name: str, label: Label, data: bytes) -> Record:
         """An image whose file is in memory already."""

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from tessera.images import is_picture
 from tessera.recipes.schema.base import Listed, Section, Side
 from tessera.recipes.schema.data import (
     AugmentConfig,
@@ -167,6 +168,16 @@ class Recipe(Section):
             raise ValueError(
                 "augment works on images and not on latents; set augment=null, and data.xflip=true "
                 "for mirrored images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_see_colours(self) -> Self:
+        features = "classifier" if self.evaluate is None else self.evaluate.features
+        if features != "classifier" and not is_picture(self.data.channels):
+            raise ValueError(
+                f"evaluate.features={features} looks at grey or RGB images, and "
+                f"data.channels is {self.data.channels}; set evaluate.features=classifier"
             )
         return self
 
