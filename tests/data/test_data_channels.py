@@ -110,9 +110,8 @@ def test_grids_show_three_channels_or_one():
 
 
 def test_inspection(tmp_path):
-    dataset = open_dataset(
-        write_packed(tmp_path / "a.safetensors", random_images(4, 5), [0, 1] * 2)
-    )
+    path = write_packed(tmp_path / "a.safetensors", random_images(4, 5), [0, 1] * 2)
+    dataset = open_dataset(path)
     assert len(summarise(dataset, path).mean) == 5
     assert sample_grid(dataset).shape[2] == 3
 
