@@ -263,8 +263,8 @@ def _refuse_foreign(path: Path) -> None:
     kind = next((kind for kind in KINDS if kind.matches(path)), FILES)
     if path.exists() and kind is not FILES:
         raise DataError(
-            f"{path} is none of the sets that are trained on, but can be made one ({kind.words}): "
-            f"tessera data convert {path} NAME.zip"
+            f"{path}: neither a folder of images, a .zip archive nor a .safetensors packed set; one "
+            f"can be made of it ({kind.words}): tessera data convert {path} NAME.zip"
         )
 
 
