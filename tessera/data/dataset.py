@@ -263,7 +263,7 @@ def _refuse_foreign(path: Path) -> None:
     kind = next((kind for kind in KINDS if kind.matches(path)), FILES)
     if path.exists() and kind is not FILES:
         raise DataError(
-            f"{path}: neither a folder of images, a .zip archive nor a .safetensors packed set; one "
+            f"{path}: neither a folder of images, a .zip archive nor a packed set. One "
             f"can be made of it ({kind.words}): tessera data convert {path} NAME.zip"
         )
 
