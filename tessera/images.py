@@ -1,4 +1,4 @@
-"""Pixels between model space and files: quantisation, grids, PNG."""
+"""Pixels between model space and files: quantisation, grids, PNG, arrays of many channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from tessera.errors import DataError
 from tessera.files import atomic_file
+from tessera.plain import NPY, npy_header
 
+MAX_CHANNELS = 64
+"""Of an image; those of grey and RGB images are files of pictures, others arrays of NumPy."""
 MAX_PIXELS = 1 << 26  # of one image that is opened; 8192 x 8192
 # Nothing else is tried, whatever a file is called: Pillow has decoders that start other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
@@ -37,10 +40,73 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_pil(image: NDArray[np.uint8]) -> Image.Image:
-    """uint8 [H, W, C] with C = 1 or 3, or [H, W], as a Pillow image."""
+    """uint8 [H, W, C] or [H, W] as a Pillow image to look at; see `visible` for many channels."""
+    image = visible(image)
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(image))
+
+
+def is_picture(channels: int) -> bool:
+    """Whether images of so many channels are grey or RGB."""
+    return channels in (1, 3)
+
+
+def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Channels that can be looked at: [H, W], or [..., H, W, C] as a view with C = 1 or 3.
+
+    Of other images the first three, of two channels the first one.
+    """
+    if images.ndim < 3 or is_picture(images.shape[-1]):
+        return images
+    return images[..., : 3 if images.shape[-1] > 3 else 1]
+
+
+def array_bytes(image: NDArray[np.uint8]) -> bytes:
+    """uint8 [H, W, C] as the bytes of a `.npy` file of NumPy."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(image, np.uint8), allow_pickle=False)
+    return file.getvalue()
+
+
+def is_array(data: bytes) -> bool:
+    """Whether a file is an array of NumPy, by its first bytes."""
+    return data.startswith(NPY)
+
+
+def read_array(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """The pixels in a `.npy` file: uint8 [H, W], or [H, W, C] with C from 2 to `MAX_CHANNELS`.
+
+    Args:
+        data: the file.
+        name: what messages call it.
+        max_pixels: refuse an image of more pixels.
+
+    Raises:
+        DataError: damaged, too large, of another type or shape.
+    """
+    start, shape, dtype = npy_header(data, name)
+    if dtype != np.uint8:
+        raise DataError(f"{name}: an array of {dtype}; the pixels of images are uint8, 0 to 255")
+    if len(shape) not in (2, 3) or shape[2:] > (MAX_CHANNELS,):
+        first = len(shape) == 3 and shape[0] <= MAX_CHANNELS
+        raise DataError(
+            f"{name}: an array of shape {shape}; images are [height, width] or [height, width, "
+            f"channels] with at most {MAX_CHANNELS} channels"
+            + ("; here the channels seem to come first" if first else "")
+        )
+    if shape[0] * shape[1] > max_pixels:
+        raise DataError(_too_large(name, f"{shape[1]}x{shape[0]}", max_pixels))
+    if len(data) - start != math.prod(shape):
+        raise DataError(f"{name}: the array is cut off, or followed by something else")
+    pixels = np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+    return pixels[:, :, 0] if shape[2:] == (1,) else pixels
+
+
+def save_image(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
+    """Write uint8 [H, W, C] as a PNG file or, if the name ends in `.npy`, an array; atomically."""
+    with atomic_file(path) as file:
+        file.write(array_bytes(image) if str(path).endswith(".npy") else png_bytes(image))
 
 
 def png_bytes(image: NDArray[np.uint8], compress_level: int = 6) -> bytes:
@@ -51,7 +117,7 @@ def png_bytes(image: NDArray[np.uint8], compress_level: int = 6) -> bytes:
 
 
 def save_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
-    """Write uint8 [H, W, C] or [H, W] as a PNG file, atomically."""
+    """Write uint8 [H, W, C] or [H, W] as a PNG file to look at, atomically."""
     with atomic_file(path) as file:
         file.write(png_bytes(image))
 
@@ -108,13 +174,16 @@ def _too_large(name: str, size: str, limit: int) -> str:
 def grid(
     images: NDArray[np.uint8], columns: int | None = None, gap: int = 2, scale: int | None = None
 ) -> NDArray[np.uint8]:
-    """Tile images [N, H, W, C] row by row into one [H', W', C] picture on white.
+    """Tile images [N, H, W, C] row by row into one picture on white, [H', W', 1 or 3].
+
+    Of many channels those that are `visible` are shown.
 
     Args:
         columns: images in a row; by default as square as possible.
         gap: white pixels between images.
         scale: whole-number enlargement of every image; by default small ones grow to be seen well.
     """
+    images = visible(images)
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -141,7 +210,7 @@ def labelled_grid(
     """Pictures in a grid on white, with names before the rows and above the columns if given.
 
     Args:
-        rows: pictures [H, W, C] of each row, C = 1 or 3; those of a row may differ in size.
+        rows: pictures [H, W, C] of each row; those of a row may differ in size.
         gap: white pixels between pictures.
         least: pictures are enlarged, each by a whole number, to so many pixels of width.
 

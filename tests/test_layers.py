@@ -31,7 +31,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 OPTIONAL = {
     "sklearn", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchvision", "tensorboard",
-    "torch.utils.tensorboard", "wandb", "huggingface_hub", "lmdb", "cv2", "pandas",
+    "torch.utils.tensorboard", "wandb", "huggingface_hub", "lmdb", "pyarrow", "cv2", "pandas",
     "IPython", "IPython.display",
 }  # fmt: skip
 

@@ -43,9 +43,20 @@ Collection = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
-        help="Folder or ZIP of images, cifar-10-python.tar.gz, *-images-idx3-ubyte.gz (MNIST), "
-        "LSUN *_lmdb folder, or a packed set.",
+        help="Folder or ZIP of images, parquet, datasets folder (save_to_disk), WebDataset shards, "
+        "list of files (.csv, .tsv, .jsonl), cifar-10-python.tar.gz, *-images-idx3-ubyte.gz "
+        "(MNIST), LSUN *_lmdb folder, or a packed set.",
     ),
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of images (or ending, as png, of shards)."),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of labels; none: without labels.")
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of parquet or a datasets folder, as train.")
 ]
 Destination = Annotated[
     Path,
@@ -56,6 +67,17 @@ Destination = Annotated[
 MaxPixels = Annotated[
     int | None,
     typer.Option(min=1, help="Refuse larger images. (default: 67,108,864, 8192 x 8192)"),
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(min=1, max=4, help="3 makes all images RGB, 1 grey, 4 RGBA; else as they are."),
+]
+LegacyWideCrop = Annotated[
+    bool,
+    typer.Option(
+        "--legacy-wide-crop",
+        help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
+    ),
 ]
 TransformName = Annotated[
     str,
@@ -81,10 +103,7 @@ def convert_data(
             help="For resizing: lanczos (the default), bicubic, bilinear, hamming, box, nearest.",
         ),
     ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(min=1, max=3, help="3 makes all images RGB, 1 grey; otherwise as they are."),
-    ] = None,
+    channels: Channels = None,
     max_images: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many images of the source.")
     ] = None,
@@ -103,18 +122,15 @@ def convert_data(
             "--ignore-orientation", help="Do not turn photos as the camera's tag (EXIF) says."
         ),
     ] = False,
-    legacy_wide_crop: Annotated[
-        bool,
-        typer.Option(
-            "--legacy-wide-crop",
-            help="center-crop-wide as in EDM's released tool, which stretches most pictures.",
-        ),
-    ] = False,
+    legacy_wide_crop: LegacyWideCrop = False,
     max_file_size: Annotated[
         int,
         typer.Option(min=1, metavar="MIB", help="Refuse larger files of a folder or ZIP."),
     ] = 256,
     max_pixels: MaxPixels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split: Split = None,
 ) -> None:
     """Make a training set from a collection of images.
 
@@ -125,7 +141,7 @@ def convert_data(
     from tessera.images import MAX_PIXELS
 
     if channels == 2:
-        raise DataError("--channels: 1 (grey) or 3 (RGB)")
+        raise DataError("--channels: 1 (grey), 3 (RGB) or 4 (RGBA)")
     # What is no transform, filter or format is refused by the conversion, in words of its own.
     report = convert_images(
         source,
@@ -142,6 +158,9 @@ def convert_data(
         released_wide_crop=legacy_wide_crop,
         max_file_bytes=max_file_size * 2**20,
         max_pixels=max_pixels or MAX_PIXELS,
+        image_column=image_column,
+        label_column=label_column,
+        split=split,
         workers=workers,
     )
     _print_report(report)

@@ -1,4 +1,7 @@
-"""The EDM archive: a stored ZIP (or folder) of uncompressed PNG files and `dataset.json`."""
+"""The EDM archive: a stored ZIP (or folder) of uncompressed PNG files and `dataset.json`.
+
+Images of other numbers of channels than 1 and 3 are `.npy` files, which only this library reads.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.images import png_bytes
+from tessera.images import array_bytes, is_picture, png_bytes
 
 PutFile = Callable[[str, bytes], None]
 
@@ -22,8 +25,15 @@ def member_name(index: int, ending: str = "png") -> str:
     return f"{digits[:-3]}/img{digits}.{ending}"
 
 
+def member_ending(channels: int) -> str:
+    """PNG for grey and RGB images, else arrays of NumPy."""
+    return "png" if is_picture(channels) else "npy"
+
+
 def encode_member(image: NDArray[np.uint8]) -> bytes:
-    """uint8 [H, W] or [H, W, 3] as the PNG file that goes into an archive."""
+    """uint8 [H, W] or [H, W, C] as the file that goes into an archive, see `member_ending`."""
+    if member_ending(image.shape[2] if image.ndim == 3 else 1) == "npy":
+        return array_bytes(image)
     return png_bytes(image, compress_level=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -20,7 +21,7 @@ from tessera.data.labels import LABELS_FILE, Label, label_array
 from tessera.data.members import MAX_BYTES
 from tessera.data.packed import PackedWriter
 from tessera.data.parallel import cores, ordered_map
-from tessera.data.sources import Record, Source, open_source
+from tessera.data.sources import Options, Record, Source, open_source
 from tessera.data.transforms import (
     Filter,
     Pixels,
@@ -90,6 +91,9 @@ def convert_images(
     released_wide_crop: bool = False,
     max_file_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
     workers: int | None = None,
 ) -> Report:
     """Convert a collection; the result appears under `target` when it is whole, or not at all.
@@ -100,7 +104,7 @@ def convert_images(
         source: see `sources.open_source`.
         resolution: (width, height) of the result; None keeps the size of the images.
         transform, resample: see `transforms.apply_transform`.
-        channels: 3 makes all images RGB, 1 grey; None leaves them as they are.
+        channels: 3 makes all images RGB, 1 grey, 4 RGBA; None leaves them as they are.
         max_images: stop after this many images of the source.
         form: of the result; by default `.zip` is an archive, `.safetensors` a packed set, and a
             name without such an ending a folder.
@@ -110,6 +114,9 @@ def convert_images(
         released_wide_crop: see `transforms.apply_transform`.
         max_file_bytes: the largest file in a folder or ZIP that is read.
         max_pixels: refuse images of more pixels, before they are decoded.
+        image_column, label_column: of a table; by default those that look like it. "none" as label
+            column: without labels.
+        split: of a collection that has several.
         workers: threads; by default one per core.
 
     Raises:
@@ -120,34 +127,27 @@ def convert_images(
     form = _format(target, form)
     _check_target(source, target, overwrite)
     workers = cores() if workers is None else workers
+
+    def edit(image: Pixels) -> Pixels | None:
+        cut = apply_transform(image, transform, resolution, resample, released_wide_crop)
+        return None if cut is None else to_channels(cut, channels)
+
+    alpha = channels == 4
+    options = Options(upright, max_file_bytes, max_pixels, image_column, label_column, split, alpha)
     started = time.monotonic()
     with (
-        open_source(
-            source, upright=upright, max_file_bytes=max_file_bytes, max_pixels=max_pixels
-        ) as opened,
+        open_source(source, options) as opened,
         _sink(form, target, opened) as sink,
     ):
         report = Report(target, form, opened.kind, ignored=opened.ignored)
 
-        def prepare(record: Record) -> _Prepared:
-            try:
-                image = apply_transform(
-                    record.load(), transform, resolution, resample, released_wide_crop
-                )
-                if image is None:
-                    return _Prepared(record)
-                image = to_channels(image, channels)
-                return _Prepared(record, channels_first(image).shape, sink.encode(image))
-            except DataError as error:
-                return _Prepared(record, error=str(error))
-
         chunks = _chunks(itertools.islice(opened.records, max_images))
+        prepare = functools.partial(_prepared, edit=edit, sink=sink)
         results = ordered_map(lambda chunk: [*map(prepare, chunk)], chunks, workers, workers + 2)
         total = opened.count if max_images is None else min(opened.count, max_images)
         bars = progress(f"converting {source.name}", total, unit="images")
         with contextlib.closing(results), bars as bar:
             labels, names = _write_all(results, sink, report, skip_bad, bar.advance)
-        report.count = len(labels)
         if not labels:
             raise DataError(_nothing_left(source, report))
         sink.finish(_settle_labels(labels, names, opened, report), report.class_names)
@@ -164,6 +164,17 @@ class _Prepared:
     shape: tuple[int, ...] = ()
     payload: Any = None
     error: str | None = None
+
+
+def _prepared(record: Record, edit: Callable[[Pixels], Pixels | None], sink: _Sink) -> _Prepared:
+    try:
+        image = edit(record.load())
+        if image is None:
+            return _Prepared(record)
+        return _Prepared(record, channels_first(image).shape, sink.encode(image))
+    except DataError as error:
+        text = str(error)
+        return _Prepared(record, error=text if record.name in text else f"{record.name}: {text}")
 
 
 def _write_all(
@@ -186,7 +197,7 @@ def _write_all(
         elif result.payload is None:
             report.too_small += 1
         else:
-            report.shape = result.shape
+            report.shape, report.count = result.shape, report.count + 1
             sink.add(result.payload, result.shape)
             labels.append(result.record.label)
             names.append(result.record.name)
@@ -306,7 +317,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
 
 class _Sink(Protocol):
     def encode(self, image: Pixels) -> Any:
-        """What `add` wants of uint8 [H, W] or [H, W, 3]; runs in any thread."""
+        """What `add` wants of uint8 [H, W] or [H, W, C]; runs in any thread."""
 
     def add(self, payload: Any, shape: tuple[int, ...]) -> None:
         """Append an image."""
@@ -318,18 +329,19 @@ class _Sink(Protocol):
 class _ArchiveSink:
     def __init__(self, put: archive.PutFile) -> None:
         self._put = put
-        self._count = 0
+        self._count, self._ending = 0, "png"
 
     def encode(self, image: Pixels) -> bytes:
         return archive.encode_member(image)
 
     def add(self, payload: bytes, shape: tuple[int, ...]) -> None:
-        self._put(archive.member_name(self._count), payload)
+        self._ending = archive.member_ending(shape[0])
+        self._put(archive.member_name(self._count, self._ending), payload)
         self._count += 1
 
     def finish(self, labels: NDArray[Any] | None, class_names: tuple[str, ...] | None) -> None:
         values = None if labels is None else labels.tolist()
-        self._put(LABELS_FILE, archive.labels_json(values, class_names))
+        self._put(LABELS_FILE, archive.labels_json(values, class_names, self._ending))
 
 
 class _PackedSink:

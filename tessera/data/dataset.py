@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from tessera.data.labels import Labels, find_labels, label_array, stray_text
 from tessera.data.members import Members, open_members
 from tessera.data.packed import PackedFile
 from tessera.data.parallel import cores, ordered_map
+from tessera.data.sources import KINDS
+from tessera.data.sources.files import FILES
 from tessera.errors import DataError
 from tessera.files import user_path
 from tessera.progress import progress
@@ -232,6 +235,7 @@ def open_dataset(
         labels, class_names, kind = packed.labels, packed.class_names, "packed"
         reader, total = PackedReader(packed.images), len(packed.images)
     else:
+        _refuse_foreign(path)
         members = open_members(path)
         kind = "folder" if path.is_dir() else "zip"
         every = [name for name in members.names if is_image(name)]
@@ -252,6 +256,16 @@ def open_dataset(
     if cache and kind != "packed":
         reader = CachedReader(reader, total)
     return ImageDataset(path.stem, kind, reader, labels, class_names, raw, xflip, skipped)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise for a collection that has to be converted first."""
+    kind = next((kind for kind in KINDS if kind.matches(path)), FILES)
+    if path.exists() and kind is not FILES:
+        raise DataError(
+            f"{path}: neither a folder of images, a .zip archive nor a packed set. One "
+            f"can be made of it ({kind.words}): tessera data convert {path} NAME.zip"
+        )
 
 
 def _without_strays(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessera.errors import DataError
-from tessera.images import MAX_PIXELS, image_formats, open_image
+from tessera.images import MAX_PIXELS, image_formats, is_array, open_image, read_array
 
 
 @functools.cache
@@ -26,7 +26,8 @@ def image_extensions() -> frozenset[str]:
 def is_image(name: str) -> bool:
     """Whether a `/`-separated file name is that of an image; hidden files are not."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and os.path.splitext(name)[1].lower() in image_extensions()
+    ending = os.path.splitext(name)[1].lower()
+    return not hidden and (ending in image_extensions() or ending == ".npy")
 
 
 def decode_image(
@@ -35,9 +36,12 @@ def decode_image(
     *,
     upright: bool = False,
     opaque: bool = False,
+    alpha: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> NDArray[np.uint8]:
     """Pixels of an image file: uint8 [H, W] for grey images, else RGB [H, W, 3].
+
+    Arrays of NumPy (`.npy`) may have other numbers of channels, see `images.read_array`.
 
     Palette, CMYK and all other colour images become RGB, 16-bit grey keeps its upper 8 bits, and an
     alpha channel is dropped.
@@ -45,6 +49,7 @@ def decode_image(
     Args:
         name: what an error calls the file.
         upright: turn the picture as the camera's orientation tag (EXIF) says.
+        alpha: make RGBA [H, W, 4] of every picture that is no array.
         opaque: refuse an image with an alpha channel.
         max_pixels: refuse an image of more pixels, before it is decoded.
 
@@ -52,6 +57,8 @@ def decode_image(
         DataError: not an image, damaged, transparent, too large, or of a kind without a brightness
             scale (float).
     """
+    if is_array(data):
+        return read_array(data, name, max_pixels)
     try:
         # A decoder that meets damaged data may raise nearly anything.
         with open_image(data, name, max_pixels) as file:
@@ -61,7 +68,7 @@ def decode_image(
                     "Make RGB images of the set with: tessera data convert"
                 )
             image = ImageOps.exif_transpose(file) if upright else file
-            return _pixels(image)
+            return np.array(image.convert("RGBA"), np.uint8) if alpha else _pixels(image)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -94,4 +101,5 @@ def channels_first(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def shape_text(shape: tuple[int, ...]) -> str:
     """(C, H, W) in words for messages: `32x32 RGB` (width x height)."""
     channels, height, width = shape
-    return f"{width}x{height} {'grey' if channels == 1 else 'RGB' if channels == 3 else channels}"
+    kinds = {1: "grey", 3: "RGB"}
+    return f"{width}x{height} {kinds.get(channels, f'with {channels} channels')}"

@@ -61,14 +61,7 @@ class FolderMembers:
 
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """The bytes of a file; see `Members.read`."""
-        try:
-            status = (self.path / name).stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{self.where(name)}: not an ordinary file")
-            _check_size(self.where(name), status.st_size, max_bytes or self._max_bytes)
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.where(name)}: cannot be read ({error.strerror})") from error
+        return read_file(self.path / name, self.where(name), max_bytes or self._max_bytes)
 
     def where(self, name: str) -> str:
         """How messages call a file."""
@@ -164,6 +157,22 @@ class ZipMembers:
     def close(self) -> None:
         """Close the archive, which otherwise happens when nobody uses the object any more."""
         self._close()
+
+
+def read_file(path: Path, where: str, max_bytes: int) -> bytes:
+    """The bytes of an ordinary file of a size that can be read.
+
+    Raises:
+        DataError: it is something else; the message calls it `where`.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{where}: not an ordinary file")
+        _check_size(where, status.st_size, max_bytes)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a name may hold what no name can
+        raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
 def _check_size(where: str, size: int, limit: int) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tessera.data.labels import is_names
 from tessera.errors import DataError
+from tessera.images import MAX_CHANNELS
 from tessera.plain import MIB, parse_json
 
 FORMAT = "tessera-packed"
@@ -135,10 +136,12 @@ class PackedFile:
         if (
             images.dtype != np.uint8
             or images.ndim != 4
-            or images.shape[1] not in (1, 3)
+            or not 1 <= images.shape[1] <= MAX_CHANNELS
             or 0 in images.shape[2:]
         ):
-            raise DataError(f"{path}: images must be uint8 [N, C, H, W] with C = 1 or 3")
+            raise DataError(
+                f"{path}: images must be uint8 [N, C, H, W] with C from 1 to {MAX_CHANNELS}"
+            )
         if labels is not None and len(labels) != len(images):
             raise DataError(f"{path}: {len(images)} images but {len(labels)} labels")
         self.images = images

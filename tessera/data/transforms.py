@@ -1,4 +1,4 @@
-"""Geometry of the conversion: crop and resize, on uint8 [H, W] or [H, W, 3] (EDM's data set tool).
+"""Geometry of the conversion: crop and resize, on uint8 [H, W] or [H, W, C] (EDM's data set tool).
 
 A size is (width, height), as users write it: 64x48 is wider than high.
 """
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tessera.errors import DataError
+from tessera.images import is_picture
 
 Pixels = NDArray[np.uint8]
 Transform = Literal["none", "center-crop", "center-crop-wide", "adm-center-crop", "lsun-crop"]
@@ -69,7 +70,7 @@ def apply_transform(
     """Crop and resize; None where center-crop-wide leaves out a picture that is too small.
 
     Args:
-        image: uint8 [H, W] or [H, W, 3]; the crops turn grey into three equal channels.
+        image: uint8 [H, W] or [H, W, C]; the crops turn grey into three equal channels.
         size: (width, height); None keeps the image as it is.
         resample: filter, lanczos by default; the crops of ADM and LSUN have their own.
         released_wide_crop: repeat the released tool, which cuts to rows of the wrong aspect ratio
@@ -95,7 +96,12 @@ def resize(image: Pixels, size: tuple[int, int], resample: Filter) -> Pixels:
     if (image.shape[1], image.shape[0]) == size:
         return image
     method = Image.Resampling[resample.upper()]
-    return np.array(Image.fromarray(image).resize(size, method), dtype=np.uint8)
+    if image.ndim == 3 and not is_picture(image.shape[2]):  # no colours, so each for itself
+        planes = [resize(plane, size, resample) for plane in np.moveaxis(image, 2, 0)]
+        return np.stack(planes, axis=2)
+    return np.array(
+        Image.fromarray(np.ascontiguousarray(image)).resize(size, method), dtype=np.uint8
+    )
 
 
 def _adm_crop(image: Pixels, side: int) -> Pixels:
@@ -127,7 +133,7 @@ def _wide(image: Pixels, size: tuple[int, int], resample: Filter, released: bool
     if columns < out_width or rows < out_height:
         return None
     picture = resize(_rgb(_cut(image, rows, columns)), size, resample)
-    canvas = np.zeros((out_width, out_width, 3), np.uint8)
+    canvas = np.zeros((out_width, out_width, picture.shape[2]), np.uint8)
     canvas[(out_width - out_height) // 2 : (out_width + out_height) // 2] = picture
     return canvas
 
@@ -144,9 +150,19 @@ def _rgb(image: Pixels) -> Pixels:
 
 
 def to_channels(image: Pixels, channels: int | None) -> Pixels:
-    """Grey to RGB (3) or RGB to grey (1); None leaves the image as it is."""
-    if channels == 3:
-        return _rgb(image)
-    if channels == 1 and image.ndim == 3:
+    """Grey or RGB (1, 3) of each other, or RGBA of both (4); None leaves the image as it is.
+
+    Raises:
+        DataError: it has more channels than a picture, or the result should.
+    """
+    there = image.shape[2] if image.ndim == 3 else 1
+    if channels in (None, there):
+        return image
+    if not is_picture(there) or channels not in (1, 3, 4):
+        raise DataError(f"an image of {there} channels cannot become one of {channels}")
+    if channels == 1:
         return np.array(Image.fromarray(image).convert("L"), dtype=np.uint8)
+    image = _rgb(image)
+    if channels == 4:
+        return np.concatenate([image, np.full_like(image[:, :, :1], 255)], axis=2)
     return image

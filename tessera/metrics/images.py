@@ -17,6 +17,7 @@ from torch import Tensor
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.files import user_path
+from tessera.images import MAX_CHANNELS
 from tessera.memory import physical
 from tessera.metrics.classifier import LabelledImages
 
@@ -85,10 +86,10 @@ def _open_npz(path: Path) -> ArrayImages:
         names = ", ".join(npz_names(path)) or "nothing"
         raise DataError(f"{path}: no images in it (no array 'arr_0'); it holds {names}")
     images = arrays["arr_0"] if images is None else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= MAX_CHANNELS:
         raise DataError(
-            f"{path}: images are uint8 [N, H, W, 1 or 3], but 'arr_0' is {images.dtype} "
-            f"{list(images.shape)}"
+            f"{path}: images are uint8 [N, H, W, C] with C from 1 to {MAX_CHANNELS}, but 'arr_0' "
+            f"is {images.dtype} {list(images.shape)}"
         )
     labels = arrays.get("arr_1")
     if labels is not None:

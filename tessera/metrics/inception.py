@@ -296,7 +296,8 @@ def rgb(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(
             "features are made of grey or RGB images of 8 bits (uint8 [B, 1 or 3, H, W]), "
-            f"not of {images.dtype} {list(images.shape)}"
+            f"not of {images.dtype} {list(images.shape)}. For other channels score with "
+            "--features classifier"
         )
     return images.expand(-1, 3, -1, -1)
 

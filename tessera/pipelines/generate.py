@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tessera import distributed
 from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
-from tessera.images import open_image, save_png
+from tessera.images import MAX_CHANNELS, open_image, read_array, save_image
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.plan import Plan, SampledBatch, counting_steps
 from tessera.pipelines.usage import Usage
@@ -126,7 +126,7 @@ def share_of_seeds(seeds: Sequence[int], batch: int, rank: int, world: int) -> l
 def generate_folder(
     job: Job, folder: Path, *, subdirs: bool = False, trajectory: Trajectory | None = None
 ) -> JobSummary:
-    """Write a PNG for each seed; images that are there already are not made again.
+    """Write a PNG (or array) for each seed; images that are there already are not made again.
 
     Models with classes also leave `dataset.json`, the class of each file.
 
@@ -134,7 +134,8 @@ def generate_folder(
         TesseraError: the folder holds something else, or images of other settings.
     """
     folder = user_path(folder)
-    paths = {seed: image_path(folder, seed, subdirs) for seed in job.seeds}
+    channels = job.pipe.codec.image_shape(job.plan.shape)[0]
+    paths = {seed: image_path(folder, seed, subdirs, channels) for seed in job.seeds}
     with _claim_taken_back(folder, list(paths.values())):
         return _generate(job, folder, paths, trajectory)
 
@@ -176,7 +177,7 @@ def _generate(
             for future in pending:
                 future.result()
             pending[:] = [
-                writers.submit(save_png, paths[seed], image)
+                writers.submit(save_image, paths[seed], image)
                 for seed, image in zip(done.seeds, done.images, strict=True)
             ]
 
@@ -249,8 +250,15 @@ def generate_arrays(
 def read_images(folder: Path, seeds: Sequence[int], subdirs: bool = False) -> NDArray[np.uint8]:
     """The images of `generate_folder`, uint8 [N, H, W, C], in the order of the seeds."""
     folder = user_path(folder)
-    images = [np.asarray(open_image(image_path(folder, seed, subdirs))) for seed in seeds]
+    images = [_read_image(folder, seed, subdirs) for seed in seeds]
     return np.stack([image if image.ndim == 3 else image[:, :, None] for image in images])
+
+
+def _read_image(folder: Path, seed: int, subdirs: bool) -> NDArray[np.uint8]:
+    array = image_path(folder, seed, subdirs, MAX_CHANNELS)
+    if array.exists():
+        return read_array(array.read_bytes(), str(array))
+    return np.asarray(open_image(image_path(folder, seed, subdirs)))
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""Samples as files: one PNG for each seed, one NPZ for all, and the denoising as an animation."""
+"""Samples as files: a PNG (or array) for each seed, one NPZ for all, and an animation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from torch import Tensor
 from tessera.data.labels import LABELS_FILE
 from tessera.errors import DataError, TesseraError
 from tessera.files import atomic_file, check_writable, read_json, user_path, write_json
-from tessera.images import grid, labelled_grid, to_pil
+from tessera.images import grid, is_picture, labelled_grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"
 _LABELS_BYTES = 256 * 2**20  # of millions of samples
 
 
-def image_path(folder: Path, seed: int, subdirs: bool = False) -> Path:
-    """`000017.png` in the folder, or in a sub-folder of each 1,000 seeds (`000000/000017.png`)."""
+def image_path(folder: Path, seed: int, subdirs: bool = False, channels: int = 3) -> Path:
+    """`000017.png` in the folder, or in a sub-folder of each 1,000 seeds (`000000/000017.png`).
+
+    Images of other channels than grey and RGB are arrays, `000017.npy`.
+    """
     if subdirs:
         folder = folder / f"{seed - seed % 1000:06d}"
-    return folder / f"{seed:06d}.png"
+    return folder / f"{seed:06d}.{'png' if is_picture(channels) else 'npy'}"
 
 
 def check_folder(folder: Path, ours: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ of an EDM archive. There are no mirrored images: the released code mirrors the l
 from __future__ import annotations
 
 import contextlib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tessera.data.latent_formats.npy import NpyArrays, npy_bytes
 from tessera.data.members import open_members
 from tessera.errors import DataError
 from tessera.files import atomic_file, atomic_folder
+from tessera.plain import NPY_HEADER, npy_header
 
 _TITLE = "LEGO archive of latents"
 
@@ -101,7 +103,22 @@ class _Writer:
 
 
 def _recognise(path: Path) -> bool:
-    return (first_file(path) or "").endswith(".npy")
+    name = first_file(path) or ""
+    return name.endswith(".npy") and not _is_image(path, name)
+
+
+def _is_image(path: Path, name: str) -> bool:
+    """Whether an array is one of pixels, as sets of images of many channels hold them."""
+    try:
+        if path.is_dir():
+            with open(path / name, "rb") as file:
+                head = file.read(NPY_HEADER)
+        else:
+            with zipfile.ZipFile(path) as zipped, zipped.open(name) as member:
+                head = member.read(NPY_HEADER)
+        return npy_header(head, name)[2] == np.uint8
+    except Exception:  # a damaged file may raise nearly anything; opening it will tell
+        return False
 
 
 @contextlib.contextmanager

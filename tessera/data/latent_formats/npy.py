@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.errors import DataError
-
-_HEADER = 1024
-"""Bytes of the longest header; those of plain arrays have 128 or less."""
+from tessera.plain import NPY_HEADER, npy_header
 
 
 class NpyArrays:
@@ -36,7 +34,7 @@ class NpyArrays:
     @property
     def max_bytes(self) -> int:
         """Of a file of this shape."""
-        return _HEADER + 4 * math.prod(self.shape)
+        return NPY_HEADER + 4 * math.prod(self.shape)
 
     def read(self, data: bytes, where: str) -> NDArray[np.float32]:
         """The array in a file, a view of `data`.
@@ -62,21 +60,10 @@ class NpyArrays:
 
 def _read_header(data: bytes, where: str) -> tuple[int, tuple[int, ...]]:
     """Length of the header, and the shape in it."""
-    file = io.BytesIO(data[:_HEADER])
-    try:
-        version = np.lib.format.read_magic(file)
-        reader = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, by_columns, dtype = reader(file, max_header_size=_HEADER)
-    except Exception as error:  # damaged headers raise nearly anything
-        raise DataError(f"{where} is no array of NumPy, or a damaged one") from error
-    if dtype != np.dtype("<f4") or by_columns:
-        raise DataError(f"{where} is no array of float32 in C order, as latents are")
-    if not all(type(side) is int and 0 < side < 2**31 for side in shape):
-        raise DataError(f"{where} has the impossible shape {str(shape)[:80]}")
-    return file.tell(), shape
+    start, shape, dtype = npy_header(data, where)
+    if dtype != np.dtype("<f4"):
+        raise DataError(f"{where} is no array of float32, as latents are")
+    return start, shape
 
 
 def npy_bytes(values: NDArray[np.float32]) -> bytes:

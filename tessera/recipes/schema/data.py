@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
+from tessera.images import MAX_CHANNELS
 from tessera.precision import Precision
 from tessera.recipes.schema.base import (
     Factor,
@@ -31,7 +32,9 @@ class DataConfig(Section):
         1,
         description="train on means of blocks of so many pixels or latents a side",
     )
-    channels: Literal[1, 3] = Field(3, description="of the images: 1 for grey, 3 for RGB")
+    channels: int = Field(
+        3, ge=1, le=MAX_CHANNELS, description="of the images: 1 for grey, 3 for RGB; up to 64"
+    )
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
     xflip: bool = Field(False, description="double the set by mirrored copies")
     max_images: PositiveInt | None = Field(None, description="train on a random subset")

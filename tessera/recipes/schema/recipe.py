@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from tessera.images import is_picture
 from tessera.recipes.schema.base import Listed, Section, Side
 from tessera.recipes.schema.data import (
     AugmentConfig,
@@ -173,6 +174,16 @@ class Recipe(Section):
             raise ValueError(
                 "run.save_vae: a model of pixels has no VAE to be saved; leave it out, or set "
                 "codec.kind=vae"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_see_colours(self) -> Self:
+        features = "classifier" if self.evaluate is None else self.evaluate.features
+        if features != "classifier" and not is_picture(self.data.channels):
+            raise ValueError(
+                f"evaluate.features={features} looks at grey or RGB images, and "
+                f"data.channels is {self.data.channels}; set evaluate.features=classifier"
             )
         return self
 
