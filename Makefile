@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint format bench docs clean
+.PHONY: help setup quickstart test test-all lint format bench docs clean
 
 help:
 	@echo "make quickstart  train, sample and score on bundled digits (minutes on 2 CPU cores)"
-	@echo "make test        the whole test suite"
+	@echo "make test        the test suite, but for what takes longest; make test-all: all of it"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       the benchmarks"
 	@echo "make docs        the documentation as a site, docs/_build/index.html"
@@ -26,6 +26,9 @@ quickstart: $(STAMP)
 	$(BIN)/tessera quickstart
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,11 @@ def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
     with contextlib.closing(trainer.steps()) as steps:
         while spent < seconds:
             _wait(trainer.device)
-            begin = time.perf_counter()
+            begin = perf_counter()
             if next(steps, None) is None:
                 raise TrainingError(f"the training of {trainer.recipe.name} was stopped")
             _wait(trainer.device)
-            spent += time.perf_counter() - begin
+            spent += perf_counter() - begin
             yield spent
 
 
@@ -113,14 +113,14 @@ def scored(
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         nonlocal seconds
-        begin = time.perf_counter()
+        begin = perf_counter()
         for made in pipe.run(job.plan, range(samples), batch):
-            seconds += time.perf_counter() - begin  # the images are on the CPU by now
+            seconds += perf_counter() - begin  # the images are on the CPU by now
             if not first:
                 first.append(made.images)
             labels = None if made.labels is None else torch.from_numpy(made.labels)
             yield torch.from_numpy(made.images).permute(0, 3, 1, 2), labels
-            begin = time.perf_counter()
+            begin = perf_counter()
 
     usage = Usage(job.plan.networks(), pipe.device.type == "cuda")
     with usage.watch():

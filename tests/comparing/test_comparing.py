@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which every look takes a second, so that a step takes one."""
     clock = itertools.count()
-    monkeypatch.setattr(timed.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(timed, "perf_counter", lambda: float(next(clock)))
 
 
 def arms(place: Path) -> list[Arm]:

@@ -16,6 +16,8 @@ from tessera.pipelines.loading import load
 from tessera.recipes.overrides import merge
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 ALL_TERMS: dict[str, Any] = {
     "network": {
         "kind": "energy_dit", "size": "S/2", "depth": 1, "width": 16, "heads": 2,

@@ -37,6 +37,8 @@ from tessera.training.stopwatch import Stopwatch
 from tessera.training.tracking import describe_metrics
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FULL: dict[str, Any] = {"kind": "full"}
 SHRUNK: dict[str, Any] = {"data": {"resolution": 8, "shrink": 2}, "view": FULL}

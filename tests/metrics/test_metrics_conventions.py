@@ -21,6 +21,8 @@ from tessera.metrics.formats import read_measured
 from tessera.metrics.images import ArrayImages
 from tessera.metrics.measure import data_source
 
+pytestmark = pytest.mark.slow
+
 N = 6
 SAMPLES = ("samples", "samples.npz")
 

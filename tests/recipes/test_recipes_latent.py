@@ -15,6 +15,8 @@ from tiny_vae import save_vae
 from tessera.recipes.loading import load_recipe, shipped
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 # (channels, downsample) of the autoencoders of Stable Diffusion and of MAR.
 KL8, KL16 = (4, 8), (16, 16)
 LATENT = {

@@ -17,6 +17,8 @@ from tessera.pipelines.experts import assemble
 from tessera.pipelines.relay import RelayPipeline, assemble_relay
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

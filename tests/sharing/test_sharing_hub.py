@@ -29,6 +29,8 @@ from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("huggingface_hub")
 
 NAME = "ada/tiny@trial"

@@ -17,6 +17,8 @@ from tessera.recipes.schema import Recipe
 from tessera.training import run_folder, tracking, trainer
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "network": {"model_channels": 4, "channel_mult": [1], "attn_resolutions": []},
     "training": {"images": 16},

@@ -17,6 +17,8 @@ from training_case import read_metrics, start, tiny_recipe, write_recipe
 
 from tessera.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "slurm.sh"
 REQUEUED = 128 + signal.SIGUSR1
