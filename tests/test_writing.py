@@ -46,7 +46,10 @@ class Codec:
     """Latents that are the pixels."""
 
     model, downsample, channels, scale, shift = "identity", 1, 3, 1.0, 0.0
-    precision, weights_digest = "fp32", "0" * 64
+    precision = "fp32"
+
+    def weights_digest(self) -> str:
+        return "0" * 64
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([pixels.float()] * 2, dim=1)
@@ -78,7 +81,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "set.zip": lambda target: convert_images(target.parents[1] / SOURCE, target),
     "set.safetensors": lambda target: convert_images(target.parents[1] / SOURCE, target),
     "set": lambda target: convert_images(target.parents[1] / SOURCE, target),
-    "latents.safetensors": latents,
+    "latents.zip": latents,
     "samples.npz": samples,
     "samples": lambda target: generate_folder(job(), target),
     "film.gif": animation,
@@ -105,6 +108,17 @@ def test_every_writer_says_why_and_leaves_nothing(name: str, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == [SOURCE]
     WRITERS[name](target)
     assert target.exists()
+
+
+def test_what_was_encoded_is_kept_and_the_set_is_named(tmp_path: Path) -> None:
+    write_packed(tmp_path / SOURCE, random_images(20))
+    target = tmp_path / "new" / "latents.safetensors"
+    with files_of_at_most(100), pytest.raises(OutputError) as raised:
+        latents(target)
+    assert str(target) in str(raised.value)
+    assert not target.exists()
+    latents(target)
+    assert [path.name for path in target.parent.iterdir() if path.suffix] == [target.name]
 
 
 @pytest.mark.parametrize(

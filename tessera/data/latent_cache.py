@@ -171,7 +171,7 @@ class _Work:
         def read(batch: Sequence[int]) -> NDArray[np.uint8]:
             return dataset.read(np.asarray(batch))
 
-        rows = EncodedRows(self._part(rank, self._name), self._row_bytes)
+        rows = EncodedRows(self._part(rank, self._name), self._row_bytes, self._path)
         with (
             rows.appending() as appender,
             progress("encoding", total, unit="images") as bar,

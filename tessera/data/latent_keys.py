@@ -85,10 +85,11 @@ class EncodedRows:
     Args:
         path: of the file, which need not exist.
         row_bytes: of a row.
+        shown: what errors of writing name; by default the file.
     """
 
-    def __init__(self, path: Path, row_bytes: int) -> None:
-        self.path, self._row = path, row_bytes
+    def __init__(self, path: Path, row_bytes: int, shown: Path | None = None) -> None:
+        self.path, self._row, self._shown = path, row_bytes, shown or path
         self._data: NDArray[np.uint8] = np.empty(0, np.uint8)
         self.places: dict[Key, int] = {}
         """Where the rows of whole records begin."""
@@ -123,10 +124,10 @@ class EncodedRows:
     @contextmanager
     def appending(self) -> Iterator[RowAppender]:
         """Append records; what is torn goes first."""
-        with writing(self.path, opening=True):
+        with writing(self._shown, opening=True):
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with writing(self.path):
+            with writing(self._shown):
                 os.ftruncate(handle, self._good)
                 os.lseek(handle, 0, os.SEEK_END)
                 yield RowAppender(handle)
