@@ -96,8 +96,8 @@ def write_latents(
     channels, height, width = dataset.shape
     if channels != 3:
         raise DataError(
-            f"{dataset.name}: a VAE encodes RGB images, and these are grey; make them RGB with: "
-            "tessera data convert --channels 3"
+            f"{dataset.name}: a VAE encodes RGB images, and these have {channels} channel(s); make "
+            "them RGB with: tessera data convert --channels 3"
         )
     if height != width or height % codec.downsample:
         raise DataError(

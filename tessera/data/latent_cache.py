@@ -39,6 +39,7 @@ from tessera.data.latent_keys import (
     image_key,
     image_keys,
 )
+from tessera.data.moments import ChannelStatistics
 from tessera.data.parallel import ordered_map
 from tessera.errors import DataError, TesseraError
 from tessera.files import atomic_file
@@ -231,7 +232,7 @@ class _Work:
                     writer.put(first, rows, mirrored)
                     statistics.add(rows)
                     bar.advance(len(rows))
-                mean, std = statistics.result()
+                mean, std = map(_short, statistics.result())
                 writer.finish(replace(self._plan.info, mean=mean, std=std))
         for part in self._parts(every=True):
             part.unlink(missing_ok=True)
@@ -288,28 +289,8 @@ class _Work:
         )
 
 
-class ChannelStatistics:
-    """Mean and standard deviation of each channel of samples of posteriors."""
-
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._total, self._squares = np.zeros(channels), np.zeros(channels)
-
-    def add(self, moments: NDArray[Any]) -> None:
-        """Count means and log-variances [n, 2 C, h, w]."""
-        mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
-        self._count += mean[:, 0].size
-        self._total += mean.sum(axis=(0, 2, 3))
-        self._squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
-
-    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation, to nine digits."""
-        mean = self._total / self._count
-        std = np.sqrt(np.maximum(self._squares / self._count - mean**2, 0))
-        return _short(mean), _short(std)
-
-
 def _short(values: NDArray[np.float64]) -> tuple[float, ...]:
+    """To nine digits, as they are stored."""
     return tuple(float(f"{value:.9g}") for value in values)
 
 

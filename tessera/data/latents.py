@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
 from dataclasses import replace
@@ -11,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tessera.data.dataset import choose_subset, count_classes
 from tessera.data.latent_formats.base import LatentFormat
 from tessera.data.latent_formats.registry import find_format
+from tessera.data.moments import ChannelStatistics, pool_moments
 from tessera.errors import DataError
 from tessera.files import user_path
 from tessera.progress import progress
@@ -100,7 +102,10 @@ class LatentDataset:
         rows = self._reader.read(self.raw_indices[indices], indices >= self._mirrored_from)
         if self._shrink == 1:
             return rows
-        return (_block_means if self.drawn else _pooled)(rows, self._shrink)
+        values = torch.from_numpy(rows)
+        if self.drawn:
+            return F.avg_pool2d(values.to(torch.float32), self._shrink).numpy()
+        return pool_moments(values, self._shrink).numpy()
 
     def shrunk(self, factor: int) -> LatentDataset:
         """The same with means of blocks of latents, from which later stages of a relay start.
@@ -127,22 +132,6 @@ class LatentDataset:
     def close(self) -> None:
         """Close the files behind the set."""
         self._reader.close()
-
-
-def _pooled(moments: NDArray[Any], factor: int) -> NDArray[np.float32]:
-    """The posterior of means of blocks: their numbers are independent given the image."""
-    mean, log_variance = np.split(moments.astype(np.float32), 2, axis=1)
-    variance = _block_means(np.exp(log_variance.clip(-np.inf, 20)), factor) / factor**2
-    with np.errstate(divide="ignore"):  # of samples, which have no variance
-        return np.concatenate([_block_means(mean, factor), np.log(variance)], axis=1)
-
-
-def _block_means(values: NDArray[Any], factor: int) -> NDArray[np.float32]:
-    """[n, C, h, w] to [n, C, h / factor, w / factor]."""
-    count, width, height, columns = values.shape
-    blocks = values.reshape(count, width, height // factor, factor, columns // factor, factor)
-    means: NDArray[np.float32] = blocks.mean((3, 5), dtype=np.float32)
-    return means
 
 
 _HOW_TO_MAKE = "`tessera data latents IMAGES LATENTS.safetensors --vae MODEL` makes one"
@@ -191,21 +180,13 @@ def channel_statistics(
 
     Unscaled where the set does not say its scale.
     """
-    channels = dataset.shape[0]
     scale = 1.0 if dataset.drawn else dataset.info.scale or 1.0
     shift = 0.0 if dataset.drawn else dataset.info.shift or 0.0
-    total, squares = np.zeros(channels), np.zeros(channels)
+    statistics = ChannelStatistics(dataset.shape[0], shift)
     with progress("reading latents", len(dataset), unit="images") as bar:
         for start in range(0, len(dataset), batch):
             rows = dataset.read(np.arange(start, min(start + batch, len(dataset))))
-            mean = rows[:, :channels].astype(np.float64)
-            mean -= shift
-            total += mean.sum(axis=(0, 2, 3))
-            squares += (mean**2).sum(axis=(0, 2, 3))
-            if not dataset.drawn:
-                squares += np.exp(rows[:, channels:].astype(np.float64)).sum(axis=(0, 2, 3))
+            statistics.add(rows)
             bar.advance(len(rows))
-    count = len(dataset) * math.prod(dataset.shape[1:])
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    mean, std = statistics.result()
     return scale * mean, scale * std
