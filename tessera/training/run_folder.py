@@ -33,6 +33,7 @@ _CHANGEABLE = (
     "validation",
     "sampling",
     "training.images",
+    "training.minutes",
     "training.micro_batch",
     "training.precision",
     "training.compile",
