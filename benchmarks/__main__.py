@@ -8,7 +8,7 @@ import importlib
 from benchmarks.harness import device
 from tessera import memory
 
-NAMES = ("unet", "loading", "metrics", "patch", "lego", "pdm", "relay", "energy", "mar")
+NAMES = ("unet", "loading", "latents", "metrics", "patch", "lego", "pdm", "relay", "energy", "mar")
 
 
 def main() -> None:

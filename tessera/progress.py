@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -89,10 +91,56 @@ class _LineBar:
             self._print([f"took {time_text(time.monotonic() - self._started)}"])
 
     def _print(self, more: list[str]) -> None:
-        total = "" if self._total is None else f" of {quantity(self._total)}"
-        count = f"{self._description}: {quantity(self._done)}{total} {self._unit}".rstrip()
+        count = _counted(self._description, self._done, self._total, self._unit)
         print(*filter(None, [count, self._note, *more]), sep=", ", file=sys.stderr, flush=True)
         self._printed = True
+
+
+class _NotebookBar:
+    """A bar of HTML in the output of a notebook's cell."""
+
+    BETWEEN = 0.25  # seconds
+
+    def __init__(self, description: str, total: float | None, unit: str, completed: float) -> None:
+        from IPython.display import display
+
+        self._description, self._total, self._unit = description, total, unit
+        self._begin, self._done, self._note = completed, completed, ""
+        self._started = self._shown = time.monotonic()
+        self._handle = display({"text/html": self._html()}, raw=True, display_id=True)
+
+    def advance(self, count: float = 1, note: str | None = None) -> None:
+        self.update(self._done + count, note)
+
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
+        self._done, self._note = completed, self._note if note is None else note
+        self._total = self._total if total is None else total
+        if time.monotonic() >= self._shown + self.BETWEEN:
+            self.show()
+
+    def show(self) -> None:
+        """Bring the cell up to date."""
+        self._shown = time.monotonic()
+        self._handle.update({"text/html": self._html()}, raw=True)
+
+    def _html(self) -> str:
+        seconds = time.monotonic() - self._started
+        speed = (self._done - self._begin) / max(seconds, 1e-9)
+        parts = [_counted(self._description, self._done, self._total, self._unit), self._note]
+        if self._total is not None and 0 < self._done < self._total and speed > 0:
+            parts.append(f"{time_text((self._total - self._done) / speed)} left")
+        most = "" if self._total is None else f' value="{self._done:g}" max="{self._total:g}"'
+        return f"<progress{most}></progress> {html.escape(', '.join(filter(None, parts)))}"
+
+
+def _counted(description: str, done: float, total: float | None, unit: str) -> str:
+    of = "" if total is None else f" of {quantity(total)}"
+    return f"{description}: {quantity(done)}{of} {unit}".rstrip()
+
+
+def in_notebook() -> bool:
+    """Whether what is printed goes to a notebook's cell."""
+    return Console().is_jupyter and importlib.util.find_spec("IPython") is not None
 
 
 class _NoBar:
@@ -115,8 +163,11 @@ def progress(
     unit: str = "",
     completed: float = 0,
     lines: bool = True,
+    shown: bool = True,
 ) -> Iterator[Bar]:
     """A progress bar on stderr for the block, or a line now and then if stderr is no terminal.
+
+    In a notebook it is a bar in the cell.
 
     The main process alone shows it.
 
@@ -126,9 +177,17 @@ def progress(
         unit: what is counted, shown after the counts.
         completed: the count at the start.
         lines: whether to print lines without a terminal.
+        shown: whether to show anything.
     """
     console = Console(stderr=True)
-    if not distributed.is_main() or not (console.is_terminal or lines):
+    if shown and distributed.is_main() and in_notebook():
+        bar = _NotebookBar(description, total, unit, completed)
+        try:
+            yield bar
+        finally:
+            bar.show()
+        return
+    if not shown or not distributed.is_main() or not (console.is_terminal or lines):
         yield _NoBar()
         return
     if not console.is_terminal:

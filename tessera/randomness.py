@@ -59,15 +59,15 @@ class Draws(Protocol):
     """Source of the random numbers of a batch of B images; first axis of every result is B."""
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal float32 numbers [B, *shape]."""
+        r"""Standard normal float32 numbers [B, \*shape]."""
         ...
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Uniform float32 numbers in [0, 1), [B, *shape]."""
+        r"""Uniform float32 numbers in [0, 1), [B, \*shape]."""
         ...
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
-        """Uniform int64 numbers in 0..high-1, [B, *shape]."""
+        r"""Uniform int64 numbers in 0..high-1, [B, \*shape]."""
         ...
 
     def step(self, purpose: str) -> float:
@@ -113,17 +113,17 @@ class AddressedDraws:
         return mix64(per_image[:, None] ^ element)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
-        """Uniform float32 numbers in [0, 1), [B, *shape]; multiples of 2^-24."""
+        r"""Uniform float32 numbers in [0, 1), [B, \*shape]; multiples of 2^-24."""
         bits = self._bits(purpose, math.prod(shape))
         return (_shift_right(bits, 40).to(torch.float32) * 2.0**-24).reshape(-1, *shape)
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
-        """Uniform int64 numbers in 0..high-1 for high < 2^31, [B, *shape]."""
+        r"""Uniform int64 numbers in 0..high-1 for high < 2^31, [B, \*shape]."""
         bits = self._bits(purpose, math.prod(shape))
         return _shift_right(_shift_right(bits, 32) * high, 32).reshape(-1, *shape)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
-        """Standard normal float32 numbers [B, *shape] (Box-Muller, 32 bits each)."""
+        r"""Standard normal float32 numbers [B, \*shape] (Box-Muller, 32 bits each)."""
         count = math.prod(shape)
         bits = self._bits(purpose, (count + 1) // 2)
         radius = ((bits & 0xFFFFFFFF).to(torch.float32) + 0.5) * 2.0**-32

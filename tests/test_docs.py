@@ -230,7 +230,7 @@ def test_commands_are_right_as_a_whole(page: Path) -> None:
     for words in filter(None, map(as_command, complete)):
         name, values = parsed(words)
         changes = [word for word in values.get("overrides") or () if word not in ("...", "…")]
-        if name in ("tessera sample", "tessera bricks"):
+        if name in ("tessera sample", "tessera bricks", "tessera report"):
             check_sampling(sampling(values))
         elif name == "tessera train" and values["resume"]:
             check_overrides("a run", [*filter(None, [values["recipe"]]), *changes])
@@ -247,7 +247,7 @@ def test_options_of_sampling_in_sentences_exist(page: Path) -> None:
     for words in filter(None, map(as_command, lines(page)[1])):
         name, _ = descend(words)
         changes = [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
-        if name in ("tessera sample", "tessera bricks") or "--sample" in words:
+        if name in ("tessera sample", "tessera bricks", "tessera report") or "--sample" in words:
             check_sampling(parse_options(changes))
         elif "cost" in name or "train" in name:
             assert all(known_key(word.partition("=")[0]) for word in changes), words

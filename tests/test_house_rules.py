@@ -20,6 +20,9 @@ LINES, FUNCTION_LINES = 500, 80
 # Public names that two modules of the package define, and why. Keep it short.
 TWICE: dict[str, str] = {}
 
+# Extras of those who work on the project, and all others together.
+TOOLS = {"dev", "docs", "all"}
+
 # What a distribution is imported as, where that is another name.
 MODULES = {"scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}
 
@@ -101,11 +104,11 @@ def test_every_extra_is_imported_by_something() -> None:
         if not path.is_relative_to(ROOT / "tests")
         for name in imported(path.read_text())
     }
-    for extra in extras.keys() - {"dev", "all"}:
+    for extra in extras.keys() - TOOLS:
         packages = [re.split(r"[<>=]", requirement)[0] for requirement in extras[extra]]
         assert {MODULES.get(name, name) for name in packages} <= used, extra
     (everything,) = extras["all"]
-    assert set(re.findall(r"\w+", everything.partition("[")[2])) == extras.keys() - {"dev", "all"}
+    assert set(re.findall(r"\w+", everything.partition("[")[2])) == extras.keys() - TOOLS
 
 
 def test_the_table_of_extras_is_that_of_the_project() -> None:
@@ -114,7 +117,7 @@ def test_the_table_of_extras_is_that_of_the_project() -> None:
     ]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.M))
     told = {name: {package.strip() for package in rows[name].split(",")} for name in rows}
-    for name in extras.keys() - {"dev", "all"}:
+    for name in extras.keys() - TOOLS:
         packages = {re.split(r"[<>=]", requirement)[0] for requirement in extras[name]}
         assert told[name] == packages
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 # From the bottom to the top; parts of one line do not know each other, but for the first line's.
 LAYERS = (
     ("commands", "errors", "files", "images", "conditioning", "randomness", "distributed", "model",
-     "progress", "pickles", "plain", "memory", "precision", "processes", "_version"),
+     "progress", "pickles", "torch_files", "plain", "memory", "precision", "processes", "_version"),
     ("networks",),
     ("diffusion",),
     ("data",),
@@ -22,6 +22,7 @@ LAYERS = (
     ("metrics",),
     ("pipelines",),
     ("training", "convert"),
+    ("reports",),
     ("quickstart", "sharing"),
     ("cli",),
     ("tessera", "__main__"),
@@ -31,6 +32,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 OPTIONAL = {
     "sklearn", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchvision", "tensorboard",
     "torch.utils.tensorboard", "wandb", "huggingface_hub", "lmdb", "cv2", "pandas",
+    "IPython", "IPython.display",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

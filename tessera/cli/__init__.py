@@ -22,6 +22,7 @@ from tessera.cli.push import push
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
+from tessera.cli.report import report
 from tessera.cli.sample import sample
 from tessera.cli.train import train
 from tessera.errors import TesseraError
@@ -58,6 +59,7 @@ app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
 app.command()(train)
 app.command()(sample)
+app.command()(report)
 app.command()(edit)
 app.command()(experts)
 app.command()(relay)

@@ -27,8 +27,8 @@ def quickstart(
     from tessera import distributed
     from tessera.commands import tessera_command
     from tessera.files import atomic_file
-    from tessera.quickstart.report import render
     from tessera.quickstart.run import run
+    from tessera.reports.sections import render
 
     out = out or _free_folder("quickstart")
     changes = [*(overrides or []), *([f"training.images={images}"] if images else [])]
@@ -36,13 +36,16 @@ def quickstart(
         result = run(out, seed=seed, overrides=changes, digits=digits, samples=samples)
     report = out / "report.html"
     with atomic_file(report) as file:
-        file.write(render(result).encode())
-    facts = result.reference.extractor.facts
+        file.write(render(result.report).encode())
+    facts, distances = result.reference.extractor.facts, result.score.distances
+    assert result.report.made is not None
+    count = len(result.report.made.images)
     print(
-        f"{result.recognised:.1%} of {result.score.n:,} samples are recognised as their digit, by "
+        f"{result.recognised:.1%} of {count:,} samples are recognised as their digit, by "
         f"a classifier that is right on {facts.accuracy:.1%} of held-out real digits\n"
-        f"{result.score.fd_classifier:.3g} is their Fréchet distance (in-domain classifier); "
-        f"real digits {result.floor:.3g}, untrained network {result.ceiling:.3g}\n"
+        f"{distances['samples']:.3g} is their Fréchet distance (in-domain classifier); other real "
+        f"digits {distances['floor']:.3g}, digits with pixels in disorder "
+        f"{distances['shuffled']:.3g}\n"
         f"{sum(result.seconds.values()):.0f} seconds in all, {result.seconds['training']:.0f} of "
         f"them to train on {result.images_seen:,} images; the report is {report}\n"
         f"more digits: {tessera_command()} sample {out}/run --seeds 0-63 --grid --out more-digits"

@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.table import Column
+from rich.text import Text
 
 from tessera.cli.app import App
 from tessera.cli.tables import make_table
@@ -55,3 +56,41 @@ def show(
     from rich.syntax import Syntax
 
     Console().print(Syntax(text, "yaml", theme="ansi_dark", background_color="default"))
+
+
+@recipes_app.command("keys")
+def keys(
+    section: str | None = typer.Argument(
+        None, metavar="[SECTION]", help="Such as network, or sampling.refine. (default: all)"
+    ),
+    as_markdown: bool = typer.Option(False, "--markdown", help="Print the page of the docs."),
+) -> None:
+    """Print every key of a recipe with its type, default and meaning."""
+    from tessera.errors import RecipeError
+    from tessera.recipes.keys import markdown, recipe_keys
+    from tessera.recipes.messages import suggestion
+
+    if as_markdown:
+        print(markdown(), end="")
+        return
+    entries, console = recipe_keys(), Console(highlight=False)
+    places = sorted({entry.path for entry in entries if entry.path})
+    if section is not None and section not in places:
+        raise RecipeError(
+            f"there is no section {section!r}{suggestion(section, places)}. There are "
+            + ", ".join(places)
+        )
+    for entry in entries:
+        if section is not None and entry.path != section:
+            continue
+        head = " ".join([entry.path or "recipe", *([f"kind={entry.kind}"] if entry.kind else [])])
+        console.print(Text(head, "bold cyan"), Text(entry.meaning))
+        if not entry.keys:
+            continue
+        table = make_table(
+            Column("key", no_wrap=True), Column("value"), Column("default"), Column("meaning")
+        )
+        for key in entry.keys:
+            table.add_row(*(Text(text) for text in (key.name, key.type, key.default, key.meaning)))
+        console.print(table)
+        console.print()

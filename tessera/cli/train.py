@@ -61,10 +61,19 @@ def train(
         if distributed.is_main():
             _describe(trainer, f"{', '.join(parts.names)}, of {own_parts}" if own_parts else None)
         trainer.run()
-        if distributed.is_main():
+        main = distributed.is_main()
+        if main:
             _conclude(trainer, f"--with {own_parts} " if own_parts else "")
     if trainer.stopped_by is not None:
         raise typer.Exit(128 + trainer.stopped_by)
+    if main and chosen.run.report:  # the other processes need not wait for it
+        from tessera.reports import write_report
+
+        with plain_warnings():
+            path = write_report(
+                trainer.run_dir, device=trainer.device, parts=parts, with_module=own_parts
+            )
+        print(f"the report is {path}")
 
 
 def _describe(trainer: Trainer, own_parts: str | None) -> None:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tessera.convert.records import StoredTensor
 from tessera.errors import CheckpointError
 from tessera.recipes.schema import Recipe
+from tessera.torch_files import StoredTensor
 
 Data = dict[str, Any]
 """Sections of a recipe as plain data."""

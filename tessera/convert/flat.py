@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from tessera.convert.checkpoint import CheckpointFile, Data, Settings
-from tessera.convert.records import StoredTensor, flat_tensors
+from tessera.convert.records import flat_tensors
 from tessera.errors import DataError, RecipeError
 from tessera.recipes.loading import dump_recipe, load_recipe
 from tessera.recipes.text import read_yaml
+from tessera.torch_files import StoredTensor
 
 Tensors = Mapping[str, StoredTensor]
 

@@ -11,25 +11,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
-import torch
 
-from tessera.convert.records import ClosedObject, Storage, StoredTensor, as_mapping, record_class
+from tessera.convert.records import ClosedObject, as_mapping, record_class
 from tessera.errors import DataError
 from tessera.pickles import BYTES, Names, Stand
-
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+from tessera.torch_files import TENSOR_NAMES, Storage, StoredTensor
 
 # Modules that are pickled by their import path, beside those with a source text of their own.
 _LAYERS = {
@@ -89,15 +75,6 @@ def _rebuild_parameter(data: Any, *_: Any) -> StoredTensor:
     return data
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-    numbers = [offset, *shape, *stride]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise DataError("a tensor of impossible shape")
-    if not isinstance(storage, Storage) or len(shape) != len(stride):
-        raise DataError("a tensor without its numbers")
-    return StoredTensor(storage, offset, tuple(shape), tuple(stride))
-
-
 class _Kind(ClosedObject):
     """The type of a NumPy number, by its code."""
 
@@ -125,11 +102,8 @@ def _text(value: Any = "") -> str:
     return value
 
 
-def _size(values: Any = ()) -> tuple[Any, ...]:
-    return tuple(values)
-
-
 _NAMES: Names = {
+    **TENSOR_NAMES,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): Stand(_persistent_object),
     **{
         (f"torch.nn.modules.{module}", name): record_class(name)
@@ -144,17 +118,11 @@ _NAMES: Names = {
     ("timm.layers.format", "Format"): Stand(_text),
     ("argparse", "Namespace"): record_class("Namespace"),
     ("dnnlib.util", "EasyDict"): OrderedDict,
-    ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("torch._utils", "_rebuild_parameter"): Stand(_rebuild_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): Stand(_rebuild_parameter),
-    ("torch._utils", "_rebuild_tensor"): Stand(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): Stand(_rebuild_tensor),
-    ("torch", "Size"): Stand(_size),
     ("torch", "device"): Stand(_text),
-    **{("torch", name): dtype for name, dtype in {**STORAGES, **_DTYPES}.items()},
-    **{("torch.cuda", name): dtype for name, dtype in STORAGES.items()},
     ("numpy", "dtype"): _Kind,
     ("numpy.core.multiarray", "scalar"): Stand(_scalar),
     ("numpy._core.multiarray", "scalar"): Stand(_scalar),

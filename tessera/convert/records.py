@@ -1,4 +1,4 @@
-"""What stands for the objects and tensors of a file: inert records, and views of its bytes.
+"""What stands for the objects of a file: inert records, with the tensors that are theirs.
 
 Nothing here is what its name in the file says. An object is a `ClosedObject` with the name of its
 class and its attributes, and a tensor a `StoredTensor` that is read when it is asked for.
@@ -6,19 +6,15 @@ class and its attributes, and a tensor a `StoredTensor` that is read when it is 
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import reprlib
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import Tensor
 
 from tessera.errors import DataError
+from tessera.torch_files import StoredTensor
 
 _NESTING = 16  # modules within modules; the released networks have eight
 _TENSORS = 100_000  # of a network; the largest released one has 1,000
@@ -65,93 +61,6 @@ def as_mapping(value: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise DataError(f"the {what} is not what it should be")
     return value
-
-
-class _Stateless:
-    """What a pickle cannot change, though it has got hold of it."""
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise TypeError("not a value with a state")
-
-
-@dataclass(eq=False)
-class Storage(_Stateless):
-    """Numbers in a mapped file, little-endian, which tensors are views of.
-
-    Attributes:
-        file: mapped.
-        name: what messages call them.
-        dtype, count: their type and how many there are.
-        offset: where in the file they begin; -1 while that is not known.
-        checksum: CRC-32 of their bytes; None where the file has none.
-    """
-
-    file: mmap.mmap
-    name: str
-    dtype: torch.dtype
-    count: int
-    offset: int = -1
-    checksum: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes of the file they take."""
-        return self.count * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """All of them, one-dimensional, on the CPU: a view of the file.
-
-        Raises:
-            DataError: they are damaged or not in the file.
-        """
-        if self.offset < 0 or self.count < 0 or self.offset + self.nbytes > len(self.file):
-            raise DataError(f"{self.name} is not whole")
-        if self.count == 0:  # PyTorch makes no tensor of an empty buffer
-            return torch.empty(0, dtype=self.dtype)
-        if self.checksum is not None:
-            with memoryview(self.file) as whole:
-                found = zlib.crc32(whole[self.offset : self.offset + self.nbytes])
-            if found != self.checksum:
-                raise DataError(f"{self.name} cannot be read (Bad CRC-32)")
-        return torch.frombuffer(self.file, dtype=self.dtype, count=self.count, offset=self.offset)
-
-
-@dataclass(frozen=True)
-class StoredTensor(_Stateless):
-    """A tensor of the file: a view of a storage."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view_of(self, flat: Tensor) -> Tensor:
-        """The tensor, contiguous, on the CPU; a view of `flat`, all of its storage, if it can be.
-
-        Raises:
-            DataError: it is not within its storage.
-        """
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        if math.prod(self.shape) > len(flat) or (0 not in self.shape and last >= len(flat)):
-            raise DataError(f"a tensor of shape {self.shape} is larger than what is stored of it")
-        with damage("a tensor"):
-            view = flat.as_strided(self.shape, self.stride, self.offset)
-            aligned = view.data_ptr() % max(view.itemsize, 1) == 0
-            if aligned and view.is_contiguous():
-                return view
-            return view.clone(memory_format=torch.contiguous_format)
-
-
-@contextlib.contextmanager
-def damage(what: str) -> Iterator[None]:
-    """Everything that damaged files make readers raise, as a DataError about `what`."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{what} cannot be read ({reason})") from error
 
 
 def stored_tensors(module: ClosedObject) -> dict[str, StoredTensor]:

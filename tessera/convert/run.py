@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tessera.convert.checkpoint import CheckpointFile, Description, Family, Ignored, Settings
 from tessera.convert.families import find_family, open_checkpoint
-from tessera.convert.records import StoredTensor, brief, check_stored, read_tensors
+from tessera.convert.records import brief, check_stored, read_tensors
 from tessera.convert.settle import Settled, settle
 from tessera.errors import CheckpointError, DataError
 from tessera.model import Model
@@ -25,6 +25,7 @@ from tessera.recipes.build import build_network, model_around
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.recipes.size import hollow
+from tessera.torch_files import StoredTensor
 
 
 class TensorFacts(NamedTuple):

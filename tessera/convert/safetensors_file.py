@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tessera.convert.records import Storage, StoredTensor, as_mapping, brief
+from tessera.convert.records import as_mapping, brief
 from tessera.errors import DataError
 from tessera.plain import parse_json
+from tessera.torch_files import Storage, StoredTensor
 
 _DTYPES = {
     "F64": torch.float64,

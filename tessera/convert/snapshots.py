@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tessera.convert.checkpoint import AVERAGE, TRAINED, CheckpointFile
-from tessera.convert.records import ClosedObject, StoredTensor, brief, stored_tensors
+from tessera.convert.records import ClosedObject, brief, stored_tensors
 from tessera.errors import DataError
+from tessera.torch_files import StoredTensor
 
 
 @dataclass(frozen=True)

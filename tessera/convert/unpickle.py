@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -19,10 +18,11 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 
 from tessera.convert.names import checkpoint_names
-from tessera.convert.records import Storage, as_mapping, brief, damage
+from tessera.convert.records import as_mapping, brief
 from tessera.convert.safetensors_file import is_safetensors, read_safetensors
 from tessera.errors import CheckpointError, DataError
 from tessera.pickles import load_pickle
+from tessera.torch_files import Storage, damage, read_torch_zip
 
 # A pickle of the number that files of `torch.save` began with.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -53,7 +53,8 @@ def read_container(path: Path, classes: Collection[tuple[str, str]] = ()) -> Con
             # Private pages: whatever writes to a tensor does not write to the file.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if mapped[:4] == b"PK\3\4":
-            return Container(_read_zip(path, mapped, classes), "torch ZIP")
+            names = checkpoint_names(classes, _nothing_embedded)
+            return Container(read_torch_zip(path, mapped, names), "torch ZIP")
         if mapped[: len(_LEGACY)] == _LEGACY:
             return Container(_read_legacy(_Mapped(mapped), classes), "old torch file")
         if is_safetensors(mapped):
@@ -138,69 +139,11 @@ def _embedded(mapped: mmap.mmap, start: int, end: int) -> Storage:
     return storage
 
 
-# ------------------------------------------------------------------------------------- torch's ZIPs
-
-
-def _read_zip(path: Path, mapped: mmap.mmap, classes: Collection[tuple[str, str]]) -> Any:
-    with damage("the ZIP"), zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise DataError("a ZIP without the one data.pkl that torch.save writes")
-        folder = pickles[0].removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in archive.namelist() and _read_member(archive, order).strip() != b"little":
-            raise DataError("its numbers are big-endian")
-        members: dict[str, Storage] = {}
-
-        def storage(pid: Any) -> Storage:
-            match pid:
-                case ("storage", torch.dtype() as dtype, str(key), str(), int(count)):
-                    if key not in members:
-                        name = f"{folder}data/{key}"
-                        members[key] = _member(archive, mapped, name, dtype, count)
-                    return members[key]
-            raise DataError("it refers to a tensor in a way that torch.save does not")
-
-        names = checkpoint_names(classes, _nothing_embedded)
-        program = io.BytesIO(_read_member(archive, pickles[0]))
-        return load_pickle(program, names, persistent=storage)
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    with damage(f"{name} in it"):
-        _stored(archive, name)
-        return archive.read(name)
-
-
-def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise DataError(f"{name} in it is compressed, which torch.save does not do")
-    return info
-
-
-def _member(
-    archive: zipfile.ZipFile, mapped: mmap.mmap, name: str, dtype: torch.dtype, count: int
-) -> Storage:
-    """The storage that is a member of the ZIP."""
-    with damage(f"{name} in it"):
-        info = _stored(archive, name)
-        # Its own header, whose name and extra field may have other lengths than in the directory.
-        header = mapped[info.header_offset : info.header_offset + 30]
-        if header[:4] != b"PK\3\4":
-            raise DataError(f"{name} in it is not where the ZIP says")
-        lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        offset = info.header_offset + 30 + sum(lengths)
-    if info.file_size != count * dtype.itemsize:
-        raise DataError(f"{name} in it has {info.file_size} bytes, not those of its tensor")
-    return Storage(mapped, f"{name} in it", dtype, count, offset, info.CRC)
+# ------------------------------------------------------------------------------ old files of torch
 
 
 def _nothing_embedded(data: Any) -> Storage:
     raise DataError("a tensor's numbers within the pickle of torch.save")
-
-
-# ------------------------------------------------------------------------------ old files of torch
 
 
 def _read_legacy(file: _Mapped, classes: Collection[tuple[str, str]]) -> Any:

@@ -16,10 +16,10 @@ from tessera.images import png_bytes
 PutFile = Callable[[str, bytes], None]
 
 
-def member_name(index: int) -> str:
+def member_name(index: int, ending: str = "png") -> str:
     """Name of image `index`: `00012/img00012345.png`."""
     digits = f"{index:08d}"
-    return f"{digits[:-3]}/img{digits}.png"
+    return f"{digits[:-3]}/img{digits}.{ending}"
 
 
 def encode_member(image: NDArray[np.uint8]) -> bytes:
@@ -27,9 +27,11 @@ def encode_member(image: NDArray[np.uint8]) -> bytes:
     return png_bytes(image, compress_level=0)
 
 
-def labels_json(labels: Sequence[Any] | None, class_names: Sequence[str] | None) -> bytes:
+def labels_json(
+    labels: Sequence[Any] | None, class_names: Sequence[str] | None, ending: str = "png"
+) -> bytes:
     """`dataset.json` for images 0..N-1; readers of the original format ignore `class_names`."""
-    pairs = None if labels is None else [[member_name(i), v] for i, v in enumerate(labels)]
+    pairs = None if labels is None else [[member_name(i, ending), v] for i, v in enumerate(labels)]
     content: dict[str, Any] = {"labels": pairs}
     if class_names is not None:
         content["class_names"] = list(class_names)

@@ -188,7 +188,12 @@ class VaeCodec:
             )
 
     def train(self, images: Tensor, draws: Draws) -> Tensor:
-        """Latents in model space from means and log-variances [B, 2 C, h, w]; draws "latent"."""
+        """Latents in model space from means and log-variances [B, 2 C, h, w]; draws "latent".
+
+        Samples in model space [B, C, h, w], which some sets hold in their place, are used as such.
+        """
+        if images.shape[1] == self.channels:
+            return images.to(torch.float32)
         return sample_posterior(images, draws, self.scale, self.shift)
 
     def save(self, folder: Path) -> None:
@@ -218,11 +223,11 @@ class VaeCodec:
 def sample_posterior(moments: Tensor, draws: Draws, scale: float, shift: float = 0.0) -> Tensor:
     """Latents in model space from means and log-variances [B, 2 C, h, w]: float32 [B, C, h, w].
 
-    Draws "latent", the posterior's noise.
+    Draws "latent", the posterior's noise. A log-variance above 20 is cut, as released code does.
     """
     mean, log_variance = moments.to(torch.float32).chunk(2, dim=1)
     noise = draws.normal("latent", *mean.shape[1:])
-    return (mean + (0.5 * log_variance).exp() * noise - shift) * scale
+    return (mean + (0.5 * log_variance.clamp(max=20)).exp() * noise - shift) * scale
 
 
 def _open(model: str) -> Any:

@@ -80,7 +80,7 @@ def summarise(dataset: ImageDataset, path: Path) -> Summary:
         classes=_classes(dataset),
         num_classes=0 if vectors else dataset.num_classes,
         label_vectors=dataset.num_classes if vectors else 0,
-        bytes=_size(path),
+        bytes=bytes_on_disk(path),
     )
 
 
@@ -138,7 +138,8 @@ def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture if picture.shape[2] == 3 else picture.repeat(3, axis=2)
 
 
-def _size(path: Path) -> int:
+def bytes_on_disk(path: Path) -> int:
+    """Of a file, or of all files below a folder."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size

@@ -40,7 +40,8 @@ class Batch:
     """One process's rows of a step, on the training device.
 
     Attributes:
-        images: uint8 [b, C, H, W]; of a set of latents, their moments [b, 2 C, H, W].
+        images: uint8 [b, C, H, W]; of a set of latents, their moments [b, 2 C, H, W], or
+            samples in model space [b, C, H, W].
         labels: int64 [b], or None.
         numbers: int64 [b], the images' numbers in the run.
         plan: the step.

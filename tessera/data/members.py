@@ -103,12 +103,14 @@ class ZipMembers:
             [
                 (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type, e.flag_bits)
                 for e in entries
-                if max(e.header_offset, e.compress_size, e.file_size) < 2**63
+                if 0 <= e.header_offset < 2**63 and max(e.compress_size, e.file_size) < 2**63
             ],
             np.int64,
         )
         if len(self._table) != len(entries):
-            raise DataError(f"{path}: not a whole ZIP archive (members of impossible size)")
+            raise DataError(
+                f"{path}: not a whole ZIP archive (members of impossible size or place)"
+            )
         self._lock = threading.Lock()
         self.names = sorted(self._row)
 

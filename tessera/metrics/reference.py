@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -166,9 +167,7 @@ def reference_of(
     path = Path(os.path.abspath(path))
     data = open_images(path)
     content = _content(path)
-    method = repr((_METHOD, _FORMAT, __version__, seed, training_images))
-    end = f"-{hashlib.sha256(method.encode()).hexdigest()[:8]}.ref.npz"
-    kept = path.with_name(f".{path.name}.{content}{end}")
+    kept = _kept(path, content, seed, training_images)
     if kept.is_file():
         with contextlib.suppress(DataError):  # damaged, so it is made again
             return load_reference(kept, device)
@@ -188,6 +187,31 @@ def reference_of(
             stacklevel=2,
         )
     return made
+
+
+def find_reference(path: str | os.PathLike[str]) -> Path | None:
+    """A reference file with its own classifier that lies beside the images at `path`.
+
+    It is `NAME.ref.npz`, or what `reference_of` has kept of these very images. Nothing is trained;
+    the images are read only if something was kept, to compare them.
+    """
+    path = Path(os.path.abspath(path))
+    for name in (f"{path.name}.ref.npz", f"{path.stem}.ref.npz"):
+        beside = path.with_name(name)
+        if beside.is_file() and has_classifier(beside):
+            return beside
+    known = _kept(path, "*", 0, None)
+    if not path.exists() or not any(path.parent.glob(glob.escape(known.name).replace("[*]", "*"))):
+        return None
+    kept = _kept(path, _content(path), 0, None)
+    return kept if kept.is_file() else None
+
+
+def _kept(path: Path, content: str, seed: int, training_images: int | None) -> Path:
+    """Where the reference of the images at `path` is kept, beside them."""
+    method = repr((_METHOD, _FORMAT, __version__, seed, training_images))
+    end = f"-{hashlib.sha256(method.encode()).hexdigest()[:8]}.ref.npz"
+    return path.with_name(f".{path.name}.{content}{end}")
 
 
 def _content(path: Path) -> str:

@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ from tessera.pipelines import counting
 from tessera.pipelines import folder as folders
 from tessera.pipelines.labels import Label, Seeds, choose_labels, class_index, shortened
 from tessera.pipelines.options import Option, Output, check_batch, check_output
-from tessera.pipelines.plan import OnStep, Plan, SampledBatch
-from tessera.progress import quantity
+from tessera.pipelines.plan import OnStep, Plan, SampledBatch, counting_steps
+from tessera.pipelines.samples import Samples, facts_html
+from tessera.pipelines.signature import PerModel
+from tessera.progress import in_notebook, quantity
+from tessera.progress import progress as progress_bar
 from tessera.recipes.build import build_codec, build_model
 from tessera.recipes.loading import dump_recipe
-from tessera.recipes.parts import NO_PARTS, Parts, described, external
+from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.sampling.core import NoiseSource, SamplerState, means
 from tessera.sampling.seeds import SeedNoise
@@ -94,9 +97,10 @@ class Pipeline(ABC):
         self.checksum = checksum
         self.reported: dict[str, float] = {}
 
-    def __repr__(self) -> str:
+    def _rows(self) -> dict[str, str]:
+        """Facts for people."""
         names = f": {shortened(self.class_names)}" if self.class_names else ""
-        rows = {
+        return {
             "recipe": self.recipe.name,
             "shape": str(tuple(self.model.shape)),
             "classes": f"{self.model.num_classes or 'none'}{names}",
@@ -105,8 +109,13 @@ class Pipeline(ABC):
             "ema": self.ema,
             "device": str(self.device),
         }
-        lines = (f"  {name:<12} {value}" for name, value in rows.items())
+
+    def __repr__(self) -> str:
+        lines = (f"  {name:<12} {value}" for name, value in self._rows().items())
         return "\n".join([f"pipeline of kind {self.kind}", *lines])
+
+    def _repr_html_(self) -> str:
+        return facts_html(f"pipeline of kind {self.kind}", self._rows())
 
     # ------------------------------------------------------------------ what each kind is made of
 
@@ -236,25 +245,13 @@ class Pipeline(ABC):
         Raises:
             TesseraError: an option that this model cannot have, or it cannot be counted.
         """
-        name = self.recipe.name
-        try:
+        with counting.explained(self.recipe):
             pipe = self.without_weights()
             plan = pipe.plan([0], None, **pipe.with_start(options))
             calls = counting.sampling(
                 plan.networks(), lambda: [*pipe.states(plan, [0])], plan.helpers()
             )
             return counting.total_cost(self._training(), calls)
-        except RuntimeError as error:  # of tensors with more numbers than can be counted
-            if external(self.recipe):
-                raise TesseraError(
-                    f"{name}: what its own parts compute cannot be counted on tensors without "
-                    f"data, for they look at values, or hold tensors that are no buffers: "
-                    f"{described(error)}"
-                ) from error
-            raise TesseraError(
-                f"{name}: what it computes is too large to be counted. Make the network, the "
-                "images or training.micro_batch smaller"
-            ) from error
 
     def costs(self, **options: Any) -> dict[str, counting.Cost]:
         """What each of several models in a row costs, by name; nothing of a single one.
@@ -295,31 +292,52 @@ class Pipeline(ABC):
         *, output: Literal["tensor"], **options: Any,
     ) -> Tensor: ...  # fmt: skip
 
+    @overload
+    def sample(
+        self, seeds: Seeds, labels: Label | Iterable[Label] | None = None,
+        *, output: Literal["samples"], **options: Any,
+    ) -> Samples: ...  # fmt: skip
+
     def sample(
         self,
         seeds: Seeds,
         labels: Label | Iterable[Label] | None = None,
         *,
         output: Output = "numpy",
+        progress: bool | None = None,
+        batch: int = 64,
+        on_step: OnStep | None = None,
         **options: Any,
-    ) -> NDArray[np.uint8] | list[Image.Image] | Tensor:
+    ) -> NDArray[np.uint8] | list[Image.Image] | Tensor | Samples:
         """Make one image for each seed.
 
         Args:
             seeds: numbers, or text like "0-63,100".
             labels: see `sample_batches`.
             output: "numpy", uint8 [N, H, W, C]; "pil", a list of Pillow images; "tensor", uint8
-                [N, C, H, W] on the CPU.
-            options: those of `sample_batches`.
+                [N, C, H, W] on the CPU; "samples", a `Samples`, which a notebook shows.
+            progress: show a bar; None: in notebooks.
+            batch, on_step, options: those of `sample_batches`.
 
         Raises:
             TesseraError: no seeds, another output, or what `sample_batches` raises.
+
+        `help(pipe.sample)` lists the options of the model at hand.
         """
         check_output(output)
-        batches = list(self.sample_batches(seeds, labels, **options))
-        if not batches:
+        check_batch(batch)
+        plan = self.plan(seeds, labels, **options)
+        if not len(plan.seeds):
             raise TesseraError("`seeds` is empty: there is one image for each seed")
-        images = np.concatenate([batch.images for batch in batches])
+        shown = in_notebook() if progress is None else progress
+        with progress_bar("sampling", len(plan.seeds), unit="images", shown=shown) as bar:
+            counted = counting_steps(bar, on_step)
+            made = Samples.of(
+                self.run(plan, range(len(plan.seeds)), batch, counted), self.class_names
+            )
+        if output == "samples":
+            return made
+        images = made.images
         if output == "pil":
             return [to_pil(image) for image in images]
         if output == "tensor":
@@ -466,6 +484,12 @@ class Pipeline(ABC):
     def to_pixels(self, x: Tensor) -> NDArray[np.uint8]:
         """Model space [B, C, H, W] to uint8 [B, H, W, C] on the CPU; latents are decoded."""
         return self.codec.decode(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# For people: what the model at hand takes, instead of `**options`.
+if not TYPE_CHECKING:
+    Pipeline.sample = PerModel(Pipeline.sample)
+    Pipeline.sample_batches = PerModel(Pipeline.sample_batches)
 
 
 def _on_meta(model: Model) -> Model:

@@ -6,7 +6,8 @@ the real training step, in which every distinct call of a network is made once a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.diffusion.objectives import Objective
+from tessera.errors import TesseraError
 from tessera.model import Model
 from tessera.precision import autocast, resolve
 from tessera.randomness import AddressedDraws
 from tessera.recipes.build import build_view, recipe_objective
-from tessera.recipes.parts import NO_PARTS, Parts
+from tessera.recipes.parts import NO_PARTS, Parts, described, external
 from tessera.recipes.schema import Recipe
 
 
@@ -270,3 +272,25 @@ class _MedianSteps(AddressedDraws):
 
     def step(self, purpose: str) -> float:
         return 0.5
+
+
+@contextmanager
+def explained(recipe: Recipe) -> Iterator[None]:
+    """Errors of counting what a recipe computes, as the user can put them right.
+
+    Raises:
+        TesseraError: it cannot be counted.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of tensors with more numbers than can be counted
+        if external(recipe):
+            raise TesseraError(
+                f"{recipe.name}: what its own parts compute cannot be counted on tensors without "
+                f"data, for they look at values, or hold tensors that are no buffers: "
+                f"{described(error)}"
+            ) from error
+        raise TesseraError(
+            f"{recipe.name}: what it computes is too large to be counted. Make the network, the "
+            "images or training.micro_batch smaller"
+        ) from error

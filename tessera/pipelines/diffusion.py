@@ -65,7 +65,7 @@ class DiffusionPipeline(Pipeline):
         known = ", ".join(samplers(self.recipe.sampling))
         meaning = f"another: {known}; each has options of its own"
         own = [option for name, section in sections.items() for option in listed(name, section)]
-        return [Option("sampler", "sampler", kind, meaning), *own]
+        return [Option("sampler", "sampler", kind, meaning, str), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

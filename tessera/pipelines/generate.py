@@ -21,7 +21,7 @@ from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
 from tessera.images import open_image, save_png
 from tessera.pipelines.base import Pipeline
-from tessera.pipelines.plan import Plan, SampledBatch
+from tessera.pipelines.plan import Plan, SampledBatch, counting_steps
 from tessera.pipelines.usage import Usage
 from tessera.progress import progress
 from tessera.sampling.core import SamplerState, means
@@ -275,10 +275,11 @@ def _run(
     usage = Usage(job.plan.networks(), job.pipe.device.type == "cuda")
     with progress("sampling", total, unit="images") as bar, usage.watch():
 
-        def on_step(seeds: Sequence[int], state: SamplerState) -> None:
-            bar.advance(len(seeds) / state.steps)
+        def film(seeds: Sequence[int], state: SamplerState) -> None:
             if filmed and trajectory is not None and list(seeds) == filmed:
                 trajectory(state)
+
+        on_step = counting_steps(bar, film)
 
         batches = (
             job.pipe.run(job.plan, [job.rows[seed] for seed in part], job.batch, on_step)

@@ -23,7 +23,7 @@ from tessera.recipes.schema import (
 from tessera.recipes.text import read_yaml
 
 Precision = Literal["auto", "fp32", "bf16"]
-Output = Literal["numpy", "pil", "tensor"]
+Output = Literal["numpy", "pil", "tensor", "samples"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -37,26 +37,29 @@ class Option:
         name: as it is given, `name=value`.
         value: without being given.
         meaning: in a few words; "" where the name says all.
+        annotation: its type.
     """
 
     section: str
     name: str
     value: Any
     meaning: str
+    annotation: Any = Any
 
 
 def listed(title: str, section: Section) -> Iterator[Option]:
     """The options of a section."""
     for name in _names(type(section)):
-        value, meaning = getattr(section, name), type(section).model_fields[name].description or ""
+        field = type(section).model_fields[name]
+        value, meaning = getattr(section, name), field.description or ""
         if isinstance(value, dict) and value:
             yield from (Option(title, f"{name}.{k}", v, meaning) for k, v in value.items())
         elif isinstance(value, Section):
-            yield Option(title, f"{name}.kind", getattr(value, "kind", None), meaning)
+            yield Option(title, f"{name}.kind", getattr(value, "kind", None), meaning, str)
             for option in listed(title, value):
                 yield replace(option, name=f"{name}.{option.name}")
         else:
-            yield Option(title, name, value, meaning)
+            yield Option(title, name, value, meaning, field.annotation)
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tessera.progress import Bar
 from tessera.sampling.core import NoiseSource, Report, SamplerState
 from tessera.sampling.seeds import SeedNoise
 
@@ -31,6 +32,17 @@ class SampledBatch:
 
 OnStep = Callable[[Sequence[int], SamplerState], None]
 """Called after every sampler step with the batch's seeds and the sampler's state."""
+
+
+def counting_steps(bar: Bar, on_step: OnStep | None = None) -> OnStep:
+    """Moves a bar of images by the share of each step, then calls `on_step`."""
+
+    def step(seeds: Sequence[int], state: SamplerState) -> None:
+        bar.advance(len(seeds) / state.steps)
+        if on_step is not None:
+            on_step(seeds, state)
+
+    return step
 
 
 class Plan(Protocol):

@@ -202,7 +202,7 @@ class RelayPipeline(Pipeline):
             for name, pipe in zip(self.names, self.pipes, strict=True)
             for option in pipe.options(wanted[name].get("sampler"))
         ]
-        return [Option("relay", "stages", "all", f"which stages run: {every}"), *own]
+        return [Option("relay", "stages", "all", f"which stages run: {every}", str), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

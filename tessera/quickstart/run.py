@@ -3,99 +3,61 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from tessera.commands import tessera_command
-from tessera.data.dataset import ImageDataset, open_dataset
+from tessera.data.dataset import open_dataset
 from tessera.errors import TesseraError, TrainingError
 from tessera.files import user_path
-from tessera.images import to_uint8
-from tessera.metrics.evaluate import Score, score_images
-from tessera.metrics.features import feature_statistics
-from tessera.metrics.frechet import frechet_distance
-from tessera.metrics.images import ArrayImages
 from tessera.metrics.reference import Reference, build_reference, save_reference
-from tessera.metrics.statistics import FeatureStatistics
-from tessera.pipelines.base import Pipeline
-from tessera.pipelines.loading import build_pipeline, load
-from tessera.progress import progress
 from tessera.quickstart.digits import write_digits
-from tessera.randomness import derive_seed, numpy_generator
 from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Recipe
-from tessera.sampling.core import SamplerState
+from tessera.reports.measured import RunReport, measure_run
+from tessera.reports.scores import Ladder
 from tessera.training.trainer import Trainer
 
 RECIPE = "quickstart-digits"
+REFERENCE = "digits.ref.npz"
 GUIDANCE = 1.5  # of the samples and of the denoising that is shown
-_UNTRAINED = {"steps": 4, "solver": "euler"}  # it makes noise of noise, however slowly
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A moment of the denoising of some images: σ, the noisy state and the estimate, NHWC."""
-
-    sigma: float
-    noisy: NDArray[np.uint8]
-    denoised: NDArray[np.uint8]
+_HELD_OUT = 0.1  # of the digits, so that the report can tell copies from likeness
 
 
 @dataclass
 class QuickstartResult:
-    """Everything that the report shows.
+    """What the quickstart has made.
 
     Attributes:
         out: folder with all that was written.
         recipe: as trained.
         device: in words.
-        parameters: of the network.
         images_seen: images trained on, counting repetitions.
-        losses: (images seen, loss per pixel) through the training.
-        dataset: the real digits.
-        reference: their statistics and the classifier.
-        samples: uint8 [N, H, W, C], the class of sample i is i modulo the number of classes.
-        labels: int64 [N], the class that each sample was asked to be.
-        predicted: int64 [N], the class that the classifier takes it for.
-        score: of the samples, against one half of the real digits.
-        floor: Fréchet distance of the other half.
-        ceiling: Fréchet distance of samples of the untrained network.
-        nearest: mean distance (root mean square of grey levels) from a sample to the closest real
-            digit, and from a real digit to the closest other one.
-        frames: the denoising of one image per class.
+        reference: statistics of the real digits and the classifier.
+        report: samples, scores and all else that the page shows.
         seconds: time of each part, by name.
     """
 
     out: Path
     recipe: Recipe
     device: str
-    parameters: int
     images_seen: int
-    losses: list[tuple[int, float]]
-    dataset: ImageDataset
     reference: Reference
-    samples: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    score: Score
-    floor: float
-    ceiling: float
-    nearest: tuple[float, float]
-    frames: list[Frame]
+    report: RunReport
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def recognised(self) -> float:
         """Share of the samples that are taken for the class they were asked to be."""
-        return float((self.predicted == self.labels).mean())
+        assert self.report.recognised is not None
+        return self.report.recognised
+
+    @property
+    def score(self) -> Ladder:
+        """Distances of the samples, and of other images, on the classifier's features."""
+        return self.report.ladders[0]
 
 
 def run(
@@ -125,7 +87,8 @@ def run(
         raise TesseraError(f"{out} is not empty; choose another folder with --out")
     seconds: dict[str, float] = {}
     data_path, run_dir = out / "digits.safetensors", out / "run"
-    recipe = load_recipe(RECIPE, [f"data.path={data_path}", f"training.seed={seed}", *overrides])
+    own = [f"data.path={data_path}", f"data.held_out={_HELD_OUT}", f"training.seed={seed}"]
+    recipe = load_recipe(RECIPE, [*own, *overrides])
     _check(recipe)
     with _data_taken_back(data_path):
         with _timed(seconds, "data"):
@@ -133,33 +96,34 @@ def run(
             dataset = open_dataset(data_path)
         trainer = Trainer(recipe, run_dir)
     with _timed(seconds, "training"):
-        losses = _train(trainer)
-    pipeline = load(run_dir, device=trainer.device)
+        _train(trainer)
     with _timed(seconds, "classifier"):
         reference = build_reference(
             dataset, seed=seed, training_images=classifier_images, device=trainer.device
         )
-        save_reference(out / "digits.ref.npz", reference)
-    with _timed(seconds, "sampling"):
-        made, labels = _sample(pipeline, samples or len(dataset) // 2, "samples", guidance=GUIDANCE)
-        frames = _denoising(pipeline)
-    with _timed(seconds, "scoring"):
-        scored = _scores(recipe, reference, dataset, made, labels, seed)
+        save_reference(out / REFERENCE, reference)
+    with _timed(seconds, "report"):
+        report = measure_run(
+            run_dir, samples=samples or len(dataset) // 2, reference=out / REFERENCE,
+            device=trainer.device, title="Handwritten digits from noise",
+            more_commands=_own_images(), guidance=GUIDANCE,
+        )  # fmt: skip
     return QuickstartResult(
-        out=out,
-        recipe=trainer.recipe,
-        device=trainer.device_name,
-        parameters=sum(p.numel() for p in pipeline.model.parameters()),
-        images_seen=trainer.images_seen,
-        losses=losses,
-        dataset=dataset,
-        reference=reference,
-        samples=made,
-        labels=labels,
-        frames=frames,
-        seconds=seconds,
-        **scored,
+        out, trainer.recipe, trainer.device_name, trainer.images_seen, reference, report, seconds
     )
+
+
+def _own_images() -> list[tuple[str, str]]:
+    """How to go on with other images than digits."""
+    command = tessera_command()
+    return [
+        (
+            "Your own images",
+            f"{command} data convert photos/ photos.safetensors --resolution 32x32 "
+            "--transform center-crop --format packed\n"
+            f"{command} train cifar10-small data.path=photos.safetensors data.num_classes=0",
+        )
+    ]
 
 
 @contextmanager
@@ -190,99 +154,9 @@ def _data_taken_back(path: Path) -> Iterator[None]:
         raise
 
 
-def _train(trainer: Trainer) -> list[tuple[int, float]]:
-    logged = [(r.images, r.metrics["loss_per_pixel"]) for r in trainer.steps() if r.metrics]
+def _train(trainer: Trainer) -> None:
+    trainer.run()
     if trainer.stopped_by is not None:
         raise TrainingError(
             f"stopped; to finish the training: {tessera_command()} train --resume {trainer.run_dir}"
         )
-    return [(images, float(loss)) for images, loss in logged if loss is not None]
-
-
-def _sample(
-    pipeline: Pipeline, count: int, title: str, **options: Any
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 [N, H, W, C] of all classes in turn, and their classes int64 [N]."""
-    with progress(title, count, unit="images") as bar:
-
-        def advance(seeds: Sequence[int], state: SamplerState) -> None:
-            bar.advance(len(seeds) / state.steps)
-
-        batches = pipeline.sample_batches(
-            range(count), "balanced", batch=128, on_step=advance, **options
-        )
-        images = np.concatenate([made.images for made in batches])
-    return images, np.arange(count) % pipeline.model.num_classes
-
-
-def _denoising(pipeline: Pipeline) -> list[Frame]:
-    """The course of the first sample of each class."""
-    frames = []
-
-    def keep(seeds: Sequence[int], state: SamplerState) -> None:
-        noisy, denoised = (
-            to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for x in (state.unit, state.denoised)
-        )
-        frames.append(Frame(state.sigma, noisy, denoised))
-
-    pipeline.sample(range(pipeline.model.num_classes), "balanced", on_step=keep, guidance=GUIDANCE)
-    return frames
-
-
-def _scores(
-    recipe: Recipe,
-    reference: Reference,
-    dataset: ImageDataset,
-    samples: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    seed: int,
-) -> dict[str, Any]:
-    """Samples, real digits and an untrained network, all against the same half of the digits.
-
-    A Fréchet distance shrinks as the sets grow, so all three have the same number of images.
-    """
-    classifier = reference.extractor
-    order = numpy_generator(seed, "quickstart", "halves").permutation(len(dataset))
-    half, other = np.array_split(order, 2)
-    real = torch.from_numpy(dataset.read(half))
-    against = Reference(
-        dataset.name, feature_statistics(classifier, torch.split(real, 256)), classifier
-    )
-    untrained, _ = _sample(_untrained(recipe, seed), len(samples), "untrained", **_UNTRAINED)
-    made = torch.from_numpy(samples).permute(0, 3, 1, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # few images: the report shows how many
-        score = score_images(_as_set("samples", samples, labels), against)
-        ceiling = score_images(_as_set("untrained", untrained), against).fd_classifier
-        floor = frechet_distance(
-            FeatureStatistics.of(classifier(torch.from_numpy(dataset.read(other)))),
-            against.statistics,
-        )
-    return {
-        "predicted": classifier.predict(made).numpy(),
-        "score": score,
-        "floor": floor,
-        "ceiling": ceiling,
-        "nearest": _nearest(samples.transpose(0, 3, 1, 2), dataset.read(np.arange(len(dataset)))),
-    }
-
-
-def _untrained(recipe: Recipe, seed: int) -> Pipeline:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "quickstart", "untrained"))
-        return build_pipeline(recipe)
-
-
-def _as_set(
-    name: str, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None
-) -> ArrayImages:
-    return ArrayImages(name, images.transpose(0, 3, 1, 2), labels)
-
-
-def _nearest(samples: NDArray[np.uint8], real: NDArray[np.uint8]) -> tuple[float, float]:
-    """Mean root-mean-square difference to the closest real image, of samples and of real ones."""
-    a, b = (torch.from_numpy(x.reshape(len(x), -1)).to(torch.float32) for x in (samples, real))
-    among_real = torch.cdist(b, b).fill_diagonal_(torch.inf)
-    scale = b.shape[1] ** 0.5
-    to_real = torch.cdist(a, b).min(dim=1).values.mean() / scale
-    return float(to_real), float(among_real.min(dim=1).values.mean() / scale)

@@ -215,15 +215,25 @@ def _latent_problems(recipe: Recipe, dataset: LatentDataset) -> list[str]:
     """What a set of latents was made with, other than the recipe says."""
     assert isinstance(recipe.codec, VaeCodecConfig)
     info, codec = dataset.info, recipe.codec
+    channels, height, width = dataset.shape
+    side = recipe.data.resolution // codec.downsample
+    problems = []
+    if (height, width) != (side, side) and info.resolution in (None, recipe.data.resolution):
+        problems.append(
+            f"its latents are {width}x{height}, but those of images of data.resolution="
+            f"{recipe.data.resolution} are {side}x{side} at codec.downsample={codec.downsample}"
+        )
     pairs = (
         ("data.resolution", info.resolution, recipe.data.resolution),
-        ("codec.channels", dataset.shape[0], codec.channels),
+        ("codec.channels", channels, codec.channels),
         ("codec.downsample", info.downsample, codec.downsample),
         ("codec.scale", info.scale, codec.scale),
         ("codec.shift", info.shift, codec.shift),
     )
-    return [
-        f"it was made with {key}={found:g} (VAE {info.vae}), but the recipe has {wanted:g}"
+    # What a set does not say is taken from the recipe.
+    return problems + [
+        f"it was made with {key}={found:g} (VAE {info.vae or 'unknown'}), but the recipe has "
+        f"{wanted:g}"
         for key, found, wanted in pairs
-        if not math.isclose(found, wanted, rel_tol=1e-6)
+        if found is not None and not math.isclose(found, wanted, rel_tol=1e-6)
     ]

@@ -33,12 +33,12 @@ class Parts:
     """Functions that make the external parts of a recipe; each gets the section's `options`.
 
     Attributes:
-        network: (recipe, **options) to a module (x [B, C, H, W], noise [B], `Conditioning`) to raw
-            output [B, C, H, W].
-        objective: (recipe, **options) to a callable (model, x, conditioning, draws) to terms [B],
+        network: (recipe, `**options`) to a module (x [B, C, H, W], noise [B], `Conditioning`) to
+            raw output [B, C, H, W].
+        objective: (recipe, `**options`) to a callable (model, x, conditioning, draws) to terms [B],
             of which "loss" is minimised.
-        sampler: (**options) to a `Sampler`; a hook of `sampling.refine` comes as `refine`.
-        refine: (**options) to a hook after each step of a sampler.
+        sampler: (`**options`) to a `Sampler`; a hook of `sampling.refine` comes as `refine`.
+        refine: (`**options`) to a hook after each step of a sampler.
         dataset: (recipe) to a `Dataset`, in place of the images at `data.path`. It is used
             whenever it is handed over.
 

@@ -19,7 +19,8 @@ RECIPE = "recipe.yaml"
 
 # What is written in a run folder, by the place: of these, killed processes may leave halves.
 _WRITTEN = {
-    ".": r"recipe\.yaml|metrics\.jsonl|pipeline|best|run\.lock|wandb-id|evaluation.*\.ref\.npz",
+    ".": r"recipe\.yaml|metrics\.jsonl|pipeline|best|run\.lock|wandb-id|evaluation.*\.ref\.npz"
+    r"|report\.html",
     "checkpoints": r"\d{12}",
     "previews": r"\d{12}\.png",
 }

@@ -229,14 +229,31 @@ def cut_lines(path: Path, images: int) -> None:
             file.write(text)
 
 
+def read_metrics(run_dir: Path) -> list[Metrics]:
+    """The lines of a run's log in their order, without what is no line of it; none without a log.
+
+    Lines of the training, of its validation and of its evaluations stand between each other.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [values for values in map(_values, lines) if values is not None]
+
+
 def _images_of(line: bytes) -> int | None:
     """The images seen of a line of metrics; None if it is no such line."""
+    values = _values(line)
+    images = None if values is None else values["images"]
+    return images if isinstance(images, int) else None
+
+
+def _values(line: bytes) -> Metrics | None:
+    """A line of metrics; None if it is none."""
     try:
         values = parse_json(line, "line", max_bytes=_LONGEST_LINE, max_depth=1)
     except TesseraError:
         return None
     images = values.get("images") if isinstance(values, dict) else None
-    return images if type(images) is int and images >= 0 else None
+    return values if type(images) is int and images >= 0 else None
 
 
 class TensorBoard:

@@ -61,6 +61,17 @@ def validation_images(
     if dataset is None:
         return None
     _check_classes(recipe, dataset, training)
+    return whole_images(recipe, device, dataset, parts, recipe.validation.images)
+
+
+def whole_images(
+    recipe: Recipe, device: torch.device, dataset: Dataset, parts: Parts, most: int
+) -> ValidationImages:
+    """Up to `most` images of a set, as a recipe's loss is measured on them.
+
+    Args:
+        dataset: not compared with the recipe.
+    """
     world = distributed.world()
     at_once = recipe.training.micro_batch or recipe.training.batch // world
     changes = {
@@ -76,8 +87,7 @@ def validation_images(
             "augment": None,
         }
     )
-    count = min(recipe.validation.images, len(dataset))
-    return ValidationImages(Feed(plain, device, parts, dataset), count)
+    return ValidationImages(Feed(plain, device, parts, dataset), min(most, len(dataset)))
 
 
 def _check_classes(recipe: Recipe, dataset: Dataset, training: Dataset) -> None:

@@ -18,10 +18,11 @@ from released_files import Persistent, write_snapshot
 from released_states import RECORDED, arguments, write_torch
 from torch import nn
 
-from tessera.convert.records import ClosedObject, StoredTensor, module_state, read_tensors
+from tessera.convert.records import ClosedObject, module_state, read_tensors
 from tessera.convert.unpickle import read_container
 from tessera.errors import CheckpointError, DataError
 from tessera.pickles import LARGE, load_pickle
+from tessera.torch_files import StoredTensor
 
 LEGO = RECORDED / "lego-pg-cond-network-snapshot-000128.pkl"
 

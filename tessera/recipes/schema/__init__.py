@@ -33,19 +33,15 @@ from tessera.recipes.schema.diffusion import (
     VpObjectiveConfig,
     VpPreconditioningConfig,
 )
+from tessera.recipes.schema.network import NetworkSection
 from tessera.recipes.schema.networks import (
     AdmUNetConfig,
     BrickConfig,
-    DiTConfig,
-    EnergyDiTConfig,
     ExternalNetworkConfig,
     LegoConfig,
-    MarConfig,
     NetworkConfig,
-    NetworkSection,
     PatchedUNetConfig,
     SongUNetConfig,
-    TransformerSection,
     UNetSection,
 )
 from tessera.recipes.schema.options import BricksConfig, CanvasConfig, GuidanceConfig, LargerConfig
@@ -83,6 +79,12 @@ from tessera.recipes.schema.training import (
     RunConfig,
     TrainingConfig,
     ValidationConfig,
+)
+from tessera.recipes.schema.transformers import (
+    DiTConfig,
+    EnergyDiTConfig,
+    MarConfig,
+    TransformerSection,
 )
 
 __all__ = [

@@ -28,7 +28,7 @@ class DataConfig(Section):
         1,
         description="train on means of blocks of so many pixels or latents a side",
     )
-    channels: Literal[1, 3] = 3
+    channels: Literal[1, 3] = Field(3, description="of the images: 1 for grey, 3 for RGB")
     num_classes: int = Field(0, ge=0, le=10**7, description="0 trains without labels")
     xflip: bool = Field(False, description="double the set by mirrored copies")
     max_images: PositiveInt | None = Field(None, description="train on a random subset")
@@ -97,8 +97,8 @@ class VaeCodecConfig(CodecSection):
     )
     channels: Factor = Field(4, description="of the latents")
     downsample: Factor = Field(8, description="side of the images / side of the latents")
-    scale: PositiveFloat = 0.18215
-    shift: FiniteFloat = 0
+    scale: PositiveFloat = Field(0.18215, description="factor of the latents")
+    shift: FiniteFloat = Field(0, description="taken off before scaling")
 
     def shape(self, data: DataConfig) -> tuple[int, int, int]:
         side = data.resolution // self.downsample
@@ -168,30 +168,36 @@ class CoordsConfig(Section):
 class AugmentConfig(Section):
     """Non-leaky augmentation (EDM, section F.2): multipliers of `p` per transform; 0 = absent."""
 
-    p: Probability = 0.12
-    xflip: NonNegative = 1e8
-    yflip: NonNegative = 1
-    rotate_int: NonNegative = 0
-    translate_int: NonNegative = 0
-    translate_int_max: NonNegative = 0.125
-    scale: NonNegative = 1
-    scale_std: NonNegative = 0.2
-    rotate_frac: NonNegative = 1
-    rotate_frac_max: NonNegative = 1
-    aniso: NonNegative = 1
-    aniso_std: NonNegative = 0.2
-    aniso_rotate_prob: Probability = 0.5
-    translate_frac: NonNegative = 1
-    translate_frac_std: NonNegative = 0.125
-    brightness: NonNegative = 0
-    brightness_std: NonNegative = 0.2
-    contrast: NonNegative = 0
-    contrast_std: NonNegative = 0.5
-    lumaflip: NonNegative = 0
-    hue: NonNegative = 0
-    hue_max: NonNegative = 1
-    saturation: NonNegative = 0
-    saturation_std: NonNegative = 1
+    p: Probability = Field(0.12, description="probability of each transform")
+    xflip: NonNegative = Field(
+        1e8, description="mirrored left to right; 1e8 of p: half of all images"
+    )
+    yflip: NonNegative = Field(1, description="mirrored top to bottom")
+    rotate_int: NonNegative = Field(0, description="turned by multiples of 90 degrees")
+    translate_int: NonNegative = Field(0, description="moved by whole pixels")
+    translate_int_max: NonNegative = Field(0.125, description="farthest, as a share of the side")
+    scale: NonNegative = Field(1, description="scaled alike in both directions")
+    scale_std: NonNegative = Field(0.2, description="spread of the factor, in powers of 2")
+    rotate_frac: NonNegative = Field(1, description="turned by any angle")
+    rotate_frac_max: NonNegative = Field(1, description="largest angle, as a share of 180 degrees")
+    aniso: NonNegative = Field(1, description="stretched in one direction and shrunk in the other")
+    aniso_std: NonNegative = Field(0.2, description="spread of the factor, in powers of 2")
+    aniso_rotate_prob: Probability = Field(
+        0.5, description="probability that the direction is not an axis"
+    )
+    translate_frac: NonNegative = Field(1, description="moved by any distance")
+    translate_frac_std: NonNegative = Field(
+        0.125, description="spread of the distance, as a share of the side"
+    )
+    brightness: NonNegative = Field(0, description="made brighter or darker")
+    brightness_std: NonNegative = Field(0.2, description="spread of what is added")
+    contrast: NonNegative = Field(0, description="contrast changed")
+    contrast_std: NonNegative = Field(0.5, description="spread of the factor, in powers of 2")
+    lumaflip: NonNegative = Field(0, description="light and dark swapped, colours kept")
+    hue: NonNegative = Field(0, description="colours turned")
+    hue_max: NonNegative = Field(1, description="largest angle, as a share of 180 degrees")
+    saturation: NonNegative = Field(0, description="colours made stronger or paler")
+    saturation_std: NonNegative = Field(1, description="spread of the factor, in powers of 2")
 
     @property
     def label_dim(self) -> int:

@@ -34,17 +34,17 @@ class EdmPreconditioningConfig(PreconditioningSection):
     """EDM (Karras et al. 2022), table 1."""
 
     kind: Literal["edm"] = "edm"
-    sigma_data: PositiveFloat = 0.5
+    sigma_data: PositiveFloat = Field(0.5, description="spread of the data, -1 to 1")
 
 
 class VpPreconditioningConfig(PreconditioningSection):
     """Variance preserving (Song et al. 2021), EDM table 1."""
 
     kind: Literal["vp"] = "vp"
-    beta_d: PositiveFloat = 19.9
-    beta_min: PositiveFloat = 0.1
-    timesteps: Steps = 1000
-    epsilon_t: PositiveFloat = 1e-5
+    beta_d: PositiveFloat = Field(19.9, description="slope of β(t), from β_min to β_min + β_d")
+    beta_min: PositiveFloat = Field(0.1, description="β(0)")
+    timesteps: Steps = Field(1000, description="number of steps that the network is told of")
+    epsilon_t: PositiveFloat = Field(1e-5, description="earliest time")
     released_sigma_min: bool = Field(
         False, description="σ(ε_t) as float32 cancellation leaves it in the released baselines"
     )
@@ -54,8 +54,8 @@ class VePreconditioningConfig(PreconditioningSection):
     """Variance exploding (Song et al. 2021), EDM table 1."""
 
     kind: Literal["ve"] = "ve"
-    sigma_min: PositiveFloat = 0.02
-    sigma_max: PositiveFloat = 100
+    sigma_min: PositiveFloat = Field(0.02, description="lowest noise level")
+    sigma_max: PositiveFloat = Field(100, description="highest noise level")
 
 
 class IddpmPreconditioningConfig(PreconditioningSection):
@@ -65,9 +65,9 @@ class IddpmPreconditioningConfig(PreconditioningSection):
     doubles_channels = True
 
     kind: Literal["iddpm"] = "iddpm"
-    c_1: PositiveFloat = 0.001
-    c_2: PositiveFloat = 0.008
-    timesteps: Steps = 1000
+    c_1: PositiveFloat = Field(0.001, description="least share of the signal that a step keeps")
+    c_2: PositiveFloat = Field(0.008, description="offset of the cosine schedule")
+    timesteps: Steps = Field(1000, description="number of steps of the process")
 
 
 class DiscretePreconditioningConfig(PreconditioningSection):
@@ -78,7 +78,7 @@ class DiscretePreconditioningConfig(PreconditioningSection):
 
     kind: Literal["discrete"] = "discrete"
     schedule: str = Field("linear", description="linear, linear0.025 (its end), ..., or cosine")
-    timesteps: Steps = 1000
+    timesteps: Steps = Field(1000, description="number of steps of the process")
     spacing: str = Field("", description="train on these steps only, like 250 or ddim50")
     prediction: Literal["x0", "eps", "v"] = Field("x0", description="what the network predicts")
     rescale_timesteps: bool = Field(False, description="tell the network 1000 t / timesteps")
@@ -130,26 +130,26 @@ class EdmObjectiveConfig(ObjectiveSection):
     """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
 
     kind: Literal["edm"] = "edm"
-    p_mean: FiniteFloat = -1.2
-    p_std: PositiveFloat = 1.2
-    sigma_data: PositiveFloat = 0.5
+    p_mean: FiniteFloat = Field(-1.2, description="mean of ln σ in training")
+    p_std: PositiveFloat = Field(1.2, description="spread of ln σ in training")
+    sigma_data: PositiveFloat = Field(0.5, description="spread of the data, -1 to 1")
 
 
 class VpObjectiveConfig(ObjectiveSection):
     """Variance preserving: uniform t, weight 1 / σ²."""
 
     kind: Literal["vp"] = "vp"
-    beta_d: PositiveFloat = 19.9
-    beta_min: PositiveFloat = 0.1
-    epsilon_t: PositiveFloat = 1e-5
+    beta_d: PositiveFloat = Field(19.9, description="slope of β(t), from β_min to β_min + β_d")
+    beta_min: PositiveFloat = Field(0.1, description="β(0)")
+    epsilon_t: PositiveFloat = Field(1e-5, description="earliest time that is trained on")
 
 
 class VeObjectiveConfig(ObjectiveSection):
     """Variance exploding: log-uniform σ, weight 1 / σ²."""
 
     kind: Literal["ve"] = "ve"
-    sigma_min: PositiveFloat = 0.02
-    sigma_max: PositiveFloat = 100
+    sigma_min: PositiveFloat = Field(0.02, description="lowest noise level that is trained on")
+    sigma_max: PositiveFloat = Field(100, description="highest noise level that is trained on")
 
 
 class DiscreteObjectiveConfig(ObjectiveSection):
@@ -190,16 +190,16 @@ class BlurObjectiveConfig(ObjectiveSection):
         0.93, gt=0, le=1, description="share of the log-normal noise levels that is trained on"
     )
     min_scale: Probability = Field(1e-3, description="what is left of every frequency")
-    p_mean: FiniteFloat = -1.2
-    p_std: PositiveFloat = 1.2
+    p_mean: FiniteFloat = Field(-1.2, description="mean of ln σ in training")
+    p_std: PositiveFloat = Field(1.2, description="spread of ln σ in training")
     block_scale: NonNegative = Field(0.15, description="strength of noise in blocks of pixels")
     unit_variance: bool = Field(
         False, description="divide by √(1 + block_scale²), as in the paper; released weights: no"
     )
-    sigma_data: PositiveFloat = 0.5
+    sigma_data: PositiveFloat = Field(0.5, description="spread of the data, -1 to 1")
     sigma_floor: PositiveFloat = Field(7.5e-3, description="lower noise levels are raised to it")
     released_floor: bool = Field(False, description="the floor as the released code computes it")
-    max_weight: PositiveFloat = 1e5
+    max_weight: PositiveFloat = Field(1e5, description="of the squared error, at most")
 
     @property
     def alignment(self) -> int:

@@ -39,21 +39,30 @@ from tessera.recipes.schema.training import (
 class Recipe(Section):
     """Everything that makes a model: data, network, diffusion, training, and how it is sampled."""
 
-    name: str
-    description: str = ""
-    data: DataConfig
-    codec: CodecConfig = PixelCodecConfig()
-    view: ViewConfig = FullViewConfig()
+    name: str = Field(description="for people, and of the run's folder")
+    description: str = Field("", description="for people, in a line")
+    data: DataConfig = Field(description="the images")
+    codec: CodecConfig = Field(
+        PixelCodecConfig(), description="between images and what the network sees"
+    )
+    view: ViewConfig = Field(FullViewConfig(), description="what of the images a step trains on")
     coords: CoordsConfig | None = Field(
         None, description="coordinates as input; null: x and y if the view is of patches"
     )
-    augment: AugmentConfig | None = None
+    augment: AugmentConfig | None = Field(
+        None, description="disturbed images, which the network is told of; null for none"
+    )
     low_resolution: Side | None = Field(
         None, description="side of the small image that the network enlarges (super-resolution)"
     )
-    network: NetworkConfig
-    preconditioning: PreconditioningConfig = EdmPreconditioningConfig()
-    objective: ObjectiveConfig = EdmObjectiveConfig()
+    network: NetworkConfig = Field(description="what is trained")
+    preconditioning: PreconditioningConfig = Field(
+        EdmPreconditioningConfig(),
+        description="what the network is given and what its output means",
+    )
+    objective: ObjectiveConfig = Field(
+        EdmObjectiveConfig(), description="noise levels of the training, and weights of the loss"
+    )
     energy: EnergyConfig | None = Field(
         None, description="what an energy network is trained on beside the objective"
     )
@@ -65,13 +74,27 @@ class Recipe(Section):
     expert: int | None = Field(
         None, ge=0, description="train this expert's noise levels only; 0 is the cleanest"
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
-    ema: tuple[EmaConfig, ...] = Field((EmaConfig(),), min_length=1, max_length=16)
-    training: TrainingConfig = TrainingConfig()
-    sampling: SamplerConfig = EdmSamplerConfig()
-    evaluate: EvaluateConfig | None = None
-    validation: ValidationConfig = ValidationConfig()
-    run: RunConfig = RunConfig()
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(), description="how gradients change weights"
+    )
+    ema: tuple[EmaConfig, ...] = Field(
+        (EmaConfig(),),
+        min_length=1,
+        max_length=16,
+        description="averages of the weights, the first is the default",
+    )
+    training: TrainingConfig = Field(TrainingConfig(), description="how long, how much at once")
+    sampling: SamplerConfig = Field(
+        EdmSamplerConfig(), description="how samples are made unless told otherwise"
+    )
+    evaluate: EvaluateConfig | None = Field(
+        None, description="scores while training; null for none"
+    )
+    validation: ValidationConfig = Field(
+        ValidationConfig(),
+        description="the loss on other images, where data.validation or data.held_out names some",
+    )
+    run: RunConfig = Field(RunConfig(), description="the run's folder and what is written to it")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -40,7 +40,7 @@ class EdmLevelsConfig(Section):
     """EDM's noise levels, evenly spaced in σ^(1/ρ)."""
 
     kind: Literal["edm"] = "edm"
-    steps: Steps = 18
+    steps: Steps = Field(18, description="number of them")
     sigma_min: PositiveFloat = Field(0.002, description=LAST)
     sigma_max: PositiveFloat = Field(80, description=FIRST)
     rho: PositiveFloat = Field(7, description=LONG_STEPS)
@@ -54,8 +54,8 @@ class EdmLevelsConfig(Section):
 class MethodLevelsConfig(Section):
     """The noise levels of VP, VE or improved DDPM."""
 
-    kind: Literal["vp", "ve", "iddpm"]
-    steps: Steps = 18
+    kind: Literal["vp", "ve", "iddpm"] = Field(description="whose noise levels")
+    steps: Steps = Field(18, description="number of them")
     sigma_min: PositiveFloat | None = Field(None, description=OWN_RANGE)
     sigma_max: PositiveFloat | None = Field(None, description=OWN_RANGE)
     epsilon_s: PositiveFloat = Field(1e-3, description="last time of VP")

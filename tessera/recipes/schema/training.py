@@ -23,17 +23,23 @@ from tessera.recipes.schema.base import (
 class OptimizerConfig(Section):
     """Adam or AdamW, and the course of the learning rate over images seen."""
 
-    kind: Literal["adam", "adamw"] = "adam"
-    lr: PositiveFloat = 1e-3
+    kind: Literal["adam", "adamw"] = Field(
+        "adam", description="adam, or adamw, which decays weights apart from the gradient"
+    )
+    lr: PositiveFloat = Field(1e-3, description="learning rate")
     lr_batch: PositiveInt | None = Field(
         None, description="batch that lr is meant for; another one scales it; null: whatever it is"
     )
-    betas: Annotated[tuple[Probability, Probability], Listed] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegative = 0
+    betas: Annotated[tuple[Probability, Probability], Listed] = Field(
+        (0.9, 0.999), description="of Adam's averages of the gradient and of its square"
+    )
+    eps: PositiveFloat = Field(1e-8, description="added to the root of that square")
+    weight_decay: NonNegative = Field(0, description="strength; of adamw apart from the gradient")
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
     rampup_images: ImagesFromZero = Field(10_000_000, description="linear warm-up from 0")
-    decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = Field(
+        "constant", description="course of lr after the warm-up"
+    )
     decay_start_images: ImagesFromZero = Field(0, description="images before the decay begins")
     final_lr: NonNegative = Field(0, description="where cosine and linear decay end")
 
@@ -53,7 +59,9 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     """One exponential moving average of the weights."""
 
-    halflife_images: HalfLife = 500_000
+    halflife_images: HalfLife = Field(
+        500_000, description="images after which a weight counts half"
+    )
     rampup_ratio: PositiveFloat | None = Field(
         0.05, description="half-life at most this share of the images seen; null for no ramp-up"
     )
@@ -75,9 +83,15 @@ class TrainingConfig(Section):
     precision: Precision = Field(
         "auto", description="auto: bf16 where the device multiplies it natively, else fp32"
     )
-    compile: bool = False
-    channels_last: bool = True
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = Field(
+        False, description="compile the step by torch.compile: slow to start, then faster"
+    )
+    channels_last: bool = Field(
+        True, description="memory layout of convolutions, faster on most devices"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: a copy of the model on each, or its parts shared out"
+    )
     loss_scale: PositiveFloat | None = Field(
         None, description="fixed loss scale; by default 1, and dynamic in fp16"
     )
@@ -85,7 +99,7 @@ class TrainingConfig(Section):
         "skip", description="skip steps with NaN or infinite gradients, or replace them (as EDM)"
     )
     max_skipped: PositiveInt = Field(20, description="skipped steps in a row that end the run")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of all random draws of the run")
     initial_weights: UserPath | None = Field(
         None, description="pipeline or run whose averaged weights the training starts from"
     )
@@ -109,9 +123,9 @@ class TrainingConfig(Section):
 class PreviewConfig(Section):
     """Sample grids made while training, always from the same seeds."""
 
-    every_images: Images = 2_500_000
-    rows: Factor = 8
-    columns: Factor = 8
+    every_images: Images = Field(2_500_000, description="images of the training between two grids")
+    rows: Factor = Field(8, description="of the grid")
+    columns: Factor = Field(8, description="of the grid")
     labels: Annotated[tuple[int | str, ...] | None, Listed] = Field(
         None, min_length=1, description="classes shown, by number or name; null: one after another"
     )
@@ -135,10 +149,13 @@ class EvaluateConfig(Section):
     metrics: Annotated[tuple[Metric, ...], Listed] = Field(
         ("fd",), min_length=1, description="the first decides which model is best"
     )
-    every_images: Images = 5_000_000
+    every_images: Images = Field(5_000_000, description="images of the training between two scores")
     images: int = Field(5_000, ge=2, description="samples for a score, always of the same seeds")
-    batch: PositiveInt = 64
-    features: Literal["classifier", "inception", "dinov2"] = "classifier"
+    batch: PositiveInt = Field(64, description="samples made at once")
+    features: Literal["classifier", "inception", "dinov2"] = Field(
+        "classifier",
+        description="what the scores compare: those of a classifier, Inception, DINOv2",
+    )
     weights: UserPath | None = Field(None, description="file with the weights of the extractor")
     reference: UserPath | None = Field(
         None, description="reference file or real images; by default the training images"
@@ -165,7 +182,9 @@ class EvaluateConfig(Section):
 class ValidationConfig(Section):
     """The loss of the averaged weights on images that are not trained on (`data.validation`)."""
 
-    every_images: Images = 2_500_000
+    every_images: Images = Field(
+        2_500_000, description="images of the training between two measurements"
+    )
     images: PositiveInt = Field(10_000, description="images of the set, always the same; at most")
 
 
@@ -173,15 +192,24 @@ class RunConfig(Section):
     """The run folder and what is written to it."""
 
     dir: UserPath | None = Field(None, description="run folder; by default runs/<recipe>-<number>")
-    log_every_images: Images = 50_000
-    checkpoint_every_images: Images = 2_500_000
+    log_every_images: Images = Field(
+        50_000, description="images of the training between two lines of the log"
+    )
+    checkpoint_every_images: Images = Field(
+        2_500_000, description="images of the training between two checkpoints"
+    )
     keep: PositiveInt = Field(2, description="checkpoints kept")
-    preview: PreviewConfig | None = PreviewConfig()
+    preview: PreviewConfig | None = Field(
+        PreviewConfig(), description="grids of samples while training; null for none"
+    )
     histograms_every_images: Images | None = Field(
         None, description="histograms of weights and gradients, to TensorBoard and wandb"
     )
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write events for TensorBoard")
     wandb: str | None = Field(None, description="Weights & Biases project")
+    report: bool = Field(
+        False, description="`tessera train` writes report.html into the run folder at its end"
+    )
     timeout_minutes: PositiveFloat = Field(
         30, description="longest that one of several processes waits for the others"
     )
