@@ -23,7 +23,7 @@ LAYERS = (
     ("pipelines",),
     ("training", "convert"),
     ("reports",),
-    ("quickstart", "sharing"),
+    ("quickstart", "starting", "sharing"),
     ("cli",),
     ("tessera", "__main__"),
 )  # fmt: skip

@@ -181,6 +181,13 @@ def check_length(before: Recipe, after: Recipe, images_seen: int) -> None:
         )
 
 
+def longer(recipe: Recipe) -> str:
+    """The changes that train a run twice as long, as words of a command."""
+    words = f"training.images={2 * recipe.training.images}"
+    minutes = recipe.training.minutes
+    return words if minutes is None else f"{words} training.minutes={2 * minutes:g}"
+
+
 def check_same(recipe: Recipe, changed: Recipe) -> None:
     """Refuse changes that would not continue the run of `recipe`.
 
