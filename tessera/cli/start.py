@@ -72,7 +72,7 @@ def _show(start: Start) -> None:
     from rich.console import Console
     from rich.table import Column
 
-    from tessera.cli.cost import duration, in_table
+    from tessera.cli.cost import in_table
     from tessera.cli.tables import make_table
 
     facts = start.facts
@@ -92,8 +92,7 @@ def _show(start: Start) -> None:
         table.add_row(choice.name, choice.value, choice.why)
     for name, text in in_table(start.forecast).items():
         table.add_row(name, text, "")
-    judge = f"up to {duration(max(30.0, 0.25 * start.forecast.seconds))} more"
-    table.add_row("before and after", judge, "converting, once; the judge of samples; the report")
+    table.add_row("beside it", "converting, a judge of samples, the report", "the first two once")
     Console().print(table)
 
 

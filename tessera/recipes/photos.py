@@ -114,7 +114,7 @@ def photos_small(resolution: int) -> Recipe:
         run=RunConfig(
             log_every_images=500,
             checkpoint_every_images=20_000,
-            preview=PreviewConfig(every_images=20_000, rows=4, columns=8),
+            preview=PreviewConfig(every_images=20_000, rows=2, columns=8),
         ),
     )
 
@@ -142,7 +142,7 @@ def _on_gpu(
         run=RunConfig(
             log_every_images=5_000,
             checkpoint_every_images=250_000,
-            preview=PreviewConfig(every_images=250_000, rows=4, columns=8),
+            preview=PreviewConfig(every_images=250_000, rows=2, columns=8),
         ),
         **({} if codec is None else {"codec": codec}),
     )

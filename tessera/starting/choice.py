@@ -108,7 +108,7 @@ def choose(
     _check_overrides(overrides)
     ladder = list(_ladder(facts, machine, overrides))
     wanted = _value(overrides, "training.minutes")
-    minutes = minutes if wanted is None else float(wanted)
+    minutes = float(wanted) if isinstance(wanted, int | float) else minutes
     if minutes is None:
         recipe = _recipe(ladder[0], facts, overrides)
         minutes = _proposal(ladder[0], measure(recipe))
@@ -208,7 +208,7 @@ def _recipe(rung: _Rung, facts: ImageFacts, overrides: Sequence[str]) -> Recipe:
 def _learnable(facts: ImageFacts) -> bool:
     """Whether there are classes, and enough images of them."""
     occurring = [number for _, number in facts.classes if number]
-    return 1 < len(occurring) and len(facts.classes) <= _CLASSES and min(occurring) >= _FEW
+    return len(occurring) > 1 and len(facts.classes) <= _CLASSES and min(occurring) >= _FEW
 
 
 def _slug(name: str) -> str:
@@ -225,8 +225,8 @@ def _seconds(timings: Timings) -> float:
 def _images(recipe: Recipe, timings: Timings, minutes: float) -> int:
     """What can be trained on in the time, in two digits, and at least a step."""
     exact = _SHARE * 60 * minutes / _seconds(timings)
-    digit = 10 ** max(0, math.floor(math.log10(max(exact, 1))) - 1)
-    return max(int(exact // digit * digit), recipe.training.batch)
+    digit: int = 10 ** max(0, math.floor(math.log10(max(exact, 1))) - 1)
+    return max(int(exact // digit) * digit, recipe.training.batch)
 
 
 def _proposal(rung: _Rung, timings: Timings) -> float:
@@ -246,15 +246,15 @@ def _finished(
     rung, recipe, timings = chosen
     images = _images(recipe, timings, minutes)
     asked = _value(overrides, "training.images")
-    third = max(images // 3, 1)
+    half = -(-images // 2)
     change = {
         "training": {"images": images, "minutes": minutes},
         "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, images // 10)},
-        "validation": {"every_images": third},
+        "validation": {"every_images": half},
         "run": {
             "log_every_images": max(images // 100, recipe.training.batch),
-            "checkpoint_every_images": third,
-            "preview": {**dump_recipe(recipe)["run"]["preview"], "every_images": third}
+            "checkpoint_every_images": half,
+            "preview": {**dump_recipe(recipe)["run"]["preview"], "every_images": half}
             if recipe.run.preview is not None
             else None,
         },

@@ -80,7 +80,7 @@ def is_collection(name: str) -> bool:
         return path.name.lower().endswith(_ENDINGS)
     if not path.is_dir() or (path / "recipe.yaml").is_file():  # of which load_recipe speaks
         return False
-    if (path / "pipeline.json").is_file():
+    if (path / "config.json").is_file():
         raise TesseraError(
             f"{path} is the folder of a trained model. To train another one from it: tessera train "
             f"RECIPE training.initial_weights={path}"
