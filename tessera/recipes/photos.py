@@ -85,7 +85,7 @@ def photos_small(resolution: int) -> Recipe:
     network: SongUNetConfig | PatchedUNetConfig
     if resolution > 32:
         network = PatchedUNetConfig(
-            patch_size=2 ** max(1, (resolution // 32).bit_length() - 1),
+            patch_size=1 << max(1, (resolution // 32).bit_length() - 1),
             model_channels=32,
             channel_mult=(1, 2, 4),
             num_blocks=1,

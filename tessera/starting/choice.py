@@ -176,7 +176,7 @@ def _ladder(facts: ImageFacts, machine: Machine, overrides: Sequence[str]) -> It
 
 
 def _step(side: int) -> int:
-    return 4 * 2 ** max(1, (side // 32).bit_length() - 1)
+    return 4 << max(1, (side // 32).bit_length() - 1)
 
 
 def _recipe(rung: _Rung, facts: ImageFacts, overrides: Sequence[str]) -> Recipe:
@@ -252,7 +252,7 @@ def _finished(
         "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, images // 10)},
         "validation": {"every_images": half},
         "run": {
-            "log_every_images": max(images // 100, recipe.training.batch),
+            "log_every_images": max(images // 50, recipe.training.batch),
             "checkpoint_every_images": half,
             "preview": {**dump_recipe(recipe)["run"]["preview"], "every_images": half}
             if recipe.run.preview is not None

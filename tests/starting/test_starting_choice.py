@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.errors import RecipeError
-from tessera.pipelines.counting import training
 from tessera.recipes.loading import dump_recipe, parse_recipe
-from tessera.recipes.photos import photos_small
 from tessera.recipes.schema import Recipe
 from tessera.starting.choice import Machine, TrainingPlan, choose
 from tessera.starting.facts import ImageFacts
@@ -49,7 +47,7 @@ def plan(speed: float = 60, minutes: float = 10, *overrides: str, **about: objec
         (60, 10, 40, 32),
         (60, 10, 20, 16),
         (60, 10, 5, 8),
-        (1, 10, 200, 8),
+        (0.5, 10, 200, 8),
         (8, 10, 200, 32),
         (30_000, 60, 200, 128),
         (30_000, 60, 70, 64),
@@ -132,7 +130,7 @@ def test_a_time_is_proposed_and_can_be_answered() -> None:
     assert choose(facts(), LAPTOP, None, machine_of(0.01)).minutes == 60
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     sizes=st.dictionaries(
         st.tuples(st.integers(1, 5000), st.integers(1, 5000)), st.integers(1, 10**6), min_size=1
@@ -161,13 +159,3 @@ def test_any_facts_give_a_recipe_that_can_be_read(
     assert parse_recipe(dump_recipe(first.recipe)) == first.recipe
     assert first.recipe.training.batch <= max(about.count, 1)
     assert first.classifier_images >= 4_000
-
-
-def test_small_networks_above_32_pixels_cost_what_they_cost_at_32() -> None:
-    from tessera.recipes.build import build_model
-
-    def flops(side: int) -> int:
-        recipe = photos_small(side)
-        return training(recipe, build_model(recipe)).train_flops
-
-    assert flops(64) < flops(32)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tessera.cli import app
 from tessera.errors import DataError, RecipeError, TesseraError
 from tessera.recipes.loading import load_recipe
+from tessera.reports import making
 from tessera.starting import cache
 from tessera.starting.cache import cache_folder, converted
 from tessera.starting.choice import refuse_large
@@ -72,6 +73,7 @@ def test_from_a_folder_to_a_report(
     tmp_path: Path, quick: list[float], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "build_reference", _none)
+    monkeypatch.setattr(making, "_MOST", 20)
     photos, out = sorted_photos(tmp_path / "photos"), tmp_path / "run"
     text = run(photos, out, "--minutes", "5", *TINY)
     assert "24 in" in text
@@ -191,7 +193,15 @@ def test_what_stands_in_the_place_of_a_recipe(tmp_path: Path, monkeypatch: Any) 
     Path("x.zip").touch()
     found = {
         name: is_collection(name)
-        for name in ("cifar10-small", "./cifar10-small", "photos", "run", "mine.yaml", "x.zip", "no")
+        for name in (
+            "cifar10-small",
+            "./cifar10-small",
+            "photos",
+            "run",
+            "mine.yaml",
+            "x.zip",
+            "no",
+        )
     }
     assert found == {
         "cifar10-small": False, "./cifar10-small": True, "photos": True, "run": False,
