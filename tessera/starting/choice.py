@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tessera.errors import RecipeError, TesseraError
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.overrides import apply_overrides, merge
-from tessera.recipes.photos import photos_64, photos_128, photos_small
+from tessera.recipes.photos import photos_64, photos_128, photos_small, small_step
 from tessera.recipes.schema import FullViewConfig, Recipe
 from tessera.recipes.text import read_yaml
 from tessera.starting.facts import ImageFacts
@@ -24,6 +24,7 @@ _FEW, _CLASSES = 8, 1000  # images a class, and classes, that can be learnt
 _HELD_OUT, _FROM = 0.05, 400  # share that is kept out of the training, of sets so large
 _SHARE = 0.95  # of the time for steps: the rest is for previews and checkpoints
 _MEMORY = 0.8  # share of the memory that may be used
+_ENOUGH, _GOOD = 15_000, 60_000  # images of 32x32 that small networks show something after
 _PATCHES_FROM = 3_000_000  # images of a training that patches repay
 _TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480)  # minutes that are proposed
 
@@ -152,16 +153,17 @@ def _ladder(facts: ImageFacts, machine: Machine, overrides: Sequence[str]) -> It
         raise RecipeError(f"data.resolution={wanted}: give the side of the images in pixels")
     sides = [side for side in RESOLUTIONS if facts.at_least(side) >= _LARGE] or [RESOLUTIONS[0]]
     largest = wanted if isinstance(wanted, int) else sides[-1]
-    smalls = [largest] if wanted is not None else [side for side in sides if side <= 64]
+    # Below 32 pixels nothing is cheaper: the networks work on a grid of 16.
+    smalls = [largest] if wanted is not None else [s for s in sides if 32 <= s <= 64] or [largest]
     for side in smalls:
         try:
             small = photos_small(side)
         except ValueError:
             raise RecipeError(
-                f"data.resolution={side}: take a multiple of 4 up to 32, of {_step(side)} above"
+                f"data.resolution={side}: take a multiple of {small_step(side)}"
             ) from None
-        words = "small DDPM++" if side <= 32 else "small U-Net on patches of pixels"
-        yield _Rung(small, words, enough=100 * side, good=1_000 * side)
+        words = "small DDPM++" if side < 32 else "small U-Net on patches of pixels"
+        yield _Rung(small, words, enough=_ENOUGH * side // 32, good=_GOOD * side // 32)
     large: list[tuple[Callable[[], Recipe], str]] = []
     if largest >= 48:
         large.append((photos_64, "DDPM++"))
@@ -173,10 +175,6 @@ def _ladder(facts: ImageFacts, machine: Machine, overrides: Sequence[str]) -> It
     if large:
         make, words = large[-1]
         yield _Rung(make(), words, enough=_PATCHES_FROM, good=3_000_000, patches=True)
-
-
-def _step(side: int) -> int:
-    return 4 << max(1, (side // 32).bit_length() - 1)
 
 
 def _recipe(rung: _Rung, facts: ImageFacts, overrides: Sequence[str]) -> Recipe:
@@ -261,7 +259,7 @@ def _finished(
     }
     data = apply_overrides(merge(dump_recipe(recipe), change), overrides)
     recipe = parse_recipe(data, str(facts.path))
-    classifier = max(4_000, min(1_500 * math.ceil(minutes), 12 * facts.count, 60_000))
+    classifier = max(4_000, min(1_000 * math.ceil(minutes), 12 * facts.count, 60_000))
     if asked is not None:
         classifier = min(classifier, max(256, recipe.training.images))
     choices = _choices(facts, machine, rung, recipe, timings, overrides)
