@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from tessera.starting.begin import Finished, Start
+    from tessera.starting.begin import Finished, PlannedRun
 
 
 def train_on_images(
@@ -67,7 +67,7 @@ def _asked(proposed: float) -> float:
     return float(typer.prompt("minutes to train", default=proposed, type=float))
 
 
-def _show(start: Start) -> None:
+def _show(start: PlannedRun) -> None:
     """The images, what was chosen for them and why, and what it takes."""
     from rich.console import Console
     from rich.table import Column
@@ -96,7 +96,7 @@ def _show(start: Start) -> None:
     Console().print(table)
 
 
-def _save(start: Start, file: Path) -> None:
+def _save(start: PlannedRun, file: Path) -> None:
     from tessera.files import create_file
     from tessera.recipes.loading import dump_recipe
     from tessera.recipes.text import write_yaml
@@ -105,7 +105,7 @@ def _save(start: Start, file: Path) -> None:
     print(f"written to {file}; its data.path is not set: convert the images, or name a set")
 
 
-def _conclude(done: Finished, start: Start) -> None:
+def _conclude(done: Finished, start: PlannedRun) -> None:
     """Where things are, and what can be done next."""
     from tessera.commands import tessera_command
     from tessera.training.run_folder import longer

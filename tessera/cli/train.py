@@ -14,6 +14,7 @@ from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.start import train_on_images
 
 if TYPE_CHECKING:
+    from tessera.recipes.parts import Parts
     from tessera.recipes.schema import Recipe
     from tessera.training.trainer import Trainer
 
@@ -57,9 +58,7 @@ def train(
     from tessera import distributed
     from tessera.cli.sample import plain_warnings
     from tessera.errors import RecipeError
-    from tessera.recipes.loading import load_recipe
     from tessera.starting.facts import is_collection
-    from tessera.training import run_folder
     from tessera.training.trainer import Trainer
 
     changes = list(overrides or [])
@@ -75,16 +74,7 @@ def train(
         )
     changes += [] if minutes is None else [f"training.minutes={minutes}"]
     parts = import_parts(own_parts)
-    if resume is not None:
-        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
-    elif recipe is None:
-        raise RecipeError(
-            "name a recipe to train, or a run to resume:\n"
-            "  tessera train cifar10-small data.path=cifar10.zip\n"
-            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
-        )
-    else:
-        chosen = load_recipe(recipe, changes, parts)
+    chosen = _chosen(recipe, changes, resume, parts)
     with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
         with plain_warnings():
             trainer = Trainer(chosen, resume=resume, parts=parts, probe=True)
@@ -104,6 +94,24 @@ def train(
                 trainer.run_dir, device=trainer.device, parts=parts, with_module=own_parts
             )
         print(f"the report is {path}")
+
+
+def _chosen(recipe: str | None, changes: list[str], resume: str | None, parts: Parts) -> Recipe:
+    """The recipe of a run that goes on, or of a new one."""
+    from tessera.errors import RecipeError
+    from tessera.recipes.loading import load_recipe
+    from tessera.training import run_folder
+
+    if resume is not None:
+        return run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
+    if recipe is None:
+        raise RecipeError(
+            "name images or a recipe to train, or a run to resume:\n"
+            "  tessera train photos/\n"
+            "  tessera train cifar10-small data.path=cifar10.zip\n"
+            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+        )
+    return load_recipe(recipe, changes, parts)
 
 
 def _describe(trainer: Trainer, own_parts: str | None) -> None:

@@ -30,7 +30,7 @@ _ROWS, _COLUMNS = 4, 8  # of the picture of samples
 
 
 @dataclass(frozen=True)
-class Start:
+class PlannedRun:
     """A plan and what it was made of.
 
     Attributes:
@@ -72,7 +72,7 @@ def plan_training(
     *,
     ask: Callable[[float], float] | None = None,
     device: torch.device | None = None,
-) -> Start:
+) -> PlannedRun:
     """Look at a collection of images and decide what to train; nothing is converted yet.
 
     Args:
@@ -94,11 +94,14 @@ def plan_training(
     measure = measured_here(machine, device or distributed.device())
     plan = choose(facts, machine, minutes, measure, overrides, ask)
     forecast = plan.timings.forecast(plan.recipe, build_view(plan.recipe), 0)
-    return Start(facts, machine, plan, forecast)
+    return PlannedRun(facts, machine, plan, forecast)
 
 
 def train_images(
-    start: Start, out: str | os.PathLike[str] | None = None, *, say: Callable[[str], None] = print
+    start: PlannedRun,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    say: Callable[[str], None] = print,
 ) -> Finished:
     """Convert the images, train the plan, sample, score, and write the report.
 
