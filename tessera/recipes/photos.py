@@ -30,7 +30,7 @@ def photos_64() -> Recipe:
     """64x64: a DDPM++ of 22 M parameters, 32 images at a time in about 6 GB."""
     return _on_gpu(
         "photos-64",
-        "own photographs 64x64, one GPU",
+        "own photographs, one GPU",
         DataConfig(resolution=64, xflip=True),
         SongUNetConfig(
             model_channels=96, channel_mult=(1, 2, 2, 2), num_blocks=2, attn_resolutions=(16,)
@@ -43,7 +43,7 @@ def photos_128() -> Recipe:
     """128x128: a patched U-Net of 36 M parameters on patches of 2x2 pixels."""
     return _on_gpu(
         "photos-128",
-        "own photographs 128x128, one GPU",
+        "own photographs, one GPU",
         DataConfig(resolution=128, xflip=True),
         PatchedUNetConfig(
             patch_size=2,
@@ -61,7 +61,7 @@ def photos_256_latent() -> Recipe:
     """256x256 by the latents of a VAE: a transformer of DiT's small size, tokens of 2x2 latents."""
     return _on_gpu(
         "photos-256-latent",
-        "own photographs 256x256, latents, one GPU",
+        "own photographs by latents",
         DataConfig(resolution=256, xflip=True),
         DiTConfig(size="S/2"),
         TrainingConfig(images=10_000_000, batch=128, micro_batch=64),

@@ -23,7 +23,7 @@ PARAMETERS = {
     "cifar10-small-pdm": 3_886_968,
     "photos-64": 22_169_955,
     "photos-128": 35_909_260,
-    "photos-256-latent": 32_474_512,
+    "photos-256-latent": 32_572_816,
     "edm-cifar10-cond-vp": 55_735_299,
     "edm-cifar10-cond-ve": 56_400_643,
     "edm-cifar10-uncond-vp": 55_733_891,
