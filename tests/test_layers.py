@@ -23,7 +23,7 @@ LAYERS = (
     ("pipelines",),
     ("training", "convert"),
     ("reports",),
-    ("quickstart", "sharing", "comparing"),
+    ("quickstart", "sharing", "comparing", "starting"),
     ("cli",),
     ("tessera", "__main__"),
 )  # fmt: skip

@@ -5,30 +5,49 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from tessera.cli.parts import OwnParts, import_parts
+from tessera.cli.start import train_on_images
 
 if TYPE_CHECKING:
+    from tessera.recipes.parts import Parts
     from tessera.recipes.schema import Recipe
     from tessera.training.trainer import Trainer
 
 
 def train(
     recipe: str | None = typer.Argument(
-        None, metavar="RECIPE", help="Name of a shipped recipe, or a YAML or JSON file."
+        None,
+        metavar="RECIPE|IMAGES",
+        help="Name of a shipped recipe, or a YAML or JSON file; or a folder, archive or set of "
+        "images.",
     ),
     overrides: list[str] | None = typer.Argument(
-        None, metavar="KEY.PATH=VALUE...", help="Changes to the recipe, e.g. data.path=x.zip."
+        None,
+        metavar="[OUT] KEY.PATH=VALUE...",
+        help="Changes to the recipe, e.g. data.path=x.zip; with images also the new run folder.",
     ),
     resume: str | None = typer.Option(
         None, "--resume", metavar="RUN", help="Go on with the run in this folder."
     ),
+    minutes: float | None = typer.Option(
+        None, min=0.01, help="End well after so many minutes of training."
+    ),
+    plan: bool = typer.Option(
+        False, "--plan", help="With images: show what would be trained, and train nothing."
+    ),
+    save: Path | None = typer.Option(
+        None, help="With --plan: a recipe file (.yaml) to write the plan to, for changes by hand."
+    ),
     own_parts: OwnParts = None,
 ) -> None:
-    """Train a model, or go on with a run.
+    """Train a model, on images alone or by a recipe, or go on with a run.
+
+    tessera train photos/ --minutes 10
 
     tessera train cifar10-small data.path=cifar10.zip run.dir=runs/a
 
@@ -39,22 +58,23 @@ def train(
     from tessera import distributed
     from tessera.cli.sample import plain_warnings
     from tessera.errors import RecipeError
-    from tessera.recipes.loading import load_recipe
-    from tessera.training import run_folder
+    from tessera.starting.facts import is_collection
     from tessera.training.trainer import Trainer
 
-    parts = import_parts(own_parts)
     changes = list(overrides or [])
-    if resume is not None:
-        chosen = run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
-    elif recipe is None:
+    if resume is None and recipe is not None and is_collection(recipe):
+        if own_parts is not None:
+            raise RecipeError("--with belongs to a recipe that names own parts, not to images")
+        train_on_images(recipe, changes, minutes, only_plan=plan, save=save)
+        return
+    if plan or save is not None:
         raise RecipeError(
-            "name a recipe to train, or a run to resume:\n"
-            "  tessera train cifar10-small data.path=cifar10.zip\n"
-            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+            "--plan and --save belong to images in the place of a recipe: tessera train photos/ "
+            "--plan. What a recipe takes here tells: tessera cost RECIPE --probe"
         )
-    else:
-        chosen = load_recipe(recipe, changes, parts)
+    changes += [] if minutes is None else [f"training.minutes={minutes}"]
+    parts = import_parts(own_parts)
+    chosen = _chosen(recipe, changes, resume, parts)
     with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
         with plain_warnings():
             trainer = Trainer(chosen, resume=resume, parts=parts, probe=True)
@@ -74,6 +94,24 @@ def train(
                 trainer.run_dir, device=trainer.device, parts=parts, with_module=own_parts
             )
         print(f"the report is {path}")
+
+
+def _chosen(recipe: str | None, changes: list[str], resume: str | None, parts: Parts) -> Recipe:
+    """The recipe of a run that goes on, or of a new one."""
+    from tessera.errors import RecipeError
+    from tessera.recipes.loading import load_recipe
+    from tessera.training import run_folder
+
+    if resume is not None:
+        return run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
+    if recipe is None:
+        raise RecipeError(
+            "name images or a recipe to train, or a run to resume:\n"
+            "  tessera train photos/\n"
+            "  tessera train cifar10-small data.path=cifar10.zip\n"
+            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+        )
+    return load_recipe(recipe, changes, parts)
 
 
 def _describe(trainer: Trainer, own_parts: str | None) -> None:
@@ -108,12 +146,17 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         "device": where,
         "precision": ", ".join(options),
         "batch": f"{training.batch}{micro}{_rate(recipe)}",
-        "images": f"{trainer.images_seen:,} of {training.images:,} seen",
+        "images": f"{trainer.images_seen:,} of {training.images:,} seen{_limit(recipe)}",
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
         rows |= in_table(trainer.forecast)
     print_facts(rows)
+
+
+def _limit(recipe: Recipe) -> str:
+    minutes = recipe.training.minutes
+    return "" if minutes is None else f", for {minutes:g} minutes at most"
 
 
 def _rate(recipe: Recipe) -> str:
@@ -127,7 +170,9 @@ def _rate(recipe: Recipe) -> str:
 
 def _conclude(trainer: Trainer, own: str) -> None:
     """Where things are and what can be done next; `own` is the option that brings own parts."""
-    run, images = shlex.quote(str(trainer.run_dir)), trainer.recipe.training.images
+    from tessera.training.run_folder import longer
+
+    run = shlex.quote(str(trainer.run_dir))
     if trainer.stopped_by is not None:
         reason = signal.Signals(trainer.stopped_by).name
         print(f"stopped by {reason} after {trainer.images_seen:,} images; saved. To go on:")
@@ -140,7 +185,7 @@ def _conclude(trainer: Trainer, own: str) -> None:
         print(f"  tessera experts {own}NAME {' '.join(experts)}   # with the other experts' runs")
     else:
         print(f"  tessera sample {own}{run} --seeds 0-63 --out samples/")
-    print(f"  tessera train {own}--resume {run} training.images={2 * images}   # to train longer")
+    print(f"  tessera train {own}--resume {run} {longer(trainer.recipe)}   # to train longer")
 
 
 def _launcher() -> str:

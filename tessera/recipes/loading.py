@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tessera.errors import RecipeError
 from tessera.files import user_path
-from tessera.recipes import edm, energy, laptop, lego, mar, patch, pdm, relay
+from tessera.recipes import edm, energy, laptop, lego, mar, patch, pdm, photos, relay
 from tessera.recipes.messages import describe, sections, select, suggestion
 from tessera.recipes.overrides import Data, apply_overrides, merge
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -25,7 +25,7 @@ _SOME = 1_000_000  # images in the place of an epoch, while its size is not know
 
 def shipped() -> dict[str, Callable[[], Recipe]]:
     """The recipes of the library: name to the function that makes it."""
-    methods = (laptop, edm, patch, lego, pdm, relay, energy, mar)
+    methods = (laptop, photos, edm, patch, lego, pdm, relay, energy, mar)
     return {name: made for method in methods for name, made in method.RECIPES.items()}
 
 

@@ -11,6 +11,7 @@ from tessera.convert.export import TARGETS, plan_export
 from tessera.errors import TesseraError
 from tessera.pipelines.base import Pipeline
 from tessera.reports.measured import RunReport
+from tessera.training.run_folder import longer
 
 
 def advice(report: RunReport) -> list[tuple[str, str]]:
@@ -56,13 +57,13 @@ def _add_training(report: RunReport, run: str, add: Any) -> None:
     """How to finish, prolong or repeat the training of a run."""
     subject = report.subject
     training = subject.recipe.training
-    if subject.pipeline.images_seen < training.images:
+    if subject.pipeline.images_seen < training.images and training.minutes is None:
         add("Finish the training", "train", f"--resume {run}")
     else:
         add(
             "Train for twice as long",
             "train",
-            f"--resume {run} training.images={2 * training.images}",
+            f"--resume {run} {longer(subject.recipe)}",
         )
     recipe = shlex.quote(str(Path(subject.name) / "recipe.yaml"))
     add(

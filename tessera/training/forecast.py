@@ -54,13 +54,22 @@ class Timings:
     memory_bytes: int
     validation: float = 0.0
 
-    def forecast(self, recipe: Recipe, view: View, images_seen: int) -> Forecast:
-        """What is left of the run of `recipe` after `images_seen` images."""
-        total = recipe.training.images
+    def forecast(
+        self, recipe: Recipe, view: View, images_seen: int, elapsed: float = 0.0
+    ) -> Forecast:
+        """What is left of the run of `recipe` after `images_seen` images.
+
+        Args:
+            elapsed: seconds of steps so far, which count where `training.minutes` are set.
+        """
+        total, minutes = recipe.training.images, recipe.training.minutes
         per_image = seconds_per_image(course(view, 0, total)[0], self.steps)
         left = max(total - images_seen, 0)
         if left:
             per_image = seconds_per_image(course(view, images_seen, total)[0], self.steps)
+        if minutes is not None:
+            left = min(left, math.ceil(max(60 * minutes - elapsed, 0) / per_image))
+            total = images_seen + left
         run, scores = recipe.run, recipe.evaluate
         events = [(self.checkpoint, run.checkpoint_every_images)]
         if run.preview is not None:

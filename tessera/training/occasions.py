@@ -36,11 +36,15 @@ class Occasion:
 
 
 class Due:
-    """What is to be done after a step, given the images seen before and after it."""
+    """What is to be done after a step, given the images seen before and after it.
 
-    def __init__(self, before: int, after: int, total: int) -> None:
+    Args:
+        over: whether the time of the run is over, so that this was its last step.
+    """
+
+    def __init__(self, before: int, after: int, total: int, over: bool = False) -> None:
         self._before, self._after = before, after
-        self.finished = after >= total
+        self.finished = after >= total or over
 
     def __call__(self, every: int) -> bool:
         """Whether a multiple of `every` images has been reached, or the end of the run."""

@@ -34,6 +34,7 @@ _CHANGEABLE = (
     "validation",
     "sampling",
     "training.images",
+    "training.minutes",
     "training.micro_batch",
     "training.precision",
     "training.compile",
@@ -182,6 +183,13 @@ def check_length(before: Recipe, after: Recipe, images_seen: int) -> None:
             f"training.images={images}: the run has seen {images_seen:,} images already. Give as "
             "many or more; fewer are another run, to be started in another folder"
         )
+
+
+def longer(recipe: Recipe) -> str:
+    """The changes that train a run twice as long, as words of a command."""
+    words = f"training.images={2 * recipe.training.images}"
+    minutes = recipe.training.minutes
+    return words if minutes is None else f"{words} training.minutes={2 * minutes:g}"
 
 
 def check_same(recipe: Recipe, changed: Recipe) -> None:

@@ -152,7 +152,9 @@ class Trainer:
                 self._restore(recorded)
         self.forecast: Forecast | None = None
         if measured is not None:
-            self.forecast = measured.forecast(recipe, self._feed.view, self.images_seen)
+            self.forecast = measured.forecast(
+                recipe, self._feed.view, self.images_seen, self._seconds
+            )
 
     @property
     def dataset(self) -> Dataset:
@@ -209,9 +211,12 @@ class Trainer:
             )
             clock = stack.enter_context(self._timed())
             save_pending = False
+            if self._time_over(clock):
+                return
             for batch in stack.enter_context(self._feed.batches(self.images_seen)):
                 before, update = self.images_seen, self._train(batch)
-                due = Due(before, self.images_seen, total)
+                over = self._time_over(clock)
+                due = Due(before, self.images_seen, total, over)
                 bar.update(self.images_seen)
 
                 metrics: tracking.Metrics | None = None
@@ -233,6 +238,15 @@ class Trainer:
                 if stopping and not save_pending and not due.finished:
                     self.stopped_by = stop.signal
                     return
+                if over:
+                    return
+
+    def _time_over(self, clock: Clock) -> bool:
+        """Whether `training.minutes` have passed; the processes agree at every tenth step."""
+        minutes = self.recipe.training.minutes
+        if minutes is None or (distributed.active() and self.step % 10):
+            return False
+        return distributed.broadcast(clock.seconds >= 60 * minutes)
 
     def _train(self, batch: Batch) -> Update:
         """One optimiser step."""

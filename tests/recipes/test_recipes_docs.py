@@ -63,7 +63,8 @@ def test_recipes_exist(page: Path) -> None:
     text = page.read_text()
     used = re.findall(r"tessera (?:train|cost|recipes show) ([a-z0-9][a-z0-9-]*)(?![\w./-])", text)
     for name in re.findall(
-        r"`((?:edm|patch|lego|pdm|relay|dit|energy|mar|cifar10|quickstart)-[a-z0-9{},-]+)`", text
+        r"`((?:edm|patch|lego|pdm|relay|dit|energy|mar|photos|cifar10|quickstart)-[a-z0-9{},-]+)`",
+        text,
     ):
         # Not the names of modules and options, which have no digits.
         if re.search(r"\d|digits", name):

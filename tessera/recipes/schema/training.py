@@ -71,6 +71,9 @@ class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
     images: Images = Field(200_000_000, description="images to train on, in all")
+    minutes: PositiveFloat | None = Field(
+        None, description="end well after so many minutes of steps, though images are left"
+    )
     batch: PositiveInt = Field(
         512, le=2**20, description="images of one optimiser step, over all devices"
     )
