@@ -20,6 +20,7 @@ from tessera.metrics.reference import Reference
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.generate import Job
 from tessera.pipelines.usage import Usage
+from tessera.progress import progress
 from tessera.training.preview import ema_pipeline
 from tessera.training.trainer import Trainer
 
@@ -44,8 +45,11 @@ def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
     Raises:
         TrainingError: it was stopped by a signal.
     """
-    spent = 0.0
-    with contextlib.closing(trainer.steps()) as steps:
+    spent, minutes = 0.0, seconds / 60
+    with (
+        contextlib.closing(trainer.steps(shown=False)) as steps,
+        progress(f"training {trainer.recipe.name}", minutes, unit="minutes") as bar,
+    ):
         while spent < seconds:
             _wait(trainer.device)
             begin = perf_counter()
@@ -53,6 +57,7 @@ def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
                 raise TrainingError(f"the training of {trainer.recipe.name} was stopped")
             _wait(trainer.device)
             spent += perf_counter() - begin
+            bar.update(min(spent / 60, minutes), note=f"{trainer.images_seen:,} images")
             yield spent
 
 

@@ -360,8 +360,12 @@ def check(recipe: Recipe) -> None:
         _wandb()
 
 
-def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
-    """The trackers that the recipe asks for, for a run that goes on after `images` images."""
+def open_trackers(run_dir: Path, recipe: Recipe, images: int, shown: bool = True) -> list[Tracker]:
+    """The trackers that the recipe asks for, for a run that goes on after `images` images.
+
+    Args:
+        shown: print lines where there is no terminal for a bar.
+    """
     cut_lines(run_dir / "metrics.jsonl", images)
     trackers: list[Tracker] = [JsonLines(run_dir / "metrics.jsonl")]
     if recipe.run.tensorboard:
@@ -375,7 +379,7 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int) -> list[Tracker]:
             )
     if recipe.run.wandb is not None:
         trackers.append(WeightsAndBiases(run_dir, recipe.run.wandb, recipe))
-    if not sys.stderr.isatty():
+    if shown and not sys.stderr.isatty():
         trackers.append(StatusLines(recipe.training.images))
     return trackers
 

@@ -177,12 +177,15 @@ class Trainer:
         for _ in self.steps():
             pass
 
-    def steps(self) -> Generator[StepReport, None, None]:
+    def steps(self, *, shown: bool = True) -> Generator[StepReport, None, None]:
         """Train; an iterator over the steps, after each of which metrics, previews and checkpoints
         that are due have been made.
 
         It may be left early: `save` and `pipeline` keep what was trained, and a second call goes
         on. Steps after the newest checkpoint are lost otherwise.
+
+        Args:
+            shown: show a bar, or lines where there is no terminal.
 
         Raises:
             TrainingError: too many steps in a row had gradients that are not finite, the disk is
@@ -196,7 +199,7 @@ class Trainer:
             stack.enter_context(run_lock.hold(self.run_dir))
             self._tidy()
             stop = stack.enter_context(StopRequest())
-            trackers = self._open_trackers(stack)
+            trackers = self._open_trackers(stack, shown)
             events = occasions(
                 self.recipe, self._feed, self._validated, self.run_dir, trackers, self._parts
             )
@@ -207,6 +210,7 @@ class Trainer:
                     unit="images",
                     completed=self.images_seen,
                     lines=False,  # a tracker prints them, with the loss
+                    shown=shown,
                 )
             )
             clock = stack.enter_context(self._timed())
@@ -434,10 +438,10 @@ class Trainer:
             )
         return {n: v for n, v in self.learner.counters().items() if n.startswith("loss_scale")}
 
-    def _open_trackers(self, stack: contextlib.ExitStack) -> list[tracking.Tracker]:
+    def _open_trackers(self, stack: contextlib.ExitStack, shown: bool) -> list[tracking.Tracker]:
         if not distributed.is_main():
             return []
-        trackers = tracking.open_trackers(self.run_dir, self.recipe, self.images_seen)
+        trackers = tracking.open_trackers(self.run_dir, self.recipe, self.images_seen, shown)
         for tracker in trackers:
             stack.callback(tracker.close)
         return trackers
