@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tessera.errors import DataError
 from tessera.files import atomic_file
-from tessera.plain import NPY, npy_header
+from tessera.limits import MAX_CHANNELS
+from tessera.npy import NPY, npy_header
 
-MAX_CHANNELS = 64
 """Of an image; those of grey and RGB images are files of pictures, others arrays of NumPy."""
 MAX_PIXELS = 1 << 26  # of one image that is opened; 8192 x 8192
 # Nothing else is tried, whatever a file is called: Pillow has decoders that start other programs.

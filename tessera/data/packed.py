@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tessera.data.labels import is_names
 from tessera.errors import DataError
-from tessera.images import MAX_CHANNELS
+from tessera.limits import MAX_CHANNELS
 from tessera.plain import MIB, parse_json
 
 FORMAT = "tessera-packed"

@@ -17,7 +17,7 @@ from torch import Tensor
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.files import user_path
-from tessera.images import MAX_CHANNELS
+from tessera.limits import MAX_CHANNELS
 from tessera.memory import physical
 from tessera.metrics.classifier import LabelledImages
 

@@ -69,7 +69,7 @@ def test_every_command_that_opens_a_model_takes_parts() -> None:
     }
     assert takes == {
         "train", "sample", "cost", "experts", "relay", "bricks", "edit", "energy", "nll",
-        "export", "push", "features", "reference", "score",
+        "export", "push", "features", "reference", "report", "score",
     }  # fmt: skip
 
 

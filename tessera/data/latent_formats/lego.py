@@ -37,7 +37,7 @@ from tessera.data.latent_formats.npy import NpyArrays, npy_bytes
 from tessera.data.members import open_members
 from tessera.errors import DataError
 from tessera.files import atomic_file, atomic_folder
-from tessera.plain import NPY_HEADER, npy_header
+from tessera.npy import NPY_HEADER, npy_header
 
 _TITLE = "LEGO archive of latents"
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera.errors import DataError
-from tessera.plain import NPY_HEADER, npy_header
+from tessera.npy import NPY_HEADER, npy_header
 
 
 class NpyArrays:

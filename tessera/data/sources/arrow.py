@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tessera.data.sources.base import Kind, Options, Source, choose
+from tessera.data.sources.base import Kind, Options, Source, choose_name
 from tessera.data.sources.table import (
     ImageTable,
     features_of,
@@ -54,13 +54,13 @@ def _open(path: Path, options: Options) -> Iterator[Source]:
 
 def _split_folder(path: Path, split: str | None) -> Path:
     if not (path / _SPLITS).is_file():
-        choose(split, [], [], "split", "split", str(path))
+        choose_name(split, [], [], "split", "split", str(path))
         return path
     content = _json(path / _SPLITS)
     names = content.get("splits") if isinstance(content, dict) else None
     if not (isinstance(names, list) and all(map(_is_plain, names))):
         raise DataError(f"{path / _SPLITS}: should hold a list of the names of splits")
-    found = choose(split, names, names, "split", "split", str(path))
+    found = choose_name(split, names, names, "split", "split", str(path))
     if found is None:
         raise DataError(f"{path}: no splits in it")
     return path / found

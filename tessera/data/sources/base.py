@@ -152,7 +152,7 @@ def number_classes(
     return [None if value is None else index[value] for value in values], tuple(ordered)
 
 
-def choose(
+def choose_name(
     given: str | None,
     found: Sequence[str],
     there: Sequence[str],

@@ -19,7 +19,7 @@ from tessera.data.sources.base import (
     Pixels,
     Record,
     Source,
-    choose,
+    choose_name,
     number_classes,
 )
 from tessera.errors import DataError
@@ -113,7 +113,9 @@ def _entry(
 
 def _columns(there: list[str], path: Path, options: Options) -> tuple[str, str | None]:
     files = [name for name in there if name.lower() in _FILE_NAMES]
-    file = choose(options.image_column, files, there, "column of files", "image_column", str(path))
+    file = choose_name(
+        options.image_column, files, there, "column of files", "image_column", str(path)
+    )
     if file is None:
         raise DataError(
             f"{path}: no column of files; the header should name one file_name or file. There are: "
@@ -123,7 +125,9 @@ def _columns(there: list[str], path: Path, options: Options) -> tuple[str, str |
         return file, None
     labels = [name for name in there if name.lower() in _LABEL_NAMES and name != file]
     where = str(path)
-    return file, choose(options.label_column, labels, there, "label column", "label_column", where)
+    return file, choose_name(
+        options.label_column, labels, there, "label column", "label_column", where
+    )
 
 
 def _numbers(values: list[Any]) -> list[int | str | None]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tessera.data.sources.base import Kind, Options, Source, choose
+from tessera.data.sources.base import Kind, Options, Source, choose_name
 from tessera.data.sources.table import ImageTable, table_features, table_source, undamaged
 from tessera.data.sources.walk import files_of
 from tessera.errors import DataError, require_extra
@@ -75,7 +75,7 @@ def _of_split(path: Path, files: list[Path], split: str | None) -> list[Path]:
     """The files of one split; all of them where nothing tells of splits."""
     splits = [_split(path, file) for file in files]
     names = sorted({name for name in splits if name is not None})
-    found = choose(split, names, names, "split", "split", str(path))
+    found = choose_name(split, names, names, "split", "split", str(path))
     return [file for file, name in zip(files, splits, strict=True) if name == found or not names]
 
 

@@ -19,7 +19,7 @@ from tessera.data.sources.base import (
     Pixels,
     Record,
     Source,
-    choose,
+    choose_name,
     number_classes,
 )
 from tessera.data.sources.walk import files_of
@@ -157,13 +157,15 @@ def _image_ending(samples: list[_Sample], options: Options, where: str) -> Any:
     """Gives the ending of the image of a sample, or None where it has none."""
     there = sorted({e for s in samples for e in s.files if is_image(f"x.{e}")})
     if options.image_column is not None:
-        chosen = choose(options.image_column.lower(), [], there, "image", "image_column", where)
+        chosen = choose_name(
+            options.image_column.lower(), [], there, "image", "image_column", where
+        )
         return lambda sample: chosen if chosen in sample.files else None
     if not there:
         raise DataError(f"{where}: no images in it")
     for sample in samples:
         several = [e for e in there if e in sample.files]
-        choose(None, several, there, f"image of sample {sample.key}", "image_column", where)
+        choose_name(None, several, there, f"image of sample {sample.key}", "image_column", where)
     return lambda sample: next((e for e in there if e in sample.files), None)
 
 

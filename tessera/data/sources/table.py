@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tessera.data.labels import is_names
-from tessera.data.sources.base import NO_LABELS, Options, Record, Source, choose, number_classes
+from tessera.data.sources.base import (
+    NO_LABELS,
+    Options,
+    Record,
+    Source,
+    choose_name,
+    number_classes,
+)
 from tessera.errors import DataError, require_extra
 from tessera.plain import parse_json
 
@@ -136,7 +143,7 @@ def _image_column(table: ImageTable, options: Options) -> str:
             f"{where}: column {given!r} is of the type {kind}; images are bytes of image files, "
             "plain or in a struct with a field `bytes`"
         )
-    found = choose(given, told or named or there, there, "image column", "image_column", where)
+    found = choose_name(given, told or named or there, there, "image column", "image_column", where)
     if found is None:
         columns = ", ".join(f"{f.name} ({str(f.type)[:40]})" for f in list(table.schema)[:20])
         raise DataError(
@@ -170,7 +177,7 @@ def _label_column(table: ImageTable, options: Options) -> str | None:
         raise DataError(
             f"{where}: column {given!r} is of the type {kind}; labels are whole numbers or names"
         )
-    return choose(given, told or named, there, "label column", "label_column", where)
+    return choose_name(given, told or named, there, "label column", "label_column", where)
 
 
 def _holds_labels(kind: Any) -> bool:
