@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tessera.channels import MAX_CHANNELS, is_picture
 from tessera.errors import DataError
 from tessera.files import atomic_file
-from tessera.limits import MAX_CHANNELS
 from tessera.npy import NPY, npy_header
 
-"""Of an image; those of grey and RGB images are files of pictures, others arrays of NumPy."""
 MAX_PIXELS = 1 << 26  # of one image that is opened; 8192 x 8192
 # Nothing else is tried, whatever a file is called: Pillow has decoders that start other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
@@ -45,11 +44,6 @@ def to_pil(image: NDArray[np.uint8]) -> Image.Image:
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(image))
-
-
-def is_picture(channels: int) -> bool:
-    """Whether images of so many channels are grey or RGB."""
-    return channels in (1, 3)
 
 
 def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 # From the bottom to the top; parts of one line do not know each other, but for the first line's.
 LAYERS = (
     ("commands", "errors", "files", "images", "conditioning", "randomness", "distributed", "model",
-     "progress", "pickles", "torch_files", "plain", "memory", "npy", "limits", "precision",
+     "progress", "pickles", "torch_files", "plain", "memory", "npy", "channels", "precision",
      "processes", "_version"),
     ("networks",),
     ("diffusion",),

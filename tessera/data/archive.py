@@ -14,7 +14,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tessera.images import array_bytes, is_picture, png_bytes
+from tessera.channels import is_picture
+from tessera.images import array_bytes, png_bytes
 
 PutFile = Callable[[str, bytes], None]
 

@@ -18,9 +18,9 @@ from typing import IO, Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from tessera.channels import MAX_CHANNELS
 from tessera.data.labels import is_names
 from tessera.errors import DataError
-from tessera.limits import MAX_CHANNELS
 from tessera.plain import MIB, parse_json
 
 FORMAT = "tessera-packed"

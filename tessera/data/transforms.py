@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tessera.channels import is_picture
 from tessera.errors import DataError
-from tessera.images import is_picture
 
 Pixels = NDArray[np.uint8]
 Transform = Literal["none", "center-crop", "center-crop-wide", "adm-center-crop", "lsun-crop"]

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tessera.channels import MAX_CHANNELS
 from tessera.data.dataset import open_dataset
 from tessera.errors import DataError
 from tessera.files import user_path
-from tessera.limits import MAX_CHANNELS
 from tessera.memory import physical
 from tessera.metrics.classifier import LabelledImages
 

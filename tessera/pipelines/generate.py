@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessera import distributed
+from tessera.channels import MAX_CHANNELS
 from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
 from tessera.images import open_image, read_array, save_image
-from tessera.limits import MAX_CHANNELS
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.plan import Plan, SampledBatch, counting_steps
 from tessera.pipelines.usage import Usage

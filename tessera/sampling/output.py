@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tessera.channels import is_picture
 from tessera.data.labels import LABELS_FILE
 from tessera.errors import DataError, TesseraError
 from tessera.files import atomic_file, check_writable, read_json, user_path, write_json
-from tessera.images import grid, is_picture, labelled_grid, to_pil
+from tessera.images import grid, labelled_grid, to_pil
 from tessera.sampling.core import SamplerState
 
 SETTINGS_FILE = "sampling.json"

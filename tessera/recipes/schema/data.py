@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
-from tessera.limits import MAX_CHANNELS
+from tessera.channels import MAX_CHANNELS
 from tessera.precision import Precision
 from tessera.recipes.schema.base import (
     Factor,

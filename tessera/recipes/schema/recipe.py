@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from tessera.images import is_picture
+from tessera.channels import is_picture
 from tessera.recipes.schema.base import Listed, Section, Side
 from tessera.recipes.schema.data import (
     AugmentConfig,

@@ -1,6 +1,0 @@
-"""Limits that several parts of the library share, importable without PyTorch."""
-
-from __future__ import annotations
-
-MAX_CHANNELS = 64
-"""Of images."""
