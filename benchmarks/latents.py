@@ -76,7 +76,7 @@ def reading(rounds: int) -> str:
     return section("Reading shuffled batches of 256 latents of 4x32x32", columns, rows)
 
 
-ENCODED, SIDE = 48, 64
+ENCODED, SIDE = 384, 64
 """Images that are encoded, and their side, pixels."""
 
 
@@ -138,7 +138,7 @@ def encoding(rounds: int) -> str:
         [text, f"{best[way]:.1f}", f"{best[way] / best[1, 1]:.2f}x"] for way, text in ways.items()
     ]
     columns = ["processes", "images/s", "against one of one thread"]
-    return section(f"Encoding {SIDE}x{SIDE} images, encoder of 2.3 M parameters", columns, rows)
+    return section(f"Encoding {SIDE}x{SIDE} images, encoder of 2.1 M parameters", columns, rows)
 
 
 def run(rounds: int, record_figures: bool) -> None:
