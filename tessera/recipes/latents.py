@@ -8,6 +8,7 @@ from typing import Any
 
 from tessera.data.latents import LatentDataset, channel_statistics, is_latents, open_latents
 from tessera.errors import RecipeError
+from tessera.progress import note
 from tessera.recipes.build import build_codec
 from tessera.recipes.schema import Recipe
 from tessera.recipes.schema.data import VaeCodecConfig
@@ -49,6 +50,11 @@ def with_latents_told(recipe: Recipe, before: Recipe | None = None) -> Recipe:
             )
     else:
         dataset = open_latents(path)
+        if dataset.info.weights is None:
+            note(
+                f"note: {path} does not say by which weights of a VAE it was made, so it is not "
+                f"compared with {codec.model}"
+            )
         codec = codec.model_copy(update=_told(codec, wanted, dataset))
         dataset.close()
     return recipe.model_copy(update={"codec": codec})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.numpy
 from data_files import random_images, write_packed
 from tiny_vae import latent_recipe, save_vae
@@ -15,7 +16,7 @@ from tessera.data.dataset import open_dataset
 from tessera.data.encoding import write_latents
 from tessera.data.latents import channel_statistics, open_latents
 from tessera.errors import CheckpointError, RecipeError
-from tessera.recipes.latents import measured_scaling
+from tessera.recipes.latents import measured_scaling, with_latents_told
 from tessera.training.run_folder import read_recipe
 from tessera.training.trainer import Trainer
 
@@ -81,3 +82,20 @@ def test_the_set_says_how_it_is_scaled(made: Path, tmp_path: Path) -> None:
     images = latent_recipe(made / "vae", made / "images.safetensors", codec={"scale": "data"})
     with pytest.raises(RecipeError, match=r"codec\.scale=data is measured on a set of latents"):
         Trainer(images, tmp_path / "other")
+
+
+def test_a_set_that_does_not_say_its_vae_is_taken_with_a_note(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("tessera.recipes.latents.note", told.append)
+    with safetensors.safe_open(made / "latents.safetensors", "np") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "weights"}
+    silent = tmp_path / "silent.safetensors"
+    tensors = safetensors.numpy.load_file(made / "latents.safetensors")
+    safetensors.numpy.save_file(tensors, silent, metadata)
+    recipe = with_latents_told(latent_recipe(made / "other", silent))
+    assert recipe.codec.weights is None
+    assert [str(silent) in text for text in told] == [True]
+    with_latents_told(latent_recipe(made / "vae", made / "latents.safetensors"))
+    assert len(told) == 1
