@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_families_have_recipes_of_latents() -> None:
     assert set(LATENT.values()) == {KL8, KL16}
     families = {name.split("-")[0] for name in LATENT}
-    assert families == {"lego", "patch", "dit", "energy", "mar"}
+    assert families == {"lego", "patch", "dit", "energy", "mar", "photos"}
 
 
 def train_and_sample(name: str, made: Path, out: Path, encode: str = "cached") -> list[float]:
