@@ -25,7 +25,7 @@ from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
 from tessera.cli.report import report
 from tessera.cli.sample import sample
-from tessera.cli.train import train
+from tessera.cli.train import train_model
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -58,7 +58,7 @@ app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
-app.command()(train)
+app.command("train")(train_model)
 app.command()(sample)
 app.command()(report)
 app.command()(edit)

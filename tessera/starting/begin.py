@@ -14,6 +14,7 @@ from tessera.errors import TrainingError
 from tessera.files import user_path
 from tessera.images import grid, save_png
 from tessera.pipelines.loading import load
+from tessera.pipelines.samples import facts_html
 from tessera.recipes.build import build_view
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
@@ -22,7 +23,8 @@ from tessera.reports import write_report
 from tessera.starting.cache import converted, measured_here, reference_beside, this_machine
 from tessera.starting.choice import Machine, TrainingPlan, choose, refuse_large
 from tessera.starting.facts import ImageFacts, look
-from tessera.training.forecast import Forecast
+from tessera.starting.trained import TrainedRun
+from tessera.training.forecast import Forecast, in_table
 from tessera.training.trainer import Trainer
 
 SAMPLES = "samples.png"
@@ -45,24 +47,28 @@ class PlannedRun:
     plan: TrainingPlan
     forecast: Forecast
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What was found, chosen and forecast: name, value, and why or ""."""
+        facts = self.facts
+        sides = sorted({size for size, _ in facts.sizes}, key=min)
+        sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
+        others = f"{facts.ignored:,} other files" if facts.ignored else ""
+        rows = [("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others)]
+        rows += [("left out", message, "") for message in facts.skipped[:5]]
+        if len(facts.skipped) > 5:
+            rows.append(("", f"and {len(facts.skipped) - 5:,} more", ""))
+        rows.append(("machine", self.machine.name, ""))
+        rows += [(choice.name, choice.value, choice.why) for choice in self.plan.choices]
+        rows += [(name, text, "") for name, text in in_table(self.forecast).items()]
+        beside = "converting, a judge of samples, the report"
+        return [*rows, ("beside it", beside, "the first two once")]
 
-@dataclass(frozen=True)
-class Finished:
-    """What a training from images left.
-
-    Attributes:
-        run_dir: the run folder.
-        images_seen: images trained on, counting repetitions.
-        samples: a picture of samples; None if the run was stopped.
-        report: the page; None if the run was stopped, or the recipe says run.report=false.
-        stopped_by: number of the signal that ended it early; None otherwise.
-    """
-
-    run_dir: Path
-    images_seen: int
-    samples: Path | None
-    report: Path | None
-    stopped_by: int | None
+    def _repr_html_(self) -> str:
+        facts: dict[str, str] = {}
+        for name, value, why in self.rows():
+            text = f"{value} ({why})" if why else value
+            facts[name] = f"{facts[name]}; {text}" if name in facts else text
+        return facts_html("plan", facts)
 
 
 def plan_training(
@@ -102,7 +108,7 @@ def train_images(
     out: str | os.PathLike[str] | None = None,
     *,
     say: Callable[[str], None] = print,
-) -> Finished:
+) -> TrainedRun:
     """Convert the images, train the plan, sample, score, and write the report.
 
     Args:
@@ -125,7 +131,14 @@ def train_images(
     if trainer.stopped_by is None and distributed.is_main():
         samples = _sampled(trainer)
         report = _reported(trainer, path, start.plan.classifier_images)
-    return Finished(trainer.run_dir, trainer.images_seen, samples, report, trainer.stopped_by)
+    return TrainedRun(
+        trainer.run_dir,
+        trainer.recipe,
+        trainer.images_seen,
+        samples,
+        report,
+        trainer.stopped_by,
+    )
 
 
 def with_path(recipe: Recipe, path: Path) -> Recipe:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tessera.data.loader import StepPlan
 from tessera.data.views import View
+from tessera.progress import duration, human
 from tessera.recipes.schema import Recipe
 
 Kind = tuple[int, int | None]
@@ -117,3 +118,14 @@ def seconds_per_image(windows: Sequence[Counter[Kind]], steps: Mapping[Kind, flo
         for window in windows
     ]
     return sum(rates) / len(rates)
+
+
+def in_table(forecast: Forecast) -> dict[str, str]:
+    """Time and memory of a run, as rows of a table."""
+    extra = forecast.extra_seconds
+    parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
+    return {
+        "time here": f"about {duration(forecast.seconds)}{parts}, "
+        f"{forecast.images_per_second:.3g} images/s",
+        "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
+    }
