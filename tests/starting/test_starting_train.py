@@ -71,9 +71,7 @@ def test_a_recipe_leaves_the_same_run_as_the_command(
     assert (run.run_dir, run.images_seen, run.stopped_by, run.report) == (Path("a"), 16, None, None)
     other = tessera.load("b")
     assert run.pipeline is run.pipeline
-    assert run.pipeline.recipe == run.recipe.model_copy(
-        update={"run": run.pipeline.recipe.run}
-    )
+    assert run.pipeline.recipe == run.recipe.model_copy(update={"run": run.pipeline.recipe.run})
     np.testing.assert_array_equal(run.pipeline.sample([1, 2], 3), other.sample([1, 2], 3))
 
 
