@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
+from tessera.cli.completing import offer_changes, offer_recipes
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 
 def cost(
     recipe: str = typer.Argument(
-        help="A shipped recipe, a .yaml or .json file, or the folder of a pipeline or run."
+        help="A shipped recipe, a .yaml or .json file, or the folder of a pipeline or run.",
+        autocompletion=offer_recipes,
     ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="Changes of a recipe, such as training.batch=64."
+        None,
+        metavar="KEY=VALUE",
+        help="Changes of a recipe, such as training.batch=64.",
+        autocompletion=offer_changes,
     ),
     sample: list[str] = typer.Option(
         [],

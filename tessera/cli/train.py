@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tessera.cli.completing import offer_changes, offer_recipes
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.start import ask_minutes, print_outcome, print_plan, show_plan
 
@@ -25,11 +26,13 @@ def train_model(
         metavar="RECIPE|IMAGES",
         help="Name of a shipped recipe, or a YAML or JSON file; or a folder, archive or set of "
         "images.",
+        autocompletion=offer_recipes,
     ),
     overrides: list[str] | None = typer.Argument(
         None,
         metavar="[OUT] KEY.PATH=VALUE...",
         help="Changes to the recipe, e.g. data.path=x.zip; with images also the new run folder.",
+        autocompletion=offer_changes,
     ),
     resume: str | None = typer.Option(
         None, "--resume", metavar="RUN", help="Go on with the run in this folder."

@@ -366,7 +366,7 @@ def test_images_of_many_sizes_and_modes_are_counted(tmp_path):
     files = [*FILES, png_bytes(big), png_bytes(big), b"no image"]
     table = hf_table(files, (0, 1, None, 0, 1, 0, 1, 0, 1), ("cat", "dog"))
     path = write_parquet(tmp_path / "a.parquet", table)
-    with pytest.raises(DataError, match="row 8|image"):
+    with pytest.raises(DataError, match="image"):
         survey(path)
     found = survey(path, skip_bad=True, columns=2)
     assert found.sizes == (((8, 8), 6), ((40, 30), 2))
