@@ -82,7 +82,7 @@ def completion(
 
     echo 'eval "$(tessera completion zsh)"' >> ~/.zshrc       # after compinit
 
-    tessera completion fish > ~/.config/fish/completions/tessera.fish
+    echo 'tessera completion fish | source' >> ~/.config/fish/config.fish
     """
     scripts = dict(zip(SHELLS, (_BASH, _ZSH, _FISH), strict=True))
     if shell not in scripts:
