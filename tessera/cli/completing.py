@@ -15,9 +15,13 @@ Offer = tuple[str, str]
 
 SHELLS = ("bash", "zsh", "fish")
 
-# All ask in one way: the line so far goes in, lines of "value<tab>meaning" come out. A space
-# follows what is whole; a key waits for its value, a section for its key, a folder for a file.
-_ASK = "_TESSERA_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS"
+# All ask in one way: the line so far goes in, lines of "value<tab>meaning" come out, which are not
+# wrapped. A space follows what is whole; a key waits for its value, a section for its key, a folder
+# for a file.
+_ASK = (
+    "COLUMNS=9999 _TESSERA_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args "
+    "_TYPER_COMPLETE_ARGS"
+)
 _BASH = """\
 _tessera_completion() {
     local line="${COMP_LINE:0:COMP_POINT}" value meaning cut=""

@@ -120,7 +120,7 @@ def run_training(
         if parts != NO_PARTS:
             raise RecipeError("own parts belong to a recipe that names them, not to images")
         return _on_images(source, minutes, folder, overrides, ask, listener)
-    changes = [*overrides, *([] if minutes is None else [f"training.minutes={minutes:g}"])]
+    changes = [*overrides, *([] if minutes is None else [f"training.minutes={minutes}"])]
     recipe = _recipe(source, resume, changes, parts)
     with distributed.session(timeout_minutes=recipe.run.timeout_minutes):
         main = distributed.is_main()

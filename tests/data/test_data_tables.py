@@ -386,7 +386,7 @@ def test_columns_and_splits_of_what_is_looked_at(tmp_path):
         inspected(path)
     text = inspected(path, "--image-column", "left", "--out", tmp_path / "a.png")
     assert "none" in text
-    assert Image.open(tmp_path / "a.png").size == (6 * 66 - 2, 64)
+    assert Image.open(tmp_path / "a.png").size == (10 * 66 - 2, 64)
     folder = write_folder(tmp_path / "photos", {"a.png": FILES[0]})
     with pytest.raises(DataError, match="those of tables"):
         inspected(folder, "--split", "train")
