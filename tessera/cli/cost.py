@@ -75,9 +75,7 @@ def cost(
     rows = [*_rows(loaded, result, given, several=bool(stages)), *_stage_rows(stages)]
     if forecast is not None:
         blank = "" if loaded.data.path or parts.dataset else "from blank images: "
-        from tessera.training.forecast import in_table
-
-        here = in_table(forecast)
+        here = forecast.rows()
         rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),

@@ -128,7 +128,6 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
     from tessera import distributed
     from tessera.cli.tables import print_facts
     from tessera.progress import quantity
-    from tessera.training.forecast import in_table
 
     recipe = trainer.recipe
     training, dataset = recipe.training, trainer.dataset
@@ -159,7 +158,7 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
-        rows |= in_table(trainer.forecast)
+        rows |= trainer.forecast.rows()
     print_facts(rows)
 
 

@@ -24,7 +24,7 @@ from tessera.starting.cache import converted, measured_here, reference_beside, t
 from tessera.starting.choice import Machine, TrainingPlan, choose, refuse_large
 from tessera.starting.facts import ImageFacts, look
 from tessera.starting.trained import TrainedRun
-from tessera.training.forecast import Forecast, in_table
+from tessera.training.forecast import Forecast
 from tessera.training.trainer import Trainer
 
 SAMPLES = "samples.png"
@@ -48,26 +48,30 @@ class PlannedRun:
     forecast: Forecast
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What was found, chosen and forecast: name, value, and why or ""."""
+        """The images, what was chosen for them and why, and what it takes: name, value, reason."""
         facts = self.facts
         sides = sorted({size for size, _ in facts.sizes}, key=min)
         sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
         others = f"{facts.ignored:,} other files" if facts.ignored else ""
-        rows = [("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others)]
-        rows += [("left out", message, "") for message in facts.skipped[:5]]
-        if len(facts.skipped) > 5:
-            rows.append(("", f"and {len(facts.skipped) - 5:,} more", ""))
-        rows.append(("machine", self.machine.name, ""))
-        rows += [(choice.name, choice.value, choice.why) for choice in self.plan.choices]
-        rows += [(name, text, "") for name, text in in_table(self.forecast).items()]
-        beside = "converting, a judge of samples, the report"
-        return [*rows, ("beside it", beside, "the first two once")]
+        left_out = [*facts.skipped[:5]]
+        left_out += [f"and {len(facts.skipped) - 5:,} more"] if len(facts.skipped) > 5 else []
+        names = ["left out"] + [""] * (len(left_out) - 1)
+        return [
+            ("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others),
+            *((name, text, "") for name, text in zip(names, left_out, strict=False)),
+            ("machine", self.machine.name, ""),
+            *((choice.name, choice.value, choice.why) for choice in self.plan.choices),
+            *((name, text, "") for name, text in self.forecast.rows().items()),
+            ("beside it", "converting, a judge of samples, the report", "the first two once"),
+        ]
 
     def _repr_html_(self) -> str:
         facts: dict[str, str] = {}
+        last = ""
         for name, value, why in self.rows():
             text = f"{value} ({why})" if why else value
-            facts[name] = f"{facts[name]}; {text}" if name in facts else text
+            facts[name or last] = text if name else f"{facts[last]}; {text}"
+            last = name or last
         return facts_html("plan", facts)
 
 

@@ -36,6 +36,16 @@ class Forecast:
     images_per_second: float
     memory_bytes: int
 
+    def rows(self) -> dict[str, str]:
+        """Time and memory for people, as rows of a table."""
+        extra = self.extra_seconds
+        parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
+        return {
+            "time here": f"about {duration(self.seconds)}{parts}, "
+            f"{self.images_per_second:.3g} images/s",
+            "memory here": f"about {human(self.memory_bytes, 'B')} at the peak",
+        }
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -118,14 +128,3 @@ def seconds_per_image(windows: Sequence[Counter[Kind]], steps: Mapping[Kind, flo
         for window in windows
     ]
     return sum(rates) / len(rates)
-
-
-def in_table(forecast: Forecast) -> dict[str, str]:
-    """Time and memory of a run, as rows of a table."""
-    extra = forecast.extra_seconds
-    parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-    return {
-        "time here": f"about {duration(forecast.seconds)}{parts}, "
-        f"{forecast.images_per_second:.3g} images/s",
-        "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
-    }
