@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tessera.data.decode import is_image
 from tessera.data.labels import LABELS_FILE, Label, find_labels, stray_text
 from tessera.data.members import Members, open_members
@@ -193,7 +191,7 @@ def _of_records(path: Path, source: Source) -> ImageFacts:
                 skipped.append(str(error))
                 continue
             total.update(repr((record.label, image.shape)).encode())
-            total.update(np.ascontiguousarray(image))
+            total.update(image.tobytes())
             sizes[image.shape[1], image.shape[0]] += 1
             grey += image.ndim == 2
             labels.append(record.label)
