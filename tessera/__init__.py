@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tessera.recipes.loading import load_recipe
     from tessera.recipes.parts import Parts
     from tessera.recipes.schema import Recipe
+    from tessera.starting.train import train
     from tessera.training.trainer import Trainer
 
 _HOMES = {
@@ -20,9 +21,10 @@ _HOMES = {
     "Trainer": "tessera.training.trainer",
     "load": "tessera.pipelines.loading",
     "load_recipe": "tessera.recipes.loading",
+    "train": "tessera.starting.train",
 }
 
-__all__ = ["Parts", "Pipeline", "Recipe", "Trainer", "__version__", "load", "load_recipe"]
+__all__ = ["Parts", "Pipeline", "Recipe", "Trainer", "__version__", "load", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:

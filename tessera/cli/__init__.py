@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]
 
 from tessera import memory
 from tessera._version import __version__
 from tessera.cli.app import App
 from tessera.cli.bricks import bricks
 from tessera.cli.compare import compare_models
+from tessera.cli.completing import completion
 from tessera.cli.convert import convert
 from tessera.cli.cost import cost
 from tessera.cli.data import data_app
@@ -25,7 +27,7 @@ from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
 from tessera.cli.report import report
 from tessera.cli.sample import sample
-from tessera.cli.train import train
+from tessera.cli.train import train_model
 from tessera.errors import TesseraError
 
 # Command modules import torch inside their functions, so that `tessera --help` answers at once.
@@ -58,7 +60,7 @@ app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.command()(cost)
-app.command()(train)
+app.command("train")(train_model)
 app.command()(sample)
 app.command()(report)
 app.command()(edit)
@@ -71,6 +73,11 @@ app.command()(convert)
 app.command()(export)
 app.command()(push)
 app.add_typer(eval_app, name="eval")
+app.command()(completion)
+
+
+# What Typer's own options would do; `tessera completion` prints what makes shells ask.
+completion_init()
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.completing import offer_sampling
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.errors import TesseraError
 from tessera.files import check_free
@@ -15,7 +16,10 @@ def bricks(
     pipeline: str = typer.Argument(help="Pipeline folder, run folder, or Hugging Face id."),
     out: Path = typer.Argument(help="Picture to write, .png."),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="Options of sampling, as of `tessera sample`."
+        None,
+        metavar="KEY=VALUE",
+        help="Options of sampling, as of `tessera sample`.",
+        autocompletion=offer_sampling,
     ),
     seed: int = typer.Option(0, min=0, help="Of the sample."),
     labels: str | None = typer.Option(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tessera.cli.completing import offer_words
+
 if TYPE_CHECKING:
     from tessera.comparing.compare import Arm
 
@@ -16,6 +18,7 @@ def compare_models(
         metavar="[KEY=VALUE...] ARM [KEY=VALUE...] ARM...",
         help="Recipes, or folders of runs and pipelines. Changes before the first are of all "
         "recipes, others of the recipe before them.",
+        autocompletion=offer_words,
     ),
     minutes: float = typer.Option(10, min=0.01, help="Training time of each recipe."),
     points: int = typer.Option(4, min=1, help="Scores on the way; they do not count as training."),

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
+from tessera.cli.completing import offer_changes, offer_recipes
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 
 def cost(
     recipe: str = typer.Argument(
-        help="A shipped recipe, a .yaml or .json file, or the folder of a pipeline or run."
+        help="A shipped recipe, a .yaml or .json file, or the folder of a pipeline or run.",
+        autocompletion=offer_recipes,
     ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="Changes of a recipe, such as training.batch=64."
+        None,
+        metavar="KEY=VALUE",
+        help="Changes of a recipe, such as training.batch=64.",
+        autocompletion=offer_changes,
     ),
     sample: list[str] = typer.Option(
         [],
@@ -70,7 +75,7 @@ def cost(
     rows = [*_rows(loaded, result, given, several=bool(stages)), *_stage_rows(stages)]
     if forecast is not None:
         blank = "" if loaded.data.path or parts.dataset else "from blank images: "
-        here = in_table(forecast)
+        here = forecast.rows()
         rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),
@@ -190,16 +195,3 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
         validated = 0 if images is None else images.count
         timings = measure(recipe, feed, device, parts=parts, validated=validated, show=show)
         return timings.forecast(recipe, feed.view, 0)
-
-
-def in_table(forecast: Forecast) -> dict[str, str]:
-    """Time and memory of a run, as rows of a table."""
-    from tessera.progress import duration, human
-
-    extra = forecast.extra_seconds
-    parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-    return {
-        "time here": f"about {duration(forecast.seconds)}{parts}, "
-        f"{forecast.images_per_second:.3g} images/s",
-        "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
-    }

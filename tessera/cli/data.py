@@ -27,6 +27,7 @@ from tessera.cli.latents import (
     latents,
     show_latents,
 )
+from tessera.cli.survey import inspect_foreign
 from tessera.cli.tables import facts_table
 from tessera.errors import DataError
 from tessera.files import check_free
@@ -172,7 +173,10 @@ data_app.command()(latents)
 @data_app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Archive, packed set or folder of images.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="Archive, packed set or folder of images, or any other SRC."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -186,12 +190,19 @@ def inspect(
     skip_bad: SkipBad = False,
     vae: VaeModel = None,
     images: SourceImages = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split: Split = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file of --out.")
     ] = False,
 ) -> None:
-    """Print what is in a set, and write a picture of samples; of latents, decoded by --vae."""
+    """Print what is in a set, and write a picture of samples; of latents, decoded by --vae.
+
+    What could be converted is looked at as it is: tables, shards, lists, databases.
+    """
     from tessera.data.latents import is_latents
+    from tessera.data.sources import Options, is_foreign
 
     if out is not None:
         if out.suffix.lower() != ".png":
@@ -206,6 +217,12 @@ def inspect(
         return
     if vae is not None or images is not None:
         raise DataError(f"{path} holds images; --vae and --images are for a set of latents")
+    options = Options(image_column=image_column, label_column=label_column, split=split)
+    if is_foreign(path):
+        inspect_foreign(path, options, out, columns, max_images, seed, skip_bad)
+        return
+    if options != Options():
+        raise DataError(f"{path}: columns and splits are those of tables, shards and lists")
     from tessera.data.dataset import open_dataset
     from tessera.data.inspect import sample_grid, summarise
     from tessera.images import save_png

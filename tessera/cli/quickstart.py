@@ -6,10 +6,12 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.completing import offer_changes
+
 
 def quickstart(
     overrides: list[str] | None = typer.Argument(
-        None, help="Changes of the recipe: key.path=value ..."
+        None, help="Changes of the recipe: key.path=value ...", autocompletion=offer_changes
     ),
     out: Path | None = typer.Option(
         None, help="New folder for all that is made; by default quickstart, or quickstart-2, ..."

@@ -10,6 +10,7 @@ from rich.table import Column
 from rich.text import Text
 
 from tessera.cli.app import App
+from tessera.cli.completing import offer_changes, offer_recipes, offer_sections
 from tessera.cli.tables import make_table
 
 recipes_app = App(
@@ -40,9 +41,14 @@ def list_recipes(context: typer.Context) -> None:
 
 @recipes_app.command("show")
 def show(
-    recipe: str = typer.Argument(help="A shipped recipe, or a .yaml or .json file."),
+    recipe: str = typer.Argument(
+        help="A shipped recipe, or a .yaml or .json file.", autocompletion=offer_recipes
+    ),
     overrides: list[str] = typer.Argument(
-        None, metavar="KEY=VALUE", help="Changes, such as training.batch=64."
+        None,
+        metavar="KEY=VALUE",
+        help="Changes, such as training.batch=64.",
+        autocompletion=offer_changes,
     ),
 ) -> None:
     """Print a recipe with all its keys as YAML; the output is a recipe file itself."""
@@ -61,7 +67,10 @@ def show(
 @recipes_app.command("keys")
 def keys(
     section: str | None = typer.Argument(
-        None, metavar="[SECTION]", help="Such as network, or sampling.refine. (default: all)"
+        None,
+        metavar="[SECTION]",
+        help="Such as network, or sampling.refine. (default: all)",
+        autocompletion=offer_sections,
     ),
     as_markdown: bool = typer.Option(False, "--markdown", help="Print the page of the docs."),
 ) -> None:

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import typer
 
+from tessera.cli.completing import offer_sampling
 from tessera.cli.parts import OwnParts, import_parts
 
 
 def report(
     run: str = typer.Argument(help="Run folder, pipeline folder, or Hugging Face id."),
     overrides: list[str] | None = typer.Argument(
-        None, metavar="KEY=VALUE...", help="Options of sampling, as of `tessera sample`."
+        None,
+        metavar="KEY=VALUE...",
+        help="Options of sampling, as of `tessera sample`.",
+        autocompletion=offer_sampling,
     ),
     out: Path | None = typer.Option(
         None, help="HTML file to write. (default: report.html in the run's folder)"

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
+from tessera.cli.completing import offer_sampling
 from tessera.cli.parts import OwnParts, import_parts
 from tessera.cli.tables import make_table
 from tessera.errors import TesseraError
@@ -32,6 +33,7 @@ _KEYS = typer.Argument(
     None,
     metavar="KEY=VALUE",
     help="What belongs to this model's sampler, network or canvas; see --options.",
+    autocompletion=offer_sampling,
 )
 _CLASS = typer.Option(
     None,

@@ -4,95 +4,61 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
-    from tessera.starting.begin import Finished, PlannedRun
+    from tessera.starting.begin import PlannedRun
+    from tessera.starting.trained import TrainedRun
 
 
-def train_on_images(
-    images: str,
-    words: Sequence[str],
-    minutes: float | None,
-    *,
-    only_plan: bool,
-    save: Path | None,
-) -> None:
-    """Show the plan, and train it unless that is all that was asked for.
+def show_plan(images: str, minutes: float | None, overrides: list[str], save: Path | None) -> None:
+    """Show what would be trained on images.
 
     Args:
         images: folder, archive or set of images.
-        words: `key=value`, and the run folder at most once among them.
         minutes: of training; None asks, or takes what is proposed where nobody can answer.
-        only_plan: convert and train nothing.
+        overrides: `key=value`.
         save: file for the recipe of the plan.
     """
     from tessera import distributed
     from tessera.cli.sample import plain_warnings
-    from tessera.errors import RecipeError
     from tessera.files import check_free
-    from tessera.starting.begin import plan_training, train_images
+    from tessera.starting.begin import plan_training
 
-    folders = [word for word in words if "=" not in word]
-    if len(folders) > 1:
-        raise RecipeError(f"{' and '.join(folders)}: name one run folder, or give key=value")
     if save is not None:
-        if not only_plan:
-            raise RecipeError("--save goes with --plan; a run keeps its recipe in its folder")
         check_free(save, overwrite=False)
-    overrides = [word for word in words if "=" in word]
     with distributed.session() as device, plain_warnings():
-        ask = _asked if sys.stdin.isatty() and distributed.world() == 1 else None
-        start = plan_training(images, minutes, overrides, ask=ask, device=device)
+        start = plan_training(images, minutes, overrides, ask=ask_minutes, device=device)
         if distributed.is_main():
-            _show(start)
-        if only_plan:
-            if save is not None and distributed.is_main():
+            print_plan(start)
+            if save is not None:
                 _save(start, save)
-            return
-        say = print if distributed.is_main() else lambda text: None
-        done = train_images(start, folders[0] if folders else None, say=say)
-        if distributed.is_main():
-            _conclude(done, start)
-    if done.stopped_by is not None:
-        raise typer.Exit(128 + done.stopped_by)
 
 
-def _asked(proposed: float) -> float:
-    """The minutes that the user wants."""
+def ask_minutes(proposed: float) -> float:
+    """The minutes that the user wants, or what is proposed where nobody can answer."""
+    from tessera import distributed
+
+    if not sys.stdin.isatty() or distributed.world() > 1:
+        return proposed
     return float(typer.prompt("minutes to train", default=proposed, type=float))
 
 
-def _show(start: PlannedRun) -> None:
+def print_plan(start: PlannedRun) -> None:
     """The images, what was chosen for them and why, and what it takes."""
     from rich.console import Console
     from rich.table import Column
 
-    from tessera.cli.cost import in_table
     from tessera.cli.tables import make_table
 
-    facts = start.facts
     table = make_table(
         Column(style="bold", no_wrap=True), Column(overflow="fold"), Column(style="dim")
     )
-    sides = sorted({size for size, _ in facts.sizes}, key=min)
-    sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
-    others = f"{facts.ignored:,} other files" if facts.ignored else ""
-    table.add_row("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others)
-    for message in facts.skipped[:5]:
-        table.add_row("left out", message, "")
-    if len(facts.skipped) > 5:
-        table.add_row("", f"and {len(facts.skipped) - 5:,} more", "")
-    table.add_row("machine", start.machine.name, "")
-    for choice in start.plan.choices:
-        table.add_row(choice.name, choice.value, choice.why)
-    for name, text in in_table(start.forecast).items():
-        table.add_row(name, text, "")
-    table.add_row("beside it", "converting, a judge of samples, the report", "the first two once")
+    for row in start.rows():
+        table.add_row(*row)
     Console().print(table)
 
 
@@ -105,7 +71,7 @@ def _save(start: PlannedRun, file: Path) -> None:
     print(f"written to {file}; its data.path is not set: convert the images, or name a set")
 
 
-def _conclude(done: Finished, start: PlannedRun) -> None:
+def print_outcome(done: TrainedRun) -> None:
     """Where things are, and what can be done next."""
     from tessera.commands import tessera_command
     from tessera.training.run_folder import longer
@@ -121,4 +87,4 @@ def _conclude(done: Finished, start: PlannedRun) -> None:
             print(f"{name}: {path}")
     print("Next:")
     print(f"  {command} sample {run} --seeds 0-63 --grid --out more")
-    print(f"  {command} train --resume {run} {longer(start.plan.recipe)}   # to train longer")
+    print(f"  {command} train --resume {run} {longer(done.recipe)}   # to train longer")

@@ -10,26 +10,29 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tessera.cli.completing import offer_changes, offer_recipes
 from tessera.cli.parts import OwnParts, import_parts
-from tessera.cli.start import train_on_images
+from tessera.cli.start import ask_minutes, print_outcome, print_plan, show_plan
 
 if TYPE_CHECKING:
-    from tessera.recipes.parts import Parts
     from tessera.recipes.schema import Recipe
+    from tessera.starting.trained import TrainedRun
     from tessera.training.trainer import Trainer
 
 
-def train(
+def train_model(
     recipe: str | None = typer.Argument(
         None,
         metavar="RECIPE|IMAGES",
         help="Name of a shipped recipe, or a YAML or JSON file; or a folder, archive or set of "
         "images.",
+        autocompletion=offer_recipes,
     ),
     overrides: list[str] | None = typer.Argument(
         None,
         metavar="[OUT] KEY.PATH=VALUE...",
         help="Changes to the recipe, e.g. data.path=x.zip; with images also the new run folder.",
+        autocompletion=offer_changes,
     ),
     resume: str | None = typer.Option(
         None, "--resume", metavar="RUN", help="Go on with the run in this folder."
@@ -55,69 +58,74 @@ def train(
 
     torchrun --nproc_per_node 8 -m tessera train edm-cifar10-cond-vp data.path=c.zip
     """
-    from tessera import distributed
     from tessera.cli.sample import plain_warnings
     from tessera.errors import RecipeError
-    from tessera.starting.facts import is_collection
-    from tessera.training.trainer import Trainer
+    from tessera.starting.train import Listener, is_images, run_training
 
-    changes = list(overrides or [])
-    if resume is None and recipe is not None and is_collection(recipe):
-        if own_parts is not None:
-            raise RecipeError("--with belongs to a recipe that names own parts, not to images")
-        train_on_images(recipe, changes, minutes, only_plan=plan, save=save)
-        return
-    if plan or save is not None:
+    changes, folder = list(overrides or []), None
+    of_images = resume is None and recipe is not None and is_images(recipe)
+    if of_images:
+        changes, folder = _changes_and_folder(changes)
+    elif plan or save is not None:
         raise RecipeError(
             "--plan and --save belong to images in the place of a recipe: tessera train photos/ "
             "--plan. What a recipe takes here tells: tessera cost RECIPE --probe"
         )
-    changes += [] if minutes is None else [f"training.minutes={minutes}"]
-    parts = import_parts(own_parts)
-    chosen = _chosen(recipe, changes, resume, parts)
-    with distributed.session(timeout_minutes=chosen.run.timeout_minutes):
-        with plain_warnings():
-            trainer = Trainer(chosen, resume=resume, parts=parts, probe=True)
-        if distributed.is_main():
-            _describe(trainer, f"{', '.join(parts.names)}, of {own_parts}" if own_parts else None)
-        trainer.run()
-        main = distributed.is_main()
-        if main:
-            _conclude(trainer, f"--with {own_parts} " if own_parts else "")
-    if trainer.stopped_by is not None:
-        raise typer.Exit(128 + trainer.stopped_by)
-    if main and chosen.run.report:  # the other processes need not wait for it
-        from tessera.reports import write_report
-
-        with plain_warnings():
-            path = write_report(
-                trainer.run_dir, device=trainer.device, parts=parts, with_module=own_parts
-            )
-        print(f"the report is {path}")
-
-
-def _chosen(recipe: str | None, changes: list[str], resume: str | None, parts: Parts) -> Recipe:
-    """The recipe of a run that goes on, or of a new one."""
-    from tessera.errors import RecipeError
-    from tessera.recipes.loading import load_recipe
-    from tessera.training import run_folder
-
+    if save is not None and not plan:
+        raise RecipeError("--save goes with --plan; a run keeps its recipe in its folder")
+    if plan and recipe is not None:
+        if own_parts is not None:
+            raise RecipeError("--with belongs to a recipe that names own parts, not to images")
+        show_plan(recipe, minutes, changes, save)
+        return
     if resume is not None:
-        return run_folder.read_recipe(resume, ([recipe] if recipe else []) + changes, parts)
-    if recipe is None:
-        raise RecipeError(
-            "name images or a recipe to train, or a run to resume:\n"
-            "  tessera train photos/\n"
-            "  tessera train cifar10-small data.path=cifar10.zip\n"
-            "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
-        )
-    return load_recipe(recipe, changes, parts)
+        recipe, changes = None, [*([recipe] if recipe else []), *changes]
+    elif recipe is None:
+        raise RecipeError(_NOTHING)
+    parts = import_parts(own_parts)
+    described = f"{', '.join(parts.names)}, of {own_parts}" if own_parts else None
+    option = f"--with {own_parts} " if own_parts else ""
+    listener = Listener(
+        planned=print_plan,
+        begun=lambda trainer: _describe(trainer, described),
+        ended=lambda trainer: _conclude(trainer, option),
+        finished=print_outcome if of_images else _print_report,
+    )
+    with plain_warnings():
+        done = run_training(
+            recipe, minutes=minutes, folder=folder, resume=resume, overrides=changes, parts=parts,
+            with_module=own_parts, ask=ask_minutes, listener=listener,
+        )  # fmt: skip
+    if done.stopped_by is not None:
+        raise typer.Exit(128 + done.stopped_by)
+
+
+_NOTHING = (
+    "name images or a recipe to train, or a run to resume:\n"
+    "  tessera train photos/\n"
+    "  tessera train cifar10-small data.path=cifar10.zip\n"
+    "  tessera train --resume runs/a\n`tessera recipes` lists the recipes"
+)
+
+
+def _changes_and_folder(words: list[str]) -> tuple[list[str], str | None]:
+    """What follows images: changes, and at most one run folder among them."""
+    from tessera.errors import RecipeError
+
+    folders = [word for word in words if "=" not in word]
+    if len(folders) > 1:
+        raise RecipeError(f"{' and '.join(folders)}: name one run folder, or give key=value")
+    return [word for word in words if "=" in word], folders[0] if folders else None
+
+
+def _print_report(done: TrainedRun) -> None:
+    if done.report is not None:
+        print(f"the report is {done.report}")
 
 
 def _describe(trainer: Trainer, own_parts: str | None) -> None:
     """A short table of what is about to happen."""
     from tessera import distributed
-    from tessera.cli.cost import in_table
     from tessera.cli.tables import print_facts
     from tessera.progress import quantity
 
@@ -150,7 +158,7 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
-        rows |= in_table(trainer.forecast)
+        rows |= trainer.forecast.rows()
     print_facts(rows)
 
 

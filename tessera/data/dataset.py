@@ -16,8 +16,7 @@ from tessera.data.labels import Labels, find_labels, label_array, stray_text
 from tessera.data.members import Members, open_members
 from tessera.data.packed import PackedFile
 from tessera.data.parallel import cores, ordered_map
-from tessera.data.sources import KINDS
-from tessera.data.sources.files import FILES
+from tessera.data.sources import find_kind, is_foreign
 from tessera.errors import DataError
 from tessera.files import user_path
 from tessera.progress import progress
@@ -260,11 +259,10 @@ def open_dataset(
 
 def _refuse_foreign(path: Path) -> None:
     """Raise for a collection that has to be converted first."""
-    kind = next((kind for kind in KINDS if kind.matches(path)), FILES)
-    if path.exists() and kind is not FILES:
+    if is_foreign(path):
         raise DataError(
-            f"{path}: neither a folder of images, a .zip archive nor a packed set. One "
-            f"can be made of it ({kind.words}): tessera data convert {path} NAME.zip"
+            f"{path}: neither a folder of images, a .zip archive nor a packed set. One can be made "
+            f"of it ({find_kind(path).words}): tessera data convert {path} NAME.zip"
         )
 
 

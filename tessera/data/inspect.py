@@ -67,21 +67,33 @@ def summarise(dataset: ImageDataset, path: Path) -> Summary:
             for channel in range(channels):
                 levels[channel] += np.bincount(images[:, channel].ravel(), minlength=256)
             bar.advance(len(images))
-    values = np.arange(256, dtype=np.float64)
-    share = levels / levels.sum(axis=1, keepdims=True)
-    mean = share @ values
-    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+    mean, std = level_moments(levels)
     vectors = dataset.labels is not None and dataset.labels.ndim == 2
     return Summary(
         count=len(dataset),
         shape=dataset.shape,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        mean=mean,
+        std=std,
         classes=_classes(dataset),
         num_classes=0 if vectors else dataset.num_classes,
         label_vectors=dataset.num_classes if vectors else 0,
         bytes=bytes_on_disk(path),
     )
+
+
+def level_moments(
+    levels: NDArray[np.int64],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, from how often each of its 256 levels occurs.
+
+    Args:
+        levels: [C, 256].
+    """
+    values = np.arange(256, dtype=np.float64)
+    share = levels / levels.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def sample_grid(

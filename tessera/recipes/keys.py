@@ -28,12 +28,14 @@ class Key:
         type: in words.
         default: as a recipe file says it; "" where there is none.
         meaning: in a few words.
+        choices: all values, where they are few.
     """
 
     name: str
     type: str
     default: str
     meaning: str
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def _walk(section: type[BaseModel], path: str, seen: set[tuple[str, str]]) -> It
             listed = str(field.annotation).startswith("tuple")
             inner += [(choice, f"{path}.{name}".lstrip(".") + ".0" * listed) for choice in found]
         if name != "kind" or len(kinds(section)) != 1:
-            own.append(Key(name, _type_of(field), _default(field), field.description or ""))
+            meaning, choices = field.description or "", _choices(field.annotation)
+            own.append(Key(name, _type_of(field), _default(field), meaning, choices))
     text = " ".join((inspect.getdoc(section) or "").split())
     kind = kinds(section)
     yield SectionKeys(path, kind[0] if len(kind) == 1 else "", text, tuple(own))
@@ -121,6 +124,20 @@ def _default(field: FieldInfo) -> str:
         return "one, with its defaults"
     plain = list(value) if isinstance(value, tuple) else value
     return write_yaml({"x": plain}).removeprefix("x:").strip() if plain != "" else "''"
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a type of few, as a change of a recipe gives them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is bool:
+        return "true", "false"
+    if origin is Literal:
+        return tuple(str(value) for value in arguments)
+    if origin is Annotated:
+        return _choices(arguments[0])
+    if origin in (Union, UnionType):
+        return tuple(choice for part in arguments for choice in _choices(part))
+    return ()
 
 
 def _type_of(field: FieldInfo) -> str:

@@ -14,6 +14,7 @@ from tessera.errors import TrainingError
 from tessera.files import user_path
 from tessera.images import grid, save_png
 from tessera.pipelines.loading import load
+from tessera.pipelines.samples import facts_html
 from tessera.recipes.build import build_view
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
@@ -22,6 +23,7 @@ from tessera.reports import write_report
 from tessera.starting.cache import converted, measured_here, reference_beside, this_machine
 from tessera.starting.choice import Machine, TrainingPlan, choose, refuse_large
 from tessera.starting.facts import ImageFacts, look
+from tessera.starting.trained import TrainedRun
 from tessera.training.forecast import Forecast
 from tessera.training.trainer import Trainer
 
@@ -45,24 +47,32 @@ class PlannedRun:
     plan: TrainingPlan
     forecast: Forecast
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The images, what was chosen for them and why, and what it takes: name, value, reason."""
+        facts = self.facts
+        sides = sorted({size for size, _ in facts.sizes}, key=min)
+        sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
+        others = f"{facts.ignored:,} other files" if facts.ignored else ""
+        left_out = [*facts.skipped[:5]]
+        left_out += [f"and {len(facts.skipped) - 5:,} more"] if len(facts.skipped) > 5 else []
+        names = ["left out"] + [""] * (len(left_out) - 1)
+        return [
+            ("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others),
+            *((name, text, "") for name, text in zip(names, left_out, strict=False)),
+            ("machine", self.machine.name, ""),
+            *((choice.name, choice.value, choice.why) for choice in self.plan.choices),
+            *((name, text, "") for name, text in self.forecast.rows().items()),
+            ("beside it", "converting, a judge of samples, the report", "the first two once"),
+        ]
 
-@dataclass(frozen=True)
-class Finished:
-    """What a training from images left.
-
-    Attributes:
-        run_dir: the run folder.
-        images_seen: images trained on, counting repetitions.
-        samples: a picture of samples; None if the run was stopped.
-        report: the page; None if the run was stopped, or the recipe says run.report=false.
-        stopped_by: number of the signal that ended it early; None otherwise.
-    """
-
-    run_dir: Path
-    images_seen: int
-    samples: Path | None
-    report: Path | None
-    stopped_by: int | None
+    def _repr_html_(self) -> str:
+        facts: dict[str, str] = {}
+        last = ""
+        for name, value, why in self.rows():
+            text = f"{value} ({why})" if why else value
+            facts[name or last] = text if name else f"{facts[last]}; {text}"
+            last = name or last
+        return facts_html("plan", facts)
 
 
 def plan_training(
@@ -102,7 +112,7 @@ def train_images(
     out: str | os.PathLike[str] | None = None,
     *,
     say: Callable[[str], None] = print,
-) -> Finished:
+) -> TrainedRun:
     """Convert the images, train the plan, sample, score, and write the report.
 
     Args:
@@ -125,7 +135,14 @@ def train_images(
     if trainer.stopped_by is None and distributed.is_main():
         samples = _sampled(trainer)
         report = _reported(trainer, path, start.plan.classifier_images)
-    return Finished(trainer.run_dir, trainer.images_seen, samples, report, trainer.stopped_by)
+    return TrainedRun(
+        trainer.run_dir,
+        trainer.recipe,
+        trainer.images_seen,
+        samples,
+        report,
+        trainer.stopped_by,
+    )
 
 
 def with_path(recipe: Recipe, path: Path) -> Recipe:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,11 @@ from tessera.recipes.loading import shipped
 
 # What is opened as images, though it is no folder.
 _ENDINGS = (
-    ".zip", ".safetensors", ".tar", ".tgz", ".tar.gz", "-images-idx3-ubyte",
-    "-images-idx3-ubyte.gz", "-images.idx3-ubyte",
+    ".zip", ".safetensors", ".tar", ".tgz", ".tar.gz", ".parquet", ".csv", ".tsv", ".jsonl",
+    "-images-idx3-ubyte", "-images-idx3-ubyte.gz", "-images.idx3-ubyte",
 )  # fmt: skip
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
 _CHUNK = 64
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ImageFacts:
 
     Attributes:
         path: of the collection.
-        digest: hexadecimal, of names and contents; another one if an image is.
+        digest: hexadecimal, of the contents; another one if an image or its class is.
         sizes: (width, height) of the images that can be used, and how often each occurs.
         grey: number of grey ones among them.
         classes: name and number of images of each class, in the order of their indices; empty
@@ -179,6 +178,8 @@ def _of_files(path: Path, members: Members) -> ImageFacts:
 
 def _of_records(path: Path, source: Source) -> ImageFacts:
     """Of a collection whose images have no header of their own, or none that is cheap to reach."""
+    # Of what comes out: a list does not change when its images do.
+    total = hashlib.sha256(repr(source.class_names).encode())
     sizes: Counter[tuple[int, int]] = Counter()
     grey, skipped, labels = 0, list[str](), list[Label]()
     with progress(f"looking at {path.name}", source.count, unit="images") as bar:
@@ -189,12 +190,14 @@ def _of_records(path: Path, source: Source) -> ImageFacts:
             except DataError as error:
                 skipped.append(str(error))
                 continue
+            total.update(repr((record.label, image.shape)).encode())
+            total.update(image.tobytes())
             sizes[image.shape[1], image.shape[0]] += 1
             grey += image.ndim == 2
             labels.append(record.label)
     return ImageFacts(
         path,
-        _files_digest(path),
+        total.hexdigest(),
         tuple(sorted(sizes.items())),
         grey,
         _classes(labels, source.class_names),
@@ -211,20 +214,3 @@ def _classes(labels: Sequence[Label], names: tuple[str, ...] | None) -> tuple[tu
     counts = Counter(indices)
     known = names or tuple(str(index) for index in range(max(indices) + 1))
     return tuple((name, counts[index]) for index, name in enumerate(known))
-
-
-def _files_digest(path: Path) -> str:
-    """Of the contents of a file, or of all files of a folder."""
-    total = hashlib.sha256()
-    for name, file in _walk(path):
-        total.update(f"{name}\0".encode("utf-8", "surrogateescape"))
-        with open(file, "rb") as opened:
-            while block := opened.read(_BLOCK):
-                total.update(block)
-    return total.hexdigest()
-
-
-def _walk(path: Path) -> Iterator[tuple[str, Path]]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        yield (file.name if file == path else file.relative_to(path).as_posix()), file

@@ -16,6 +16,7 @@ from tessera.cli import app
 from tessera.data.convert import convert_images
 from tessera.data.dataset import open_dataset
 from tessera.data.sources import Options, open_source
+from tessera.data.survey import survey
 from tessera.errors import DataError
 from tessera.images import png_bytes
 
@@ -316,3 +317,76 @@ def test_wrong_lists(tmp_path):
     refused(path, "UTF-8")
     path.with_suffix(".jsonl").write_text("[1]")
     refused(path.with_suffix(".jsonl"), "line 1: should be an object")
+
+
+# --------------------------------------------------------------------- looked at without converting
+
+
+def inspected(*words):
+    arguments = ["data", "inspect", *map(str, words)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def kinds_of_collections(folder):
+    """The same six images in three classes, as each kind keeps them."""
+    files = {f"{i}.png": data for i, data in enumerate(FILES)}
+    labels = (1, 0, 1, 2, 0, 2)
+    listed = "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels))
+    write_folder(folder / "listed", files)
+    (folder / "listed/a.csv").write_text(f"file,label\n{listed}")
+    shards = dict(files)
+    for i, label in enumerate(labels):
+        shards[f"{i}.cls"] = str(label).encode()
+    return {
+        "parquet": write_parquet(folder / "a.parquet", hf_table()),
+        "saved": write_saved(folder / "saved", hf_table()),
+        "shards": write_tar(folder / "a-000.tar", dict(sorted(shards.items()))),
+        "listed": folder / "listed/a.csv",
+    }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "shards", "listed"])
+def test_what_is_not_converted_is_looked_at_as_it_is(tmp_path, kind):
+    path, out = kinds_of_collections(tmp_path)[kind], tmp_path / "grid.png"
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    text = inspected(path, "--out", out, "--columns", 3)
+    for words in ("not converted", "8x8 (6)", "RGB (6)", "3 classes", "33.3%"):
+        assert words in text
+    mean = " ".join(f"{value:7.2f}" for value in IMAGES.mean((0, 2, 3)))
+    assert mean in text
+    assert Image.open(out).height == 3 * 66 - 2
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert set(tmp_path.rglob("*")) - {out} >= before.keys()
+
+
+def test_images_of_many_sizes_and_modes_are_counted(tmp_path):
+    big = np.full((30, 40), 255, np.uint8)
+    files = [*FILES, png_bytes(big), png_bytes(big), b"no image"]
+    table = hf_table(files, (0, 1, None, 0, 1, 0, 1, 0, 1), ("cat", "dog"))
+    path = write_parquet(tmp_path / "a.parquet", table)
+    with pytest.raises(DataError, match="image"):
+        survey(path)
+    found = survey(path, skip_bad=True, columns=2)
+    assert found.sizes == (((8, 8), 6), ((40, 30), 2))
+    assert found.channels == ((1, 2), (3, 6))
+    assert found.mean == ()
+    assert [(c.index, c.name, c.count) for c in found.classes] == [(0, "cat", 4), (1, "dog", 3)]
+    assert (found.count, found.unlabelled, len(found.skipped)) == (8, 1, 1)
+    assert found.picture.shape[0] == 2 * 66 - 2
+    np.testing.assert_array_equal(found.picture, survey(path, skip_bad=True, columns=2).picture)
+    assert survey(path, skip_bad=True, max_images=3).count <= 3
+
+
+def test_columns_and_splits_of_what_is_looked_at(tmp_path):
+    binary = pa.array(FILES, pa.binary())
+    path = write_parquet(tmp_path / "a.parquet", pa.table({"left": binary, "right": binary}))
+    with pytest.raises(DataError, match="choose with --image-column NAME"):
+        inspected(path)
+    text = inspected(path, "--image-column", "left", "--out", tmp_path / "a.png")
+    assert "none" in text
+    assert Image.open(tmp_path / "a.png").size == (10 * 66 - 2, 64)
+    folder = write_folder(tmp_path / "photos", {"a.png": FILES[0]})
+    with pytest.raises(DataError, match="those of tables"):
+        inspected(folder, "--split", "train")

@@ -158,6 +158,22 @@ def test_archives_and_packed_sets_are_seen_alike(tmp_path: Path) -> None:
     assert zipped.classes == packed.classes == (("x", 2), ("y", 2), ("z", 2))
 
 
+def test_lists_are_collections_and_change_with_their_images(tmp_path: Path) -> None:
+    first, second = images_of()[:2]
+    folder = write_folder(tmp_path / "listed", {"a.png": first, "b.png": second})
+    listed = folder / "a.csv"
+    listed.write_text("file,label\na.png,0\nb.png,1\n")
+    assert is_collection(str(listed))
+    found = look(listed)
+    assert (found.count, found.classes) == (2, (("0", 1), ("1", 1)))
+    assert look(listed) == found
+    write_folder(folder, {"b.png": first})
+    changed = look(listed)
+    assert changed.digest != found.digest
+    listed.write_text("file,label\na.png,1\nb.png,0\n")
+    assert look(listed).digest != changed.digest
+
+
 def test_images_beside_the_classes_are_left_out_with_words(tmp_path: Path) -> None:
     photos = sorted_photos(tmp_path / "photos")
     write_folder(photos, {"stray.png": images_of()[0]})

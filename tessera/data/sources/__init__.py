@@ -18,7 +18,7 @@ from tessera.data.sources.shards import SHARDS, is_pattern
 from tessera.errors import DataError
 from tessera.files import user_path
 
-__all__ = ["KINDS", "Options", "Pixels", "Record", "Source", "open_source"]
+__all__ = ["KINDS", "Options", "Pixels", "Record", "Source", "is_foreign", "open_source"]
 
 KINDS: tuple[Kind, ...] = (LMDB, ARROW, PARQUET, CIFAR, SHARDS, LISTING, IDX, PACKED, FILES)
 """All that are read; the first that matches a path is taken."""
@@ -57,3 +57,9 @@ def find_kind(path: Path) -> Kind:
         f"{path}: not a kind of image collection that is known here; known are "
         + ", ".join(kind.words for kind in KINDS)
     )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a collection is there that has to be converted before it is trained on."""
+    kind = next((kind for kind in KINDS if kind.matches(path)), FILES)
+    return kind not in (FILES, PACKED) and (path.exists() or is_pattern(path))
