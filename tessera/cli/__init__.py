@@ -19,6 +19,7 @@ from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.export import export
+from tessera.cli.plan import plan_data
 from tessera.cli.push import push
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
@@ -57,6 +58,7 @@ def _options(
 app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command("plan")(plan_data)
 app.command()(cost)
 app.command()(train)
 app.command()(sample)

@@ -13,6 +13,7 @@ Everything is float64.
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,8 +97,7 @@ class Covariance(abc.ABC):
             >>> white.full(np.array([1.0, 3.0]))
             array([0.5, 0.9])
         """
-        noise = sigmas[:, None] ** 2
-        return np.asarray((self.variances * noise / (self.variances + noise)).mean(1))
+        return np.array([_left(self.variances, noise).mean() for noise in sigmas**2])
 
     @abc.abstractmethod
     def _full_map(self, sigmas: Array) -> Array:
@@ -126,27 +126,33 @@ class Covariance(abc.ABC):
                 f"a crop of {side} pixels with a halo of {halo}: take at most "
                 f"{min(height, width, LARGEST_CROP)} pixels, and a halo of less than half of that"
             )
-        error, full = np.zeros_like(sigmas), np.zeros_like(sigmas)
-        for top, left, covariance in self._cuts(side):
+        errors, wholes = list[Array](), list[Array]()
+        for top, left, seen, whole in self._crop_maps(side, sigmas):
             rows = _inside(top, side, halo, height)
             columns = _inside(left, side, halo, width)
-            errors = _pixel_errors(covariance, sigmas).reshape(-1, side, side)
-            error += errors[:, rows, columns].mean((1, 2))
-            whole = self._whole(sigmas)[:, top : top + side, left : left + side]
-            full += whole[:, rows, columns].mean((1, 2))
-        count = sum(1 for _ in self._places(side))
-        return SeenError(error / count, full / count, self.full(sigmas))
+            errors.append(seen[:, rows, columns].mean((1, 2)))
+            wholes.append(whole[:, rows, columns].mean((1, 2)))
+        error, full = np.mean(errors, axis=0), np.mean(wholes, axis=0)
+        return SeenError(error, full, self.full(sigmas))
 
-    @abc.abstractmethod
-    def _places(self, side: int) -> Iterator[tuple[int, int]]:
-        """Where crops are cut."""
+    def _crop_maps(self, side: int, sigmas: Array) -> list[tuple[int, int, Array, Array]]:
+        """First row and column of crops, errors of their pixels [S, side, side], of the crop's
+        denoiser and of the image's; kept for crops with another halo."""
+        key = (side, sigmas.tobytes())
+        if key not in self._kept:
+            whole = self._full_map(sigmas)
+            self._kept[key] = [
+                (
+                    top, left, _pixel_errors(covariance, sigmas).reshape(-1, side, side),
+                    whole[:, top : top + side, left : left + side],
+                )
+                for top, left, covariance in self._cuts(side)
+            ]  # fmt: skip
+        return self._kept[key]
 
-    def _whole(self, sigmas: Array) -> Array:
-        """`_full_map`, kept for the same noise levels."""
-        key = sigmas.tobytes()
-        if getattr(self, "_kept", (b"", None))[0] != key:
-            self._kept = (key, self._full_map(sigmas))
-        return self._kept[1]
+    @cached_property
+    def _kept(self) -> dict[tuple[int, bytes], list[tuple[int, int, Array, Array]]]:
+        return {}
 
     def coarse(self, factor: int, sigmas: Array) -> SeenError:
         """From the means of blocks of `factor` x `factor` pixels, of all pixels of the image.
@@ -199,17 +205,14 @@ class PixelCovariance(Covariance):
         errors = np.mean([_errors(*axes, sigmas) for axes in self._axes], axis=0)
         return np.asarray(errors.reshape(len(sigmas), *self._size))
 
-    def _places(self, side: int) -> Iterator[tuple[int, int]]:
-        """Some everywhere, edges and corners among them."""
+    def _cuts(self, side: int) -> Iterator[tuple[int, int, Array]]:
+        """Some everywhere, at edges and in corners among them."""
+        numbers = np.arange(self._size[0] * self._size[1]).reshape(self._size)
         tops, lefts = (
             np.unique(np.linspace(0, length - side, _OFFSETS).round().astype(int)).tolist()
             for length in self._size
         )
-        yield from ((top, left) for top in tops for left in lefts)
-
-    def _cuts(self, side: int) -> Iterator[tuple[int, int, Array]]:
-        numbers = np.arange(self._size[0] * self._size[1]).reshape(self._size)
-        for top, left in self._places(side):
+        for top, left in itertools.product(tops, lefts):
             chosen = numbers[top : top + side, left : left + side].ravel()
             yield top, left, self._values[:, chosen[:, None], chosen]
 
@@ -232,7 +235,8 @@ class PowerSpectrum(Covariance):
     """A covariance that is diagonal in the DCT, as that of stationary images nearly is.
 
     Args:
-        values: variances of the coefficients of the orthonormal DCT-II, [K, H, W] of K planes.
+        values: variances of the coefficients of the orthonormal DCT-II, [K, H, W] of K planes;
+            0 or more.
         mean_square: of the mean image.
     """
 
@@ -245,42 +249,35 @@ class PowerSpectrum(Covariance):
 
     @cached_property
     def variances(self) -> Array:
-        return np.maximum(self._values, 0).ravel()
+        return self._values.ravel()
 
     def scaled(self, factor: float) -> PowerSpectrum:
         return PowerSpectrum(self._values * factor**2, self.mean_square * factor**2)
 
     def _full_map(self, sigmas: Array) -> Array:
         down, across = (_dct(length) ** 2 for length in self.size)
-        power, noise = np.maximum(self._values, 0), sigmas[:, None, None, None] ** 2
-        errors = (power * noise / (power + noise)).mean(1)
+        errors = np.stack([_left(self._values, noise).mean(0) for noise in sigmas**2])
         return np.asarray(down.T @ errors @ across)
 
-    def _places(self, side: int) -> Iterator[tuple[int, int]]:
-        """In the middle: large images have most of their crops away from their edges."""
-        height, width = self.size
-        yield (height - side) // 2, (width - side) // 2
-
     def _cuts(self, side: int) -> Iterator[tuple[int, int, Array]]:
-        for top, left in self._places(side):
-            down = _dct(self.size[0])[:, top : top + side]
-            across = _dct(self.size[1])[:, left : left + side]
-            # Covariances of rows r, s and columns c, d: sums of products of cosines.
-            rows = (down[:, :, None] * down[:, None, :]).reshape(len(down), -1)
-            columns = (across[:, :, None] * across[:, None, :]).reshape(len(across), -1)
-            values = rows.T @ self._values @ columns
-            values = values.reshape(-1, side, side, side, side).transpose(0, 1, 3, 2, 4)
-            yield top, left, values.reshape(-1, side**2, side**2)
+        """One in the middle: large images have most of their crops away from their edges."""
+        top, left = ((length - side) // 2 for length in self.size)
+        down = _dct(self.size[0])[:, top : top + side]
+        across = _dct(self.size[1])[:, left : left + side]
+        # Covariances of rows r, s and columns c, d: sums of products of cosines.
+        rows = (down[:, :, None] * down[:, None, :]).reshape(len(down), -1)
+        columns = (across[:, :, None] * across[:, None, :]).reshape(len(across), -1)
+        values = rows.T @ self._values @ columns
+        values = values.reshape(-1, side, side, side, side).transpose(0, 1, 3, 2, 4)
+        yield top, left, values.reshape(-1, side**2, side**2)
 
     def _from_blocks(self, factor: int, sigmas: Array) -> Array:
         # A frequency of the means stands for several of the image, each with its gain.
         down, across = (_block_gains(length, factor) ** 2 for length in self.size)
-        power = np.maximum(self._values, 0)
-        seen = down @ power @ across.T
-        known = down @ power**2 @ across.T
-        noise = (sigmas[:, None, None, None] / factor) ** 2
-        left = power.sum() - (known / (seen + noise)).sum((1, 2, 3))
-        return np.asarray(left / power.size)
+        seen = down @ self._values @ across.T
+        known = down @ self._values**2 @ across.T
+        explained = [(known / (seen + noise)).sum() for noise in (sigmas / factor) ** 2]
+        return np.asarray((self._values.sum() - explained) / self._values.size)
 
 
 def smallest_sigma(relative: Array, sigmas: Array, bound: float) -> float | None:
@@ -320,10 +317,14 @@ def _axes(covariance: Array) -> tuple[Array, Array]:
     return np.maximum(variances, 0), axes
 
 
+def _left(variances: Array, noise: Array | float) -> Array:
+    """What is not known of numbers of these variances under noise of that variance."""
+    return np.asarray(variances * noise / (variances + noise))
+
+
 def _errors(variances: Array, axes: Array, sigmas: Array) -> Array:
     """Of each number from all of them, [S, P]."""
-    noise = sigmas[:, None] ** 2
-    return np.asarray((variances * noise / (variances + noise)) @ (axes**2).T)
+    return np.asarray(_left(variances, sigmas[:, None] ** 2) @ (axes**2).T)
 
 
 def _pixel_errors(covariance: Array, sigmas: Array) -> Array:
