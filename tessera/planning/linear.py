@@ -197,9 +197,7 @@ class PixelCovariance(Covariance):
         return np.concatenate([variances for variances, _ in self._axes])
 
     def scaled(self, factor: float) -> PixelCovariance:
-        return PixelCovariance(
-            self._values * factor**2, self._size, self.mean_square * factor**2
-        )
+        return PixelCovariance(self._values * factor**2, self._size, self.mean_square * factor**2)
 
     def _full_map(self, sigmas: Array) -> Array:
         errors = np.mean([_errors(*axes, sigmas) for axes in self._axes], axis=0)
@@ -342,4 +340,3 @@ def _block_gains(length: int, factor: int) -> Array:
     small = length // factor
     means = _dct(length).reshape(length, small, factor).mean(2)
     return np.asarray(_dct(small) @ means.T)
-

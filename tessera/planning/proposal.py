@@ -113,13 +113,10 @@ def planned_bands(
         raise DataError(f"`bound={bound:g}`: errors are relative to the full image's; above 1")
     starts = {1: 0.0, **coarse_from(study, bound)}
     # A coarser view that holds from where a finer one does leaves nothing to that.
-    factors = [
-        f for f in starts if all(starts[f] < starts[g] for g in starts if g > f)
-    ]
+    factors = [f for f in starts if all(starts[f] < starts[g] for g in starts if g > f)]
     ends = [*(starts[factor] for factor in factors[1:]), math.inf]
     bands = [
-        PlannedBand(starts[factor], end, factor)
-        for factor, end in zip(factors, ends, strict=True)
+        PlannedBand(starts[factor], end, factor) for factor, end in zip(factors, ends, strict=True)
     ]
     first = bands[0]
     if crops and first.factor == 1 and (best := _best_crop(study, first.sigma_max, bound)):

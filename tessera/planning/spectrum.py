@@ -87,7 +87,9 @@ def measure_set(
         stacks = (torch.einsum("kc,nchw->nkhw", axes, batch) for batch in sample.batches)
         first = next(stacks, None)
         if first is None:
-            raise DataError("\n  ".join([f"{sample.name}: no image can be used", *sample.skipped[:5]]))
+            raise DataError(
+                "\n  ".join([f"{sample.name}: no image can be used", *sample.skipped[:5]])
+            )
         count_up = _whole if exact else _powers
         count, covariance = count_up(itertools.chain([first], stacks), first)
         if covariance.variances.max() <= 0:
@@ -144,4 +146,3 @@ def _powers(stacks: Iterator[Tensor], first: Tensor) -> tuple[int, Covariance]:
     mean = sums / count
     values = (squares / count - mean**2).clamp(min=0)
     return count, PowerSpectrum(values.numpy(), float((mean**2).sum()))
-

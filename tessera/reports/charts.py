@@ -86,7 +86,7 @@ def lines(
 
     parts, below = [], math.inf
     for value in _log_ticks(10**low, 10**high):
-        _, y = place(0, value)
+        _, y = place(first, value)
         if below - y >= _APART:  # else the numbers would cover each other
             parts.append(_level(y, axes.written(value)))
             below = y
@@ -224,9 +224,7 @@ def spread(
 
 def _mark(left: float, right: float, top: float, bottom: float) -> str:
     """A dashed line."""
-    return (
-        f'<line class="mark" x1="{left:.1f}" x2="{right:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-    )
+    return f'<line class="mark" x1="{left:.1f}" x2="{right:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
 
 
 def _level(y: float, name: str) -> str:

@@ -17,7 +17,7 @@ from tessera.reports import charts, page
 ENDINGS = (".svg", ".html", ".png")
 """Of the files that `write_plot` writes."""
 
-_LEAST = 1e-3  # share of the error that is shown
+_LEAST, _MOST = 1e-3, 3.0  # shares of the error that are shown
 _ACROSS, _WHAT = "noise level σ", "error beyond the full image's"
 _LEGEND_ROW, _WIDTH, _HEIGHT = 24, 720, 300
 
@@ -79,26 +79,22 @@ def drawn_series(study: DataStudy, proposal: DataProposal) -> list[charts.Series
     kinds = ("c", "d", "c dashed", "d dashed")
     coarse = [sight for sight in study.curves if sight.crop is None]
     chosen += list(zip(coarse, kinds, strict=False))
+    return [charts.Series(str(sight), _points(study, sight), kind) for sight, kind in chosen]
+
+
+def _points(study: DataStudy, sight: Sight) -> list[tuple[float, float]]:
+    """Noise levels, and errors beyond the full image's where they can be shown."""
+    beyond = study.curves[sight].relative - 1
     return [
-        charts.Series(
-            str(sight),
-            [
-                (float(sigma), max(float(relative) - 1, _LEAST))
-                for sigma, relative in zip(
-                    study.sigmas, study.curves[sight].relative, strict=True
-                )
-            ],
-            kind,
-        )
-        for sight, kind in chosen
+        (float(sigma), max(float(share), _LEAST))
+        for sigma, share in zip(study.sigmas, beyond, strict=True)
+        if share <= _MOST
     ]
 
 
 def _chart(study: DataStudy, proposal: DataProposal) -> str:
     edges = [band.sigma_min for band in proposal.bands if band.sigma_min > 0]
-    axes = charts.Axes(
-        logarithmic=True, columns=edges, rows=[proposal.bound - 1], written=_percent
-    )
+    axes = charts.Axes(logarithmic=True, columns=edges, rows=[proposal.bound - 1], written=_percent)
     return charts.lines(drawn_series(study, proposal), across=_ACROSS, what=_WHAT, axes=axes)
 
 
