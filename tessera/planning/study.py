@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from tessera.errors import DataError
 from tessera.planning.linear import LARGEST_CROP, Array, Covariance, SeenError, log_spaced
 from tessera.planning.spectrum import MeasuredSet
 
@@ -77,8 +78,18 @@ class DataStudy:
 
 
 def study_set(measured: MeasuredSet) -> DataStudy:
-    """Errors of crops and of coarse images at all noise levels that matter."""
+    """Errors of crops and of coarse images at all noise levels that matter.
+
+    Raises:
+        DataError: the images are smaller than 8 pixels a side.
+    """
     covariance = measured.covariance
+    if min(covariance.size) < _SMALLEST:
+        height, width = covariance.size
+        raise DataError(
+            f"{measured.name}: {height}x{width} is too small to see less of; take images of "
+            f"{_SMALLEST} pixels a side or more"
+        )
     low, high = noise_range(covariance, of_pixels=measured.of_pixels)
     sigmas = np.union1d(
         log_spaced(min(low, TABLE_SIGMAS[0]), max(high, TABLE_SIGMAS[-1]), _POINTS), TABLE_SIGMAS
