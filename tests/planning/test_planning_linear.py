@@ -75,9 +75,7 @@ def test_images_along_one_direction() -> None:
     np.testing.assert_allclose(images.full(SIGMAS), full * squares.mean(), rtol=1e-9)
     blocks = direction.reshape(4, 2, 4, 2).mean((1, 3))
     coarse = SIGMAS**2 / 4 / ((blocks**2).sum() + SIGMAS**2 / 4)
-    np.testing.assert_allclose(
-        images.coarse(2, SIGMAS).error, coarse * squares.mean(), rtol=1e-6
-    )
+    np.testing.assert_allclose(images.coarse(2, SIGMAS).error, coarse * squares.mean(), rtol=1e-6)
     # Crops of 7 lie at the four corners.
     grid = squares.reshape(SIDE, SIDE)
     crops = [grid[top : top + 7, left : left + 7] for top in (0, 1) for left in (0, 1)]
@@ -145,9 +143,7 @@ def test_halos_count_at_inner_borders_only() -> None:
     axes = {(top, left) for top, left, *_ in images._crop_maps(4, SIGMAS)}
     assert {(0, 0), (4, 4), (0, 4)} <= axes
     # As the whole image has inner borders nowhere, a halo leaves out nothing.
-    np.testing.assert_allclose(
-        images.crop(SIDE, 2, SIGMAS).error, images.full(SIGMAS), rtol=1e-9
-    )
+    np.testing.assert_allclose(images.crop(SIDE, 2, SIGMAS).error, images.full(SIGMAS), rtol=1e-9)
     assert np.all(images.crop(4, 1, SIGMAS).relative < images.crop(4, 0, SIGMAS).relative)
 
 
