@@ -18,6 +18,7 @@ LAYERS = (
     ("networks",),
     ("diffusion",),
     ("data",),
+    ("planning",),
     ("sampling",),
     ("recipes",),
     ("metrics",),

@@ -21,6 +21,7 @@ from tessera.cli.energy import energies
 from tessera.cli.eval import eval_app
 from tessera.cli.experts import experts
 from tessera.cli.export import export
+from tessera.cli.plan import plan_data
 from tessera.cli.push import push
 from tessera.cli.quickstart import quickstart
 from tessera.cli.recipes import recipes_app
@@ -59,6 +60,7 @@ def _options(
 app.command()(quickstart)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
+app.command("plan")(plan_data)
 app.command()(cost)
 app.command("train")(train_model)
 app.command()(sample)

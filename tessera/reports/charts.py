@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -38,39 +38,68 @@ class Series:
     kind: str = "a"
 
 
+@dataclass(frozen=True)
+class Axes:
+    """What the axes of a chart of lines are besides.
+
+    Attributes:
+        logarithmic: the horizontal one, too; it begins at the smallest x.
+        columns, rows: values across, and values, that are marked by dashed lines.
+        written: a value as text.
+    """
+
+    logarithmic: bool = False
+    columns: Sequence[float] = ()
+    rows: Sequence[float] = ()
+    written: Callable[[float], str] = "{:.3g}".format
+
+
 def lines(
-    series: Sequence[Series], *, across: str = "images seen", what: str = "loss per pixel"
+    series: Sequence[Series],
+    *,
+    across: str = "images seen",
+    what: str = "loss per pixel",
+    axes: Axes = Axes(),
 ) -> str:
     """Values over images seen, on a logarithmic axis.
 
     Args:
         across: name of the horizontal axis.
         what: of the values, for those who do not see them.
+        axes: what else is to be known of them.
     """
     series = [one for one in series if one.points]
     if not series:
         return f"<p>No {escape(what)} was logged.</p>"
     values = [max(y, _FEWEST) for one in series for _, y in one.points]
     right = max(x for one in series for x, _ in one.points) or 1
+    first = min(x for one in series for x, _ in one.points) if axes.logarithmic else 0.0
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = 0.05 * (high - low) or 0.1
     low, high = low - margin, high + margin
 
     def place(x: float, y: float) -> tuple[float, float]:
-        inner = (x / right) * (_WIDTH - _LEFT - _RIGHT)
+        share = math.log(x / first) / math.log(right / first) if axes.logarithmic else x / right
+        inner = share * (_WIDTH - _LEFT - _RIGHT)
         up = (math.log10(max(y, _FEWEST)) - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return _LEFT + inner, _HEIGHT - _BOTTOM - up
 
     parts, below = [], math.inf
     for value in _log_ticks(10**low, 10**high):
-        _, y = place(0, value)
+        _, y = place(first, value)
         if below - y >= _APART:  # else the numbers would cover each other
-            parts.append(_level(y, f"{value:.3g}"))
+            parts.append(_level(y, axes.written(value)))
             below = y
-    for value in _ticks(right):
+    for value in _log_ticks(first, right) if axes.logarithmic else _ticks(right):
         x, _ = place(value, values[0])
         parts.append(_text(x, _HEIGHT - _BOTTOM + 26, _thousands(value), "middle"))
     parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 8, across, "end"))
+    for value in axes.columns:
+        x, _ = place(value, values[0])
+        parts.append(_mark(x, x, _TOP, _HEIGHT - _BOTTOM))
+    for value in axes.rows:
+        _, y = place(right, value)
+        parts.append(_mark(_LEFT, _WIDTH - _RIGHT, y, y))
     for one in series:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in one.points))
         parts.append(f'<polyline class="curve {one.kind}" points="{path}"/>')
@@ -186,11 +215,16 @@ def spread(
         parts.append(f'<polyline class="curve {kind}" points="{" ".join(points)}"/>')
     if mark is not None:
         x = _LEFT + (mark - low) / (high - low) * room
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{ground}"/>')
+        parts.append(_mark(x, x, _TOP, ground))
     told = "; ".join(
         f"{name}: {min(values):.3g} to {max(values):.3g}" for name, values, _ in series
     )
     return _svg(parts, _HEIGHT, f"{across}; {told}")
+
+
+def _mark(left: float, right: float, top: float, bottom: float) -> str:
+    """A dashed line."""
+    return f'<line class="mark" x1="{left:.1f}" x2="{right:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
 
 
 def _level(y: float, name: str) -> str:

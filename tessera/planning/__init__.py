@@ -1,0 +1,1 @@
+"""What the covariance of images says of the noise levels: what must be seen at which."""
