@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tessera.recipes.schema import Recipe
     from tessera.training.forecast import Forecast
 
+_DISTURBED = 0.1  # share of the processors that other programs may take before it is said
+
 
 def cost(
     recipe: str = typer.Argument(
@@ -198,8 +200,13 @@ def in_table(forecast: Forecast) -> dict[str, str]:
 
     extra = forecast.extra_seconds
     parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-    return {
+    rows = {
         "time here": f"about {duration(forecast.seconds)}{parts}, "
         f"{forecast.images_per_second:.3g} images/s",
         "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
     }
+    if forecast.others >= _DISTURBED:
+        rows["other programs"] = (
+            f"took {forecast.others:.0%} of the processors meanwhile: faster without them"
+        )
+    return rows

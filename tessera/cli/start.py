@@ -74,6 +74,7 @@ def _show(start: PlannedRun) -> None:
 
     from tessera.cli.cost import in_table
     from tessera.cli.tables import make_table
+    from tessera.progress import duration
 
     facts = start.facts
     table = make_table(
@@ -92,7 +93,9 @@ def _show(start: PlannedRun) -> None:
         table.add_row(choice.name, choice.value, choice.why)
     for name, text in in_table(start.forecast).items():
         table.add_row(name, text, "")
-    table.add_row("beside it", "converting, a judge of samples, the report", "the first two once")
+    after = f", about {duration(start.sampling_seconds)} of samples"
+    after = after if start.sampling_seconds >= 1 else ""
+    table.add_row("beside it", f"converting, a judge, the report{after}", "the first two once")
     Console().print(table)
 
 

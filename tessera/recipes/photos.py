@@ -93,6 +93,8 @@ def photos_small(resolution: int) -> Recipe:
             num_blocks=1,
             attn_resolutions=(8,),
             head_channels=32,
+            # By default a level of 32 channels would lose its means over the picture: its colours.
+            groups=None,
             dropout=0,
         )
     else:

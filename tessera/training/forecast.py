@@ -28,12 +28,15 @@ class Forecast:
         images_per_second: of training, over all devices.
         memory_bytes: peak of a process: of the GPU's memory, or of the processor's, libraries
             included.
+        others: share of the processors that other programs took while it was measured; the run is
+            as fast as told if they go on like that.
     """
 
     seconds: float
     extra_seconds: float
     images_per_second: float
     memory_bytes: int
+    others: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Timings:
         preview, scores, checkpoint: one each; 0 where there are none.
         memory_bytes: as of a `Forecast`.
         validation: one; 0 where there is none.
+        others: as of a `Forecast`.
     """
 
     steps: Mapping[Kind, float]
@@ -53,6 +57,7 @@ class Timings:
     checkpoint: float
     memory_bytes: int
     validation: float = 0.0
+    others: float = 0.0
 
     def forecast(
         self, recipe: Recipe, view: View, images_seen: int, elapsed: float = 0.0
@@ -83,7 +88,8 @@ class Timings:
             for seconds, every in events
             if left
         )
-        return Forecast(left * per_image + extra, extra, 1 / per_image, self.memory_bytes)
+        seconds = left * per_image + extra
+        return Forecast(seconds, extra, 1 / per_image, self.memory_bytes, self.others)
 
 
 def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dict[Kind, StepPlan]]:

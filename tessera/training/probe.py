@@ -35,6 +35,7 @@ from tessera.training import tracking
 from tessera.training.feed import Feed
 from tessera.training.forecast import Kind, Timings, course
 from tessera.training.learner import Learner, fresh_model, learner_of
+from tessera.training.others import OtherPrograms
 
 SECONDS = 5.0
 _SHARE = 0.02  # of the run that may be spent on telling how long it takes
@@ -124,6 +125,7 @@ class _Bench:
         self._recipe, self._feed, self._device = recipe, feed, device
         self._seconds, self._tick = seconds, tick
         self._begin = time.perf_counter()
+        self._others = OtherPrograms()
         self._parts, self._validated = parts, validated
         self._learner: Learner = learner_of(
             recipe, fresh_model(recipe, device, parts), device, parts
@@ -148,7 +150,8 @@ class _Bench:
         checkpoint, validation = self._checkpoint(), self._validation(per_image)
         memory = max(self._memory, self._peak()) + self._pages_of_data()
         peak = max(distributed.gather(memory))
-        return Timings(steps, preview, scores, checkpoint, peak, validation)
+        others = max(distributed.gather(self._others.share()))
+        return Timings(steps, preview, scores, checkpoint, peak, validation, others)
 
     # ------------------------------------------------------------------------------------- steps
 
