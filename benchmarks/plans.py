@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import device, record, section
+from benchmarks.harness import seconds as timed
 from tessera import memory
 from tessera.data.packed import PackedWriter
+from tessera.pipelines.loading import estimate
 from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.overrides import apply_overrides
 from tessera.recipes.photos import photos_small
 from tessera.recipes.schema import Recipe
 from tessera.training.feed import Feed
+from tessera.training.learner import fresh_model, learner_of
 from tessera.training.others import OtherPrograms
-from tessera.training.probe import measure
+from tessera.training.probe import blank_images, measure
 from tessera.training.tracking import memory_gb
 from tessera.training.trainer import Trainer
 from tessera.training.validation import validation_images
@@ -38,6 +42,8 @@ Result = TypeVar("Result")
 
 SECONDS = 20.0  # of training steps in a round
 IMAGES = 1_000
+FLOPS_OF = ("photos-64", "photos-128", "photos-256-latent")
+AT_ONCE = 2  # images of a step whose FLOPs are counted
 SECTION = "Plans"
 
 # What is for a GPU is made smaller, for a processor; on a GPU it is measured as it is.
@@ -155,8 +161,40 @@ def run(
         "GB told", "real", "ratio", "others took",
     ]  # fmt: skip
     text = section("Told by the plan, and taken by the run (real / told)", columns, rows)
+    executed = _flops_section()
     if record_figures:
-        record(SECTION, text)
+        record(SECTION, f"{text}\n\n{executed}")
+
+
+def _flops_section() -> str:
+    """What `tessera cost` counts without computing, against the operations of a real step."""
+    rows = []
+    for name in FLOPS_OF:
+        recipe = load_recipe(name, [f"training.batch={AT_ONCE}", "training.micro_batch=null"])
+        counted = estimate(recipe).train_flops
+        executed, seconds = step_flops(recipe)
+        rows.append([
+            name, f"{counted / 1e9:.2f}", f"{executed / 1e9:.2f}", f"{executed / counted:.3f}",
+            f"{seconds:.2f}", f"{executed / seconds / 1e9:.0f}",
+        ])  # fmt: skip
+    columns = ["recipe", "GFLOP told", "executed", "ratio", "s an image here", "GFLOP/s"]
+    return section("A training image, forward and backward", columns, rows)
+
+
+def step_flops(recipe: Recipe) -> tuple[float, float]:
+    """FLOPs of the operators that a step executes, and its seconds; both for an image."""
+    learner = learner_of(recipe, fresh_model(recipe, device()), device())
+    feed = Feed(recipe, device(), dataset=blank_images(recipe))
+    plan = feed.view.plan(0)
+    with feed.load([plan]) as loader:
+        (batch,) = loader
+
+    def step() -> None:
+        learner.update(feed.micro_batches(batch), plan.images, 0)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / plan.images, timed(step) / plan.images
 
 
 def _row(plan: Figures, real: Figures) -> list[str]:

@@ -84,7 +84,7 @@ def test_the_length_is_the_next_of_a_few_and_the_minutes_end_it() -> None:
 @settings(max_examples=50, deadline=None)
 @given(images=st.integers(1, 10**9))
 def test_lengths_are_never_too_short_and_hardly_too_long(images: int) -> None:
-    assert images <= _length(images) <= 1.5 * images + 1
+    assert images <= _length(images) <= max(5 / 3 * images, images + 1)
 
 
 def test_measurements_that_scatter_mostly_give_the_same_recipe() -> None:
