@@ -130,9 +130,7 @@ def taken(recipe: dict[str, Any]) -> Figures:
     lines = (trainer.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = next(line["seconds"] for line in map(json.loads, reversed(lines)) if "seconds" in line)
     rate = trainer.images_seen / steps
-    return Figures(
-        rate, seconds, memory_gb(device()), rate / (cpu / seconds), others.share()
-    )
+    return Figures(rate, seconds, memory_gb(device()), rate / (cpu / seconds), others.share())
 
 
 def _start(recipe: dict[str, Any]) -> tuple[Recipe, OtherPrograms]:
@@ -149,7 +147,10 @@ def alone(function: Callable[[dict[str, Any]], Result], recipe: Recipe) -> Resul
 
 
 def run(
-    rounds: int, record_figures: bool, names: Sequence[str] = tuple(RECIPES), seconds: float = SECONDS
+    rounds: int,
+    record_figures: bool,
+    names: Sequence[str] = tuple(RECIPES),
+    seconds: float = SECONDS,
 ) -> None:
     """Measure and train each recipe for `rounds` times 20 seconds, and print the ratios."""
     rows = []

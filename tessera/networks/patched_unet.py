@@ -120,7 +120,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample, self.groups = resample, _groups(out_channels, groups)
         self.in_layers = nn.Sequential(
-            Norm(in_channels, eps, groups), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            Norm(in_channels, eps, groups),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.classemb_proj = nn.Linear(class_channels, out_channels) if class_channels else None
         self.emb_layers = nn.Linear(emb_channels, 2 * out_channels)
