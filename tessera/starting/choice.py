@@ -218,8 +218,12 @@ def _slug(name: str) -> str:
 
 
 def _seconds(timings: Timings) -> float:
-    """Of an image, the kinds of steps counted alike."""
-    return sum(timings.steps.values()) / sum(images for images, _ in timings.steps)
+    """Of an image, the kinds of steps counted alike, without other programs.
+
+    So what is chosen does not depend on what else the machine happens to do.
+    """
+    measured = sum(timings.steps.values()) / sum(images for images, _ in timings.steps)
+    return measured * timings.alone
 
 
 def _images(recipe: Recipe, timings: Timings, minutes: float) -> int:
@@ -294,7 +298,7 @@ def _with_images(
     pages = facts.count * data.channels * data.resolution**2 if in_memory else 0
     return replace(
         timings,
-        validation=held_out * _seconds(timings) / 3,
+        validation=held_out * _seconds(timings) / timings.alone / 3,
         memory_bytes=timings.memory_bytes + pages,
     )
 

@@ -30,6 +30,7 @@ class Forecast:
             included.
         others: share of the processors that other programs took while it was measured; the run is
             as fast as told if they go on like that.
+        alone: images per second without them.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Forecast:
     images_per_second: float
     memory_bytes: int
     others: float = 0.0
+    alone: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Timings:
         memory_bytes: as of a `Forecast`.
         validation: one; 0 where there is none.
         others: as of a `Forecast`.
+        alone: share of a step's time that it takes without other programs.
     """
 
     steps: Mapping[Kind, float]
@@ -58,6 +61,7 @@ class Timings:
     memory_bytes: int
     validation: float = 0.0
     others: float = 0.0
+    alone: float = 1.0
 
     def forecast(
         self, recipe: Recipe, view: View, images_seen: int, elapsed: float = 0.0
@@ -89,7 +93,9 @@ class Timings:
             if left
         )
         seconds = left * per_image + extra
-        return Forecast(seconds, extra, 1 / per_image, self.memory_bytes, self.others)
+        speed = 1 / per_image
+        alone = speed / self.alone
+        return Forecast(seconds, extra, speed, self.memory_bytes, self.others, alone)
 
 
 def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dict[Kind, StepPlan]]:

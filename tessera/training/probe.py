@@ -42,6 +42,8 @@ _SHARE = 0.02  # of the run that may be spent on telling how long it takes
 _READ_AHEAD = 12  # steps whose reading is timed
 _SAMPLED_AT_ONCE = 64
 _WRITTEN = 1 << 24  # bytes
+_DISTURBED = 0.1  # share of the processors that others take, beyond which steps wait for them
+_BUSY = 0.95  # of the processors that a step could use, that it does use
 
 
 class _Blank:
@@ -132,7 +134,7 @@ class _Bench:
         )
         self._meter = tracking.Meter(device)
         self._states = self._peak()
-        self._stepped = 0.0
+        self._stepped = self._worked = 0.0
         self._memory = self._states
 
     def measured(self) -> Timings:
@@ -151,7 +153,8 @@ class _Bench:
         memory = max(self._memory, self._peak()) + self._pages_of_data()
         peak = max(distributed.gather(memory))
         others = max(distributed.gather(self._others.share()))
-        return Timings(steps, preview, scores, checkpoint, peak, validation, others)
+        alone = self._alone(others)
+        return Timings(steps, preview, scores, checkpoint, peak, validation, others, alone)
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -194,7 +197,7 @@ class _Bench:
 
     def _step(self, batch: Batch) -> float:
         """Seconds of the slowest process, so that all decide alike."""
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         update = self._learner.update(
             self._feed.micro_batches(batch), batch.plan.images, batch.plan.first_image
         )
@@ -202,7 +205,16 @@ class _Bench:
         self._finish()
         self._tick(self._elapsed())
         self._stepped += time.perf_counter() - begin
+        self._worked += time.process_time() - cpu
         return max(distributed.gather(time.perf_counter() - begin))
+
+    def _alone(self, others: float) -> float:
+        """Share of a step's time that it would take if other programs took nothing."""
+        if self._device.type != "cpu" or others < _DISTURBED or not self._worked:
+            return 1.0
+        ours = min(torch.get_num_threads(), cores())
+        share = self._worked / (_BUSY * ours * self._stepped)
+        return min(max(distributed.gather(share)), 1.0)
 
     # ------------------------------------------------------------------------------------- data
 

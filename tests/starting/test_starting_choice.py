@@ -98,6 +98,19 @@ def test_measurements_that_scatter_mostly_give_the_same_recipe() -> None:
     assert len(differing) <= len(speeds) // 4
 
 
+def test_other_programs_change_nothing_that_is_chosen() -> None:
+    quiet, measure = plan(60, 10), machine_of(60)
+
+    def disturbed(recipe: Recipe) -> Timings:
+        found = measure(recipe)
+        steps = {kind: 4 * seconds for kind, seconds in found.steps.items()}
+        return replace(found, steps=steps, others=0.75, alone=0.25)
+
+    chosen = choose(facts(), LAPTOP, 10, disturbed)
+    assert chosen.recipe == quiet.recipe
+    assert chosen.timings.validation == 4 * quiet.timings.validation
+
+
 def test_held_out_images_take_time_and_all_take_memory() -> None:
     timings = plan(60, 10).timings
     assert timings.validation == pytest.approx(60 / 60 / 3)  # 5% of 1,200, a third of a step
