@@ -237,7 +237,7 @@ def _length(images: int) -> int:
     It is coarse, so that the same machine gives the same recipe though measurements scatter, and no
     smaller, so that the minutes are used to their end.
     """
-    power = 10 ** math.floor(math.log10(images))
+    power: int = 10 ** math.floor(math.log10(images))
     return next(round(n * power) for n in (*_LENGTHS, 10) if n * power >= images)
 
 
