@@ -25,6 +25,7 @@ _HELD_OUT, _FROM = 0.05, 400  # share that is kept out of the training, of sets 
 _MEMORY = 0.8  # share of the memory that may be used
 _ENOUGH, _GOOD = 30_000, 120_000  # images of 32x32 that small networks show something after
 _PATCHES_FROM = 3_000_000  # images of a training that patches repay
+_STEPS, _SMALLEST_BATCH = 2_000, 8  # below so many steps smaller batches learn more in a time
 _LENGTHS = (1, 1.5, 2, 3, 5, 7)  # of trainings, times a power of ten
 _TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480)  # minutes that are proposed
 
@@ -130,7 +131,26 @@ def choose(
             break
         chosen = rung, recipe, timings
     assert chosen is not None
+    chosen = _with_steps(chosen, minutes, measure, overrides)
     return _finished(facts, machine, minutes, chosen, overrides)
+
+
+def _with_steps(
+    chosen: tuple[_Rung, Recipe, Timings],
+    minutes: float,
+    measure: Measure,
+    overrides: Sequence[str],
+) -> tuple[_Rung, Recipe, Timings]:
+    """With a smaller batch where the time is for few steps: then their number counts for more."""
+    rung, recipe, timings = chosen
+    batch = recipe.training.batch
+    steps = _images(recipe, timings, minutes) / batch
+    fixed = any(_value(overrides, f"training.{key}") is not None for key in ("batch", "images"))
+    if steps >= _STEPS or batch < 2 * _SMALLEST_BATCH or recipe.training.micro_batch or fixed:
+        return chosen
+    training = recipe.training.model_copy(update={"batch": batch // 2})
+    recipe = recipe.model_copy(update={"training": training})
+    return rung, recipe, measure(recipe)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -353,7 +373,11 @@ def _choices(
             machine.precision[0] if training.precision == "auto" else training.precision,
             machine.precision[1],
         ),
-        "training.batch": ("batch", str(training.batch), "of this network"),
+        "training.batch": (
+            "batch",
+            str(training.batch),
+            f"about {float(f'{expected / training.batch:.1g}'):,.0f} steps in the time",
+        ),
         "optimizer.lr": (
             "learning rate",
             f"{recipe.optimizer.lr:g}",

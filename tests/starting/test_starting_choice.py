@@ -98,6 +98,16 @@ def test_measurements_that_scatter_mostly_give_the_same_recipe() -> None:
     assert len(differing) <= len(speeds) // 4
 
 
+def test_few_steps_are_of_smaller_batches() -> None:
+    assert plan(60, 10).recipe.training.batch == 16  # 2,250 steps
+    few = plan(40, 10)
+    assert few.recipe.training.batch == 8
+    assert next(c.why for c in few.choices if c.name == "batch") == "about 3,000 steps in the time"
+    assert plan(40, 10, "training.batch=16").recipe.training.batch == 16
+    assert plan(40, 10, "training.images=640").recipe.training.batch == 16
+    assert plan(1, 10, count=5).recipe.training.batch == 5
+
+
 def test_other_programs_change_nothing_that_is_chosen() -> None:
     quiet, measure = plan(60, 10), machine_of(60)
 
