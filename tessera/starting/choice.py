@@ -279,13 +279,14 @@ def _finished(
     expected = _images(recipe, timings, minutes)
     images = _length(expected)
     asked = _value(overrides, "training.images")
-    half = -(-images // 2)
+    likely = min(images, asked) if isinstance(asked, int) else images
+    half = -(-likely // 2)
     change = {
         "training": {"images": images, "minutes": minutes},
-        "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, images // 10)},
+        "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, likely // 10)},
         "validation": {"every_images": half},
         "run": {
-            "log_every_images": max(images // 50, recipe.training.batch),
+            "log_every_images": max(likely // 50, recipe.training.batch),
             "checkpoint_every_images": half,
             "preview": {**dump_recipe(recipe)["run"]["preview"], "every_images": half}
             if recipe.run.preview is not None
