@@ -20,6 +20,7 @@ NAMES = (
     "energy",
     "mar",
     "latents_online",
+    "plans",
 )
 
 

@@ -36,6 +36,8 @@ def _export(pipe: Pipeline) -> ReleasedFile:
     if isinstance(section, PatchedUNetConfig):
         if section.eps != PatchedUNetConfig.model_fields["eps"].default:
             refuse(recipe, _NAME, f"PDM's code has no network.eps={section.eps:g}")
+        if section.groups is None:
+            refuse(recipe, _NAME, "PDM's code has network.groups=32 only")
         order: str = section.attention_order
         key, state = "network.attention_order", network.state_dict()
     else:

@@ -74,17 +74,22 @@ def position_embedding(
     return torch.cat([columns, rows])[None]
 
 
-class Norm(nn.Module):
-    """Group normalisation over 32 groups in float32; the result has the input's dtype."""
+def _groups(channels: int, groups: int | None) -> int:
+    """Groups of a normalisation: so many, or for None a quarter of the channels, at most 32."""
+    return min(GROUPS, channels // 4) if groups is None else groups
 
-    def __init__(self, channels: int, eps: float) -> None:
+
+class Norm(nn.Module):
+    """Group normalisation in float32; the result has the input's dtype."""
+
+    def __init__(self, channels: int, eps: float, groups: int | None = GROUPS) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, _groups(channels, groups)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, GROUPS, self.weight, self.bias, self.eps)
+        return group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -97,6 +102,7 @@ class ResBlock(nn.Module):
         resample: "up" or "down" by 2 before the first convolution and in the skip connection.
         dropout: probability of a zero before the last convolution.
         eps: of the first normalisation.
+        groups: of the normalisations; None: a quarter of the channels, at most 32.
     """
 
     def __init__(
@@ -109,11 +115,14 @@ class ResBlock(nn.Module):
         resample: Literal["up", "down"] | None = None,
         dropout: float = 0.0,
         eps: float = 1e-5,
+        groups: int | None = GROUPS,
     ) -> None:
         super().__init__()
-        self.resample = resample
+        self.resample, self.groups = resample, _groups(out_channels, groups)
         self.in_layers = nn.Sequential(
-            Norm(in_channels, eps), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            Norm(in_channels, eps, groups),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.classemb_proj = nn.Linear(class_channels, out_channels) if class_channels else None
         self.emb_layers = nn.Linear(emb_channels, 2 * out_channels)
@@ -140,7 +149,8 @@ class ResBlock(nn.Module):
             if self.classemb_proj is not None and classes is not None:
                 gate = torch.sigmoid(self.classemb_proj(classes) + 2)[:, :, None, None].to(h.dtype)
             scale, shift = (1 + scale).to(h.dtype), shift.to(h.dtype)
-        h = self.out_layers(torch.addcmul(shift, group_norm(h, GROUPS, None, None, 1e-3), scale))
+        h = group_norm(h, self.groups, None, None, 1e-3)
+        h = self.out_layers(torch.addcmul(shift, h, scale))
         skip = x if self.skip_connection is None else self.skip_connection(x)
         return skip + h if gate is None else torch.addcmul(skip, h, gate)
 
@@ -153,14 +163,20 @@ class PixelAttention(nn.Module):
         heads: number of heads.
         order: of the rows of the qkv weight.
         eps: of the normalisation.
+        groups: of it; None: a quarter of the channels, at most 32.
     """
 
     def __init__(
-        self, channels: int, heads: int, order: AttentionOrder = "split", eps: float = 1e-5
+        self,
+        channels: int,
+        heads: int,
+        order: AttentionOrder = "split",
+        eps: float = 1e-5,
+        groups: int | None = GROUPS,
     ) -> None:
         super().__init__()
         self.heads, self.order = heads, order
-        self.norm = Norm(channels, eps)
+        self.norm = Norm(channels, eps, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
         zero(self.proj_out)
@@ -232,6 +248,8 @@ class PatchedUNet(nn.Module):
         null_class: learn an embedding of "no class"; without it, the embedding is zero.
         learn_variance: add a head whose outputs in (0, 1) follow the image's channels.
         eps: of the affine normalisations.
+        groups: of all of them; None: a quarter of the channels, at most 32. Narrow levels need
+            that: with a group for each channel its mean over the picture is lost.
         recompute: recompute residual blocks in the backward pass, for less memory.
         coord_frequencies: of coordinate channels; None for none.
 
@@ -262,6 +280,7 @@ class PatchedUNet(nn.Module):
         null_class: bool = True,
         learn_variance: bool = False,
         eps: float = 1e-5,
+        groups: int | None = GROUPS,
         recompute: bool = False,
         coord_frequencies: int | None = None,
     ) -> None:
@@ -280,12 +299,13 @@ class PatchedUNet(nn.Module):
         def block(c_in: int, c_out: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
             classes = first if num_classes else 0
             return ResBlock(
-                c_in, c_out, emb_channels, classes, resample=resample, dropout=dropout, eps=eps
-            )
+                c_in, c_out, emb_channels, classes,
+                resample=resample, dropout=dropout, eps=eps, groups=groups,
+            )  # fmt: skip
 
         def attention(width: int, number: int) -> PixelAttention:
             number = _heads(width, number, head_channels)
-            return PixelAttention(width, number, attention_order, eps)
+            return PixelAttention(width, number, attention_order, eps, groups)
 
         stem = nn.Conv2d((in_channels + self.coords.channels) * patch_size**2, first, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.ModuleList([stem])])
@@ -313,7 +333,8 @@ class PatchedUNet(nn.Module):
                     unit.append(block(width, to, "up") if resblock_updown else Upsample(width, to))
                 self.output_blocks.append(nn.ModuleList(unit))
         self.learn_variance = learn_variance
-        self._make_heads(first, emb_channels, out_channels * patch_size**2, eps)
+        norm = Norm(first, eps, groups)
+        self._make_heads(norm, first, emb_channels, out_channels * patch_size**2)
 
     def _make_embeddings(
         self, width: int, emb_channels: int, augment_dim: int, null_class: bool
@@ -329,11 +350,13 @@ class PatchedUNet(nn.Module):
         )
         self.augment_embed = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
 
-    def _make_heads(self, width: int, emb_channels: int, patch_channels: int, eps: float) -> None:
+    def _make_heads(
+        self, norm: nn.Module, width: int, emb_channels: int, patch_channels: int
+    ) -> None:
         """The layers that read the last activations."""
         head = nn.Conv2d(width, patch_channels, 3, padding=1)
         zero(head)
-        self.out = nn.Sequential(Norm(width, eps), nn.SiLU(), head)
+        self.out = nn.Sequential(norm, nn.SiLU(), head)
         if self.learn_variance:
             self.variance_output_t_emb = nn.Conv2d(emb_channels, 2 * width, 1)
             self.variance_output_model = nn.Sequential(

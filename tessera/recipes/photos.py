@@ -93,6 +93,8 @@ def photos_small(resolution: int) -> Recipe:
             num_blocks=1,
             attn_resolutions=(8,),
             head_channels=32,
+            # By default a level of 32 channels would lose its means over the picture: its colours.
+            groups=None,
             dropout=0,
         )
     else:
@@ -110,7 +112,8 @@ def photos_small(resolution: int) -> Recipe:
         network=network,
         # So few images teach layout and colours, which are decided at higher noise than detail.
         objective=EdmObjectiveConfig(p_mean=-0.8),
-        optimizer=OptimizerConfig(lr=2e-3, rampup_images=1_000),
+        # Thousands of steps, and not millions: the second moment forgets in a hundred.
+        optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=1_000),
         training=TrainingConfig(images=100_000, batch=16),
         sampling=EdmSamplerConfig(steps=18),
         run=RunConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,18 +13,21 @@ from tessera import distributed
 from tessera.errors import TrainingError
 from tessera.files import user_path
 from tessera.images import grid, save_png
-from tessera.pipelines.loading import load
+from tessera.pipelines.loading import estimate, load
 from tessera.pipelines.samples import facts_html
+from tessera.progress import duration
 from tessera.recipes.build import build_view
 from tessera.recipes.loading import parse_recipe
 from tessera.recipes.overrides import merge
 from tessera.recipes.schema import Recipe
 from tessera.reports import write_report
+from tessera.reports.making import STRIPS, affordable, shown_classes
 from tessera.starting.cache import converted, measured_here, reference_beside, this_machine
 from tessera.starting.choice import Machine, TrainingPlan, choose, refuse_large
 from tessera.starting.facts import ImageFacts, look
 from tessera.starting.trained import TrainedRun
 from tessera.training.forecast import Forecast
+from tessera.training.tracking import memory_gb
 from tessera.training.trainer import Trainer
 
 SAMPLES = "samples.png"
@@ -40,12 +43,14 @@ class PlannedRun:
         machine: that trains.
         plan: what is trained.
         forecast: time and memory of the training here.
+        sampling_seconds: what the samples and the strips of the report take after it.
     """
 
     facts: ImageFacts
     machine: Machine
     plan: TrainingPlan
     forecast: Forecast
+    sampling_seconds: float
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The images, what was chosen for them and why, and what it takes: name, value, reason."""
@@ -55,6 +60,8 @@ class PlannedRun:
         others = f"{facts.ignored:,} other files" if facts.ignored else ""
         left_out = [*facts.skipped[:5]]
         left_out += [f"and {len(facts.skipped) - 5:,} more"] if len(facts.skipped) > 5 else []
+        after = f", about {duration(self.sampling_seconds)} of samples"
+        after = after if self.sampling_seconds >= 1 else ""
         names = ["left out"] + [""] * (len(left_out) - 1)
         return [
             ("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others),
@@ -62,7 +69,7 @@ class PlannedRun:
             ("machine", self.machine.name, ""),
             *((choice.name, choice.value, choice.why) for choice in self.plan.choices),
             *((name, text, "") for name, text in self.forecast.rows().items()),
-            ("beside it", "converting, a judge of samples, the report", "the first two once"),
+            ("beside it", f"converting, a judge, the report{after}", "the first two once"),
         ]
 
     def _repr_html_(self) -> str:
@@ -101,10 +108,27 @@ def plan_training(
     """
     facts, machine = look(images), this_machine()
     refuse_large(facts)
-    measure = measured_here(machine, device or distributed.device())
+    device = device or distributed.device()
+    measure = measured_here(machine, device)
     plan = choose(facts, machine, minutes, measure, overrides, ask)
     forecast = plan.timings.forecast(plan.recipe, build_view(plan.recipe), 0)
-    return PlannedRun(facts, machine, plan, forecast)
+    if device.type == "cpu":  # larger networks than the chosen one may have been tried here
+        peak = max(forecast.memory_bytes, round(memory_gb(device) * 1e9))
+        forecast = replace(forecast, memory_bytes=peak)
+    return PlannedRun(facts, machine, plan, forecast, _sampling_seconds(plan, device))
+
+
+def _sampling_seconds(plan: TrainingPlan, device: torch.device) -> float:
+    """What the samples after the training take, from the time of a preview."""
+    recipe, preview = plan.recipe, plan.recipe.run.preview
+    if preview is None or recipe.expert is not None:
+        return 0.0
+    each = plan.timings.preview / (preview.rows * preview.columns)
+    count = _ROWS * _columns(recipe)
+    if recipe.run.report:
+        classes = len(shown_classes(recipe.data.num_classes))
+        count += affordable(estimate(recipe), device, classes) + STRIPS
+    return each * count
 
 
 def train_images(
@@ -157,12 +181,16 @@ def _sampled(trainer: Trainer) -> Path | None:
         return None
     pipe = load(trainer.run_dir, device=trainer.device)
     label = "balanced" if trainer.recipe.data.num_classes else None
-    count = trainer.recipe.data.num_classes
-    columns = count if 3 < count <= 12 else _COLUMNS
+    columns = _columns(trainer.recipe)
     made = pipe.sample(range(_ROWS * columns), label)
     path = trainer.run_dir / SAMPLES
     save_png(path, grid(made, columns))
     return path
+
+
+def _columns(recipe: Recipe) -> int:
+    count = recipe.data.num_classes
+    return count if 3 < count <= 12 else _COLUMNS
 
 
 def _reported(trainer: Trainer, path: Path, classifier_images: int) -> Path | None:

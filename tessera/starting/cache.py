@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from tessera.starting.choice import Machine, Measure
 from tessera.starting.facts import ImageFacts
 from tessera.training.feed import Feed
 from tessera.training.forecast import Timings
+from tessera.training.others import OtherPrograms
 from tessera.training.probe import blank_images, measure
 
 _FORMAT = 1  # of what is kept
 _SECONDS = 4.0  # that measuring a recipe takes
+_DISTURBED = 0.2  # share of the processors that other programs took; what was measured then is old
+_GLANCE = 0.3  # seconds of looking whether they are gone
 
 
 def cache_folder() -> Path:
@@ -141,8 +146,10 @@ def measured_here(machine: Machine, device: torch.device) -> Measure:
 
     So the same images and time give the same recipe, though measurements scatter. What is kept is
     that of a machine, a version of PyTorch and of this library, and the recipe without its data and
-    length; `speeds.json` in the cache folder may be removed.
+    length; `speeds.json` in the cache folder may be removed. What was measured beside other
+    programs is measured anew when most of them are gone.
     """
+    others_now = functools.cache(_others_now)
 
     def timings(recipe: Recipe) -> Timings:
         file = cache_folder() / "speeds.json"
@@ -150,7 +157,9 @@ def measured_here(machine: Machine, device: torch.device) -> Measure:
         kept = _kept_speeds(file)
         if key in kept:
             try:
-                return _read_timings(kept[key])
+                found = _read_timings(kept[key])
+                if found.others < _DISTURBED or others_now() > found.others / 2:
+                    return found
             except (KeyError, TypeError, ValueError):  # written by hand, or by a later version
                 pass
         found = _measured(recipe, device)
@@ -159,6 +168,13 @@ def measured_here(machine: Machine, device: torch.device) -> Measure:
         return found
 
     return timings
+
+
+def _others_now() -> float:
+    """Share of the processors that other programs take."""
+    others = OtherPrograms()
+    time.sleep(_GLANCE)
+    return others.share()
 
 
 def _measured(recipe: Recipe, device: torch.device) -> Timings:

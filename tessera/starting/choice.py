@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tessera.errors import RecipeError, TesseraError
 from tessera.recipes.loading import dump_recipe, parse_recipe
@@ -22,10 +22,11 @@ RESOLUTIONS = (8, 16, 32, 64, 128)
 _LARGE = 0.9  # share of the images that must not be enlarged
 _FEW, _CLASSES = 8, 1000  # images a class, and classes, that can be learnt
 _HELD_OUT, _FROM = 0.05, 400  # share that is kept out of the training, of sets so large
-_SHARE = 0.95  # of the time for steps: the rest is for previews and checkpoints
 _MEMORY = 0.8  # share of the memory that may be used
-_ENOUGH, _GOOD = 15_000, 60_000  # images of 32x32 that small networks show something after
+_ENOUGH, _GOOD = 30_000, 120_000  # images of 32x32 that small networks show something after
 _PATCHES_FROM = 3_000_000  # images of a training that patches repay
+_STEPS, _SMALLEST_BATCH = 2_000, 8  # below so many steps smaller batches learn more in a time
+_LENGTHS = (1, 1.5, 2, 3, 5, 7)  # of trainings, times a power of ten
 _TIMES = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480)  # minutes that are proposed
 
 
@@ -64,6 +65,7 @@ class TrainingPlan:
         choices: in the order of a table.
         timings: of the recipe's parts here.
         minutes: for steps.
+        expected: images that the minutes suffice for.
         classifier_images: images that the judge of the samples is trained on at most.
     """
 
@@ -71,6 +73,7 @@ class TrainingPlan:
     choices: tuple[Choice, ...]
     timings: Timings
     minutes: float
+    expected: int
     classifier_images: int
 
 
@@ -128,7 +131,26 @@ def choose(
             break
         chosen = rung, recipe, timings
     assert chosen is not None
+    chosen = _with_steps(chosen, minutes, measure, overrides)
     return _finished(facts, machine, minutes, chosen, overrides)
+
+
+def _with_steps(
+    chosen: tuple[_Rung, Recipe, Timings],
+    minutes: float,
+    measure: Measure,
+    overrides: Sequence[str],
+) -> tuple[_Rung, Recipe, Timings]:
+    """With a smaller batch where the time is for few steps: then their number counts for more."""
+    rung, recipe, timings = chosen
+    batch = recipe.training.batch
+    steps = _images(recipe, timings, minutes) / batch
+    fixed = any(_value(overrides, f"training.{key}") is not None for key in ("batch", "images"))
+    if steps >= _STEPS or batch < 2 * _SMALLEST_BATCH or recipe.training.micro_batch or fixed:
+        return chosen
+    training = recipe.training.model_copy(update={"batch": batch // 2})
+    recipe = recipe.model_copy(update={"training": training})
+    return rung, recipe, measure(recipe)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -216,15 +238,27 @@ def _slug(name: str) -> str:
 
 
 def _seconds(timings: Timings) -> float:
-    """Of an image, the kinds of steps counted alike."""
-    return sum(timings.steps.values()) / sum(images for images, _ in timings.steps)
+    """Of an image, the kinds of steps counted alike, without other programs.
+
+    So what is chosen does not depend on what else the machine happens to do.
+    """
+    measured = sum(timings.steps.values()) / sum(images for images, _ in timings.steps)
+    return measured * timings.alone
 
 
 def _images(recipe: Recipe, timings: Timings, minutes: float) -> int:
-    """What can be trained on in the time, in two digits, and at least a step."""
-    exact = _SHARE * 60 * minutes / _seconds(timings)
-    digit: int = 10 ** max(0, math.floor(math.log10(max(exact, 1))) - 1)
-    return max(int(exact // digit) * digit, recipe.training.batch)
+    """What can be trained on in the time, and at least a step."""
+    return max(round(60 * minutes / _seconds(timings)), recipe.training.batch)
+
+
+def _length(images: int) -> int:
+    """The length of a training that about so many images are expected of: the next of a few.
+
+    It is coarse, so that the same machine gives the same recipe though measurements scatter, and no
+    smaller, so that the minutes are used to their end.
+    """
+    power: int = 10 ** math.floor(math.log10(images))
+    return next(round(n * power) for n in (*_LENGTHS, 10) if n * power >= images)
 
 
 def _proposal(rung: _Rung, timings: Timings) -> float:
@@ -242,15 +276,17 @@ def _finished(
 ) -> TrainingPlan:
     """The plan with its length, and everything that is counted by it."""
     rung, recipe, timings = chosen
-    images = _images(recipe, timings, minutes)
+    expected = _images(recipe, timings, minutes)
+    images = _length(expected)
     asked = _value(overrides, "training.images")
-    half = -(-images // 2)
+    likely = min(images, asked) if isinstance(asked, int) else images
+    half = -(-likely // 2)
     change = {
         "training": {"images": images, "minutes": minutes},
-        "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, images // 10)},
+        "optimizer": {"rampup_images": min(recipe.optimizer.rampup_images, likely // 10)},
         "validation": {"every_images": half},
         "run": {
-            "log_every_images": max(images // 50, recipe.training.batch),
+            "log_every_images": max(likely // 50, recipe.training.batch),
             "checkpoint_every_images": half,
             "preview": {**dump_recipe(recipe)["run"]["preview"], "every_images": half}
             if recipe.run.preview is not None
@@ -262,8 +298,30 @@ def _finished(
     classifier = max(4_000, min(1_000 * math.ceil(minutes), 12 * facts.count, 60_000))
     if asked is not None:
         classifier = min(classifier, max(256, recipe.training.images))
-    choices = _choices(facts, machine, rung, recipe, timings, overrides)
-    return TrainingPlan(recipe, choices, timings, minutes, classifier)
+    expected = min(expected, recipe.training.images)
+    timings = _with_images(timings, facts, recipe, in_memory=machine.kind == "cpu")
+    choices = _choices(facts, machine, rung, recipe, timings, expected, overrides)
+    return TrainingPlan(recipe, choices, timings, minutes, expected, classifier)
+
+
+def _with_images(
+    timings: Timings, facts: ImageFacts, recipe: Recipe, *, in_memory: bool
+) -> Timings:
+    """What was measured on blank images, with what the real ones take beside it.
+
+    Args:
+        in_memory: whether the images are in the memory that was measured, and not a GPU's.
+    """
+    data = recipe.data
+    # A forward pass is a third of a step or so.
+    held_out = min(int(facts.count * (data.held_out or 0)), recipe.validation.images)
+    # They are mapped into memory, and all of them read.
+    pages = facts.count * data.channels * data.resolution**2 if in_memory else 0
+    return replace(
+        timings,
+        validation=held_out * _seconds(timings) / timings.alone / 3,
+        memory_bytes=timings.memory_bytes + pages,
+    )
 
 
 def _choices(
@@ -272,6 +330,7 @@ def _choices(
     rung: _Rung,
     recipe: Recipe,
     timings: Timings,
+    expected: int,
     overrides: Sequence[str],
 ) -> tuple[Choice, ...]:
     """The rows of the table."""
@@ -315,7 +374,11 @@ def _choices(
             machine.precision[0] if training.precision == "auto" else training.precision,
             machine.precision[1],
         ),
-        "training.batch": ("batch", str(training.batch), "of this network"),
+        "training.batch": (
+            "batch",
+            str(training.batch),
+            f"about {float(f'{expected / training.batch:.1g}'):,.0f} steps in the time",
+        ),
         "optimizer.lr": (
             "learning rate",
             f"{recipe.optimizer.lr:g}",
@@ -328,9 +391,9 @@ def _choices(
         ),
         "training.images": (
             "images",
-            f"{training.images:,}",
-            f"{training.minutes or 0:g} minutes of steps, {training.images / facts.count:.1f} "
-            "for each image",
+            f"{training.images:,} at most",
+            f"about {float(f'{expected:.2g}'):,.0f} in {training.minutes or 0:g} minutes of steps, "
+            f"each image {expected / facts.count:.2g} times",
         ),
         "sampling": (
             "sampling steps",

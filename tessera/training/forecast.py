@@ -12,6 +12,9 @@ from tessera.data.views import View
 from tessera.progress import duration, human
 from tessera.recipes.schema import Recipe
 
+DISTURBED = 0.1
+"""Share of the processors that others take, beyond which it is said, and steps wait for them."""
+
 Kind = tuple[int, int | None]
 """Images of a step, and the side of its patches."""
 
@@ -29,22 +32,33 @@ class Forecast:
         images_per_second: of training, over all devices.
         memory_bytes: peak of a process: of the GPU's memory, or of the processor's, libraries
             included.
+        others: share of the processors that other programs took while it was measured; the run is
+            as fast as told if they go on like that.
+        alone: images per second without them.
     """
 
     seconds: float
     extra_seconds: float
     images_per_second: float
     memory_bytes: int
+    others: float = 0.0
+    alone: float | None = None
 
     def rows(self) -> dict[str, str]:
         """Time and memory for people, as rows of a table."""
         extra = self.extra_seconds
         parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-        return {
+        rows = {
             "time here": f"about {duration(self.seconds)}{parts}, "
             f"{self.images_per_second:.3g} images/s",
             "memory here": f"about {human(self.memory_bytes, 'B')} at the peak",
         }
+        if self.others >= DISTURBED:
+            rows["other programs"] = (
+                f"took {self.others:.0%} of the processors meanwhile: without them about "
+                f"{self.alone or self.images_per_second:.3g} images/s"
+            )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,8 @@ class Timings:
         preview, scores, checkpoint: one each; 0 where there are none.
         memory_bytes: as of a `Forecast`.
         validation: one; 0 where there is none.
+        others: as of a `Forecast`.
+        alone: share of a step's time that it takes without other programs.
     """
 
     steps: Mapping[Kind, float]
@@ -64,6 +80,8 @@ class Timings:
     checkpoint: float
     memory_bytes: int
     validation: float = 0.0
+    others: float = 0.0
+    alone: float = 1.0
 
     def forecast(
         self, recipe: Recipe, view: View, images_seen: int, elapsed: float = 0.0
@@ -94,7 +112,10 @@ class Timings:
             for seconds, every in events
             if left
         )
-        return Forecast(left * per_image + extra, extra, 1 / per_image, self.memory_bytes)
+        seconds = left * per_image + extra
+        speed = 1 / per_image
+        alone = speed / self.alone
+        return Forecast(seconds, extra, speed, self.memory_bytes, self.others, alone)
 
 
 def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dict[Kind, StepPlan]]:

@@ -33,14 +33,16 @@ from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training import tracking
 from tessera.training.feed import Feed
-from tessera.training.forecast import Kind, Timings, course
+from tessera.training.forecast import DISTURBED, Kind, Timings, course
 from tessera.training.learner import Learner, fresh_model, learner_of
+from tessera.training.others import OtherPrograms
 
 SECONDS = 5.0
 _SHARE = 0.02  # of the run that may be spent on telling how long it takes
 _READ_AHEAD = 12  # steps whose reading is timed
 _SAMPLED_AT_ONCE = 64
 _WRITTEN = 1 << 24  # bytes
+_BUSY = 0.95  # of the processors that a step could use, that it does use
 
 
 class _Blank:
@@ -124,13 +126,14 @@ class _Bench:
         self._recipe, self._feed, self._device = recipe, feed, device
         self._seconds, self._tick = seconds, tick
         self._begin = time.perf_counter()
+        self._others = OtherPrograms()
         self._parts, self._validated = parts, validated
         self._learner: Learner = learner_of(
             recipe, fresh_model(recipe, device, parts), device, parts
         )
         self._meter = tracking.Meter(device)
         self._states = self._peak()
-        self._stepped = 0.0
+        self._stepped = self._worked = 0.0
         self._memory = self._states
 
     def measured(self) -> Timings:
@@ -148,7 +151,9 @@ class _Bench:
         checkpoint, validation = self._checkpoint(), self._validation(per_image)
         memory = max(self._memory, self._peak()) + self._pages_of_data()
         peak = max(distributed.gather(memory))
-        return Timings(steps, preview, scores, checkpoint, peak, validation)
+        others = max(distributed.gather(self._others.share()))
+        alone = self._alone(others)
+        return Timings(steps, preview, scores, checkpoint, peak, validation, others, alone)
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -191,7 +196,7 @@ class _Bench:
 
     def _step(self, batch: Batch) -> float:
         """Seconds of the slowest process, so that all decide alike."""
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         update = self._learner.update(
             self._feed.micro_batches(batch), batch.plan.images, batch.plan.first_image
         )
@@ -199,7 +204,16 @@ class _Bench:
         self._finish()
         self._tick(self._elapsed())
         self._stepped += time.perf_counter() - begin
+        self._worked += time.process_time() - cpu
         return max(distributed.gather(time.perf_counter() - begin))
+
+    def _alone(self, others: float) -> float:
+        """Share of a step's time that it would take if other programs took nothing."""
+        if self._device.type != "cpu" or others < DISTURBED or not self._worked:
+            return 1.0
+        ours = min(torch.get_num_threads(), cores())
+        share = self._worked / (_BUSY * ours * self._stepped)
+        return min(max(distributed.gather(share)), 1.0)
 
     # ------------------------------------------------------------------------------------- data
 

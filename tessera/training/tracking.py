@@ -163,8 +163,8 @@ class JsonLines:
 class StatusLines:
     """A line on stderr for each log interval, where no terminal shows a progress bar."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, total: int, minutes: float | None = None) -> None:
+        self._total, self._minutes = total, minutes
 
     def log(self, metrics: Metrics) -> None:
         if "loss_per_pixel" not in metrics:
@@ -176,11 +176,12 @@ class StatusLines:
             print(f"{metrics['images']:,} images  {scores}", file=sys.stderr, flush=True)
             return
         images, speed = metrics["images"] or 0, metrics["images_per_second"] or 0
+        total = likely_end(metrics, self._total, self._minutes)
         # The last step may go beyond the end.
-        seconds = max(self._total - images, 0) / speed if speed else None
+        seconds = max(total - images, 0) / speed if speed else None
         left = "?" if seconds is None else datetime.timedelta(seconds=round(seconds))
         text = (
-            f"{images:,} of {self._total:,} images  {describe_metrics(metrics)}  "
+            f"{images:,} of {total:,} images  {describe_metrics(metrics)}  "
             f"{quantity(speed)} images/s  {left} left"
         )
         print(text, file=sys.stderr, flush=True)
@@ -193,6 +194,19 @@ class StatusLines:
 
     def close(self) -> None:
         pass
+
+
+def likely_end(metrics: Metrics, images: int, minutes: float | None) -> int:
+    """How many images a run will have seen at its end: all, or what its minutes suffice for.
+
+    Args:
+        metrics: of a log interval.
+        images, minutes: `training.images` and `training.minutes`.
+    """
+    if minutes is None:
+        return images
+    left = max(60 * minutes - (metrics["seconds"] or 0), 0)
+    return min(images, round((metrics["images"] or 0) + left * (metrics["images_per_second"] or 0)))
 
 
 def describe_metrics(metrics: Metrics) -> str:
@@ -380,7 +394,7 @@ def open_trackers(run_dir: Path, recipe: Recipe, images: int, shown: bool = True
     if recipe.run.wandb is not None:
         trackers.append(WeightsAndBiases(run_dir, recipe.run.wandb, recipe))
     if shown and not sys.stderr.isatty():
-        trackers.append(StatusLines(recipe.training.images))
+        trackers.append(StatusLines(recipe.training.images, recipe.training.minutes))
     return trackers
 
 

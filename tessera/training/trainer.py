@@ -228,7 +228,8 @@ class Trainer:
                     metrics = self._metrics(update, clock)
                     for tracker in trackers:
                         tracker.log(metrics)
-                    bar.update(self.images_seen, note=tracking.describe_metrics(metrics))
+                    end = tracking.likely_end(metrics, total, self.recipe.training.minutes)
+                    bar.update(self.images_seen, tracking.describe_metrics(metrics), end)
                 for event in events:
                     if due(event.every) and (not event.settled or self._settled(True)):
                         with clock.paused():

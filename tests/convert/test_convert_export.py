@@ -198,6 +198,8 @@ def test_only_exports_are_replaced(tmp_path: Path) -> None:
         ("mar", DIT, {}, "its network is dit, not mar"),
         ("guided-diffusion", DIT, {}, "neither adm_unet nor patched_unet"),
         ("guided-diffusion", {**ADM, "groups": 16}, {}, "groups of 16"),
+        ("guided-diffusion", {"kind": "patched_unet", "patch_size": 2, "model_channels": 32,
+                              "channel_mult": [1], "groups": None}, {}, "network.groups=32 only"),
         ("guided-diffusion", {**ADM, "channel_mult_emb": 2}, {}, "channel_mult_emb=2, not 4"),
         ("diffusers", DIT, {}, "at other frequencies than DiT"),
         ("diffusers", {**ADM, "head_channels": 64, "heads": 2, "attn_resolutions": [16, 8]}, {},

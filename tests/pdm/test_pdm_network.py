@@ -12,7 +12,9 @@ from torch import Tensor
 from tessera.conditioning import Conditioning
 from tessera.errors import TesseraError
 from tessera.networks.patched_unet import (
+    Norm,
     PatchedUNet,
+    ResBlock,
     from_patches,
     position_embedding,
     time_embedding,
@@ -175,3 +177,19 @@ def test_sizes_that_do_not_fit() -> None:
     network = PatchedUNet(16, 3, 3, patch_size=2, model_channels=32, channel_mult=(1, 2))
     with pytest.raises(TesseraError, match="multiples of 4"):
         network(torch.zeros(1, 3, 16, 18), torch.zeros(1), Conditioning())
+
+
+def test_narrow_levels_keep_the_means_of_their_channels_with_fewer_groups() -> None:
+    x, offset = torch.randn(2, 32, 4, 4), torch.linspace(-2, 2, 32)[:, None, None]
+    released, own = Norm(32, 1e-5), Norm(32, 1e-5, None)
+    torch.testing.assert_close(released(x), released(x + offset), rtol=1e-3, atol=1e-3)
+    assert (own(x) - own(x + offset)).abs().mean() > 0.1
+    network = PatchedUNet(
+        16, 3, 3, patch_size=2, model_channels=32, channel_mult=(1, 4), attn_resolutions=(8,),
+        groups=None,
+    )  # fmt: skip
+    norms = [module for module in network.modules() if isinstance(module, Norm)]
+    assert {(norm.groups, len(norm.weight)) for norm in norms} == {
+        (8, 32), (16, 64), (32, 128), (32, 256)
+    }  # fmt: skip
+    assert {block.groups for block in network.blocks() if isinstance(block, ResBlock)} == {8, 32}

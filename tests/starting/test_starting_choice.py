@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tessera.errors import RecipeError
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
-from tessera.starting.choice import Machine, TrainingPlan, choose
+from tessera.starting.choice import Machine, TrainingPlan, _length, choose
 from tessera.starting.facts import ImageFacts
 from tessera.training.forecast import Timings
 
@@ -44,8 +45,9 @@ def plan(speed: float = 60, minutes: float = 10, *overrides: str, **about: objec
     ("speed", "minutes", "side", "resolution"),
     [
         (60, 10, 200, 32),
-        (200, 10, 200, 64),
-        (200, 10, 40, 32),
+        (200, 10, 200, 32),  # an image of 64x64 pixels takes three times as long, and twice as many
+        (400, 10, 200, 64),
+        (400, 10, 40, 32),
         (60, 10, 20, 16),
         (60, 10, 5, 8),
         (0.5, 10, 200, 32),
@@ -66,11 +68,65 @@ def test_long_trainings_on_a_fast_machine_are_on_patches() -> None:
     assert {c.name: c.value for c in chosen.choices}["view"] == "patches"
 
 
-def test_the_length_follows_from_the_speed_in_two_digits() -> None:
-    assert plan(60, 10).recipe.training.images == 34_000  # 0.95 * 600 s * 60
-    assert plan(60, 10).recipe.training.minutes == 10
-    assert plan(61, 10).recipe == plan(60, 10).recipe
-    assert plan(60, 10, "training.images=64").recipe.training.images == 64
+def test_the_length_is_the_next_of_a_few_and_the_minutes_end_it() -> None:
+    chosen = plan(60, 10)  # 36,000 images
+    assert (chosen.expected, chosen.recipe.training.images) == (36_000, 50_000)
+    assert chosen.recipe.training.minutes == 10
+    rows = {c.name: (c.value, c.why) for c in chosen.choices}
+    assert rows["images"] == (
+        "50,000 at most",
+        "about 36,000 in 10 minutes of steps, each image 30 times",
+    )
+    short = plan(60, 10, "training.images=64")
+    assert (short.expected, short.recipe.training.images) == (64, 64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(images=st.integers(1, 10**9))
+def test_lengths_are_never_too_short_and_hardly_too_long(images: int) -> None:
+    assert images <= _length(images) <= max(5 / 3 * images, images + 1)
+
+
+def test_measurements_that_scatter_mostly_give_the_same_recipe() -> None:
+    speeds = [40 * 1.07**step for step in range(40)]
+    differing = [
+        speed
+        for speed in speeds
+        if len({plan(speed * jitter, 10).recipe.model_dump_json() for jitter in (0.97, 1, 1.03)})
+        > 1
+    ]
+    assert len(differing) <= len(speeds) // 4
+
+
+def test_few_steps_are_of_smaller_batches() -> None:
+    assert plan(60, 10).recipe.training.batch == 16  # 2,250 steps
+    few = plan(40, 10)
+    assert few.recipe.training.batch == 8
+    assert next(c.why for c in few.choices if c.name == "batch") == "about 3,000 steps in the time"
+    assert plan(40, 10, "training.batch=16").recipe.training.batch == 16
+    assert plan(40, 10, "training.images=640").recipe.training.batch == 16
+    assert plan(1, 10, count=5).recipe.training.batch == 5
+
+
+def test_other_programs_change_nothing_that_is_chosen() -> None:
+    quiet, measure = plan(60, 10), machine_of(60)
+
+    def disturbed(recipe: Recipe) -> Timings:
+        found = measure(recipe)
+        steps = {kind: 4 * seconds for kind, seconds in found.steps.items()}
+        return replace(found, steps=steps, others=0.75, alone=0.25)
+
+    chosen = choose(facts(), LAPTOP, 10, disturbed)
+    assert chosen.recipe == quiet.recipe
+    assert chosen.timings.validation == 4 * quiet.timings.validation
+
+
+def test_held_out_images_take_time_and_all_take_memory() -> None:
+    timings = plan(60, 10).timings
+    assert timings.validation == pytest.approx(60 / 60 / 3)  # 5% of 1,200, a third of a step
+    assert timings.memory_bytes == 2**28 + 1200 * 3 * 32**2
+    gpu = choose(facts(), replace(LAPTOP, kind="cuda"), 10, machine_of(60))
+    assert gpu.timings.memory_bytes == 2**28
 
 
 def test_channels_classes_and_held_out_images() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_files import random_images, write_archive, write_folder, write_packed
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from tessera.errors import DataError, RecipeError, TesseraError
 from tessera.recipes.loading import load_recipe
 from tessera.reports import making
 from tessera.starting import cache
+from tessera.starting.begin import plan_training
 from tessera.starting.cache import cache_folder, converted
 from tessera.starting.choice import refuse_large
 from tessera.starting.facts import is_collection, look
@@ -109,6 +111,36 @@ def test_a_plan_only_shows_and_twice_is_the_same(
     (own_cache / "speeds.json").write_text("{")
     run(photos, "--minutes", "5", "--plan")
     assert len(quick) > times
+
+
+def test_what_was_measured_beside_other_programs_is_measured_anew_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, now, measured = load_recipe("cifar10-small"), [0.7], list[float]()
+
+    def measure(recipe: Any, device: Any) -> Timings:
+        measured.append(now[0])
+        return Timings({(32, None): 1.0}, 0.1, 0.0, 0.1, 10**6, others=now[0])
+
+    monkeypatch.setattr(cache, "_measured", measure)
+    monkeypatch.setattr(cache, "_others_now", lambda: now[0])
+
+    def look_again(others: float) -> Timings:
+        now[0] = others
+        return cache.measured_here(cache.this_machine(), torch.device("cpu"))(recipe)
+
+    assert look_again(0.7).others == look_again(0.5).others == 0.7  # as many others as then
+    assert look_again(0.05).others == look_again(0.7).others == 0.05
+    assert measured == [0.7, 0.05]
+
+
+def test_the_memory_told_is_not_less_than_what_was_tried_already(
+    tmp_path: Path, quick: list[float]
+) -> None:
+    start = plan_training(sorted_photos(tmp_path / "photos"), 5, device=torch.device("cpu"))
+    assert start.forecast.memory_bytes > 10**7  # of the process, and not that of `quick`
+    # Samples of the report, the picture, and three strips, of 16 in a preview that takes 0.1 s.
+    assert start.sampling_seconds > 0.1 * (20 + 32 + 3) / 16 - 1e-9
 
 
 def test_sets_are_converted_once_by_their_content(tmp_path: Path, own_cache: Path) -> None:

@@ -109,6 +109,31 @@ def test_steps_that_take_too_long_are_told_from_smaller_ones(
     assert found.steps == {(32, None): pytest.approx(35.0)}
 
 
+@pytest.mark.parametrize(("others", "alone"), [(0.05, 1.0), (0.5, 0.4), (0.99, 0.4)])
+def test_waiting_for_other_programs_is_told_apart(
+    others: float, alone: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step's five seconds its two threads worked two each."""
+    watch = Clock()
+    monkeypatch.setattr(probe, "time", watch)
+    monkeypatch.setattr(watch, "process_time", lambda: 0.8 * watch.now, raising=False)
+    monkeypatch.setattr(probe, "cores", lambda: 2)
+    monkeypatch.setattr(probe, "_BUSY", 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(probe.OtherPrograms, "share", lambda self: others)
+    update = probe.Learner.update
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        watch.now += 5
+        return update(self, *arguments)
+
+    monkeypatch.setattr(probe.Learner, "update", slow)
+    found = measured(tiny_recipe(tmp_path, training={"images": 8}))
+    assert (found.others, found.alone) == (others, pytest.approx(alone))
+    forecast = found.forecast(tiny_recipe(tmp_path), FullView(8), 0)
+    assert forecast.alone == pytest.approx(forecast.images_per_second / alone)
+
+
 def test_patches_of_each_size_are_measured(clock: Any, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path,

@@ -238,6 +238,9 @@ class PatchedUNetConfig(NetworkSection):
     null_class: bool = Field(True, description="learn an embedding of no class, for guidance")
     learn_variance: bool = Field(False, description="a head for the variance of reverse steps")
     eps: PositiveFloat = Field(1e-5, description="of the affine group norms")
+    groups: Literal[32] | None = Field(
+        32, description="of the group norms; null: a quarter of the channels, at most 32"
+    )
     recompute: bool = Field(False, description="recompute blocks going back, for less memory")
 
     @property
