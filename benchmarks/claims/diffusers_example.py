@@ -10,6 +10,7 @@ and a network may be told the classes.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,12 +69,14 @@ class Sampler:
 
 
 def parse_samplers(text: str) -> list[Sampler]:
-    """`ddim-50,dpm-25` as a list; nothing for an empty text."""
+    """An option `ddim-50,dpm-25` as a list; nothing for an empty text."""
     found = []
     for word in text.split(",") if text else []:
         kind, _, steps = word.partition("-")
         if kind not in _SAMPLERS or not steps.isdecimal() or not 0 < int(steps) <= STEPS:
-            raise ValueError(f"{word!r} is not ddpm, ddim or dpm with steps, like ddim-50")
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not ddpm, ddim or dpm with steps, like ddim-50"
+            )
         found.append(Sampler(kind, int(steps)))
     return found
 

@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -363,12 +362,12 @@ def keep(
          f"{a.precision:.2f} / {a.recall:.2f}", f"{b.precision:.2f} / {b.recall:.2f}"]
         for a, b in zip(ends["tessera"], ends["diffusers"], strict=True)
     ]  # fmt: skip
-    head = ["minutes", "tessera", "diffusers", "its best sampler", "precision / recall", "diffusers'"]
+    head = ["minutes", *ARMS, "its best sampler", "precision / recall", "diffusers'"]
     seen = f"In all, {ends['tessera'][-1].images:,} and {ends['diffusers'][-1].images:,} images."
     record_readme(
         NAME,
-        f"Fréchet distance (lower is better) on {recipe.data.resolution}x{recipe.data.resolution} "
-        f"images, by a classifier of the same images: {about}. {seen}\n\n{markdown(head, short)}\n\n"
+        "Fréchet distance (lower is better), by the features of a classifier of the same images: "
+        f"{about}. {seen}\n\n{markdown(head, short)}\n\n"
         + "\n".join(
             f"![{words}](benchmarks/{picture(options, what).name})"
             for what, words in (
@@ -400,9 +399,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _shares(text: str) -> list[float]:
-    found = sorted(float(part) for part in text.split(","))
+    try:
+        found = sorted(float(part) for part in text.split(","))
+    except ValueError:
+        found = []
     if not found or found[0] <= 0 or found[-1] != 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("give shares of the minutes up to 1, like 0.25,0.5,1")
     return found
 
 
