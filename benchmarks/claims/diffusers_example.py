@@ -186,8 +186,10 @@ class Example:
         spent, warm = 0.0, 0.0
         order = self._order()
         while spent < seconds:
+            if self.steps <= WARMUP:
+                warm = spent
             if self.steps < WARMUP:
-                rate, warm = self.steps / WARMUP, spent
+                rate = self.steps / WARMUP
             else:
                 rate = 0.5 * (1 + math.cos(math.pi * (spent - warm) / (seconds - warm)))
             for group in self.optimizer.param_groups:
