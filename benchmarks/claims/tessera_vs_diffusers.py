@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.claims import common
+from benchmarks.claims import common, processes
 from benchmarks.claims.diffusers_example import (
     Example,
     Sampler,
@@ -87,7 +87,8 @@ class Line:
         return [
             self.arm, f"{self.minutes:.3g}" if made else "–", f"{self.images:,}" if made else "–",
             self.sampler, str(self.evaluations) if made else "–", f"{self.distance:.3f}",
-            f"{self.precision:.3f}", f"{self.recall:.3f}", common.percent(self.recognised),
+            f"{self.precision:.3f}", f"{self.recall:.3f}",
+            "–" if self.recognised is None else f"{self.recognised:.1%}",
         ]  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def theirs(arm: Arm, recipe: Recipe, width: int) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """One arm, in a process and on cores of its own."""
-    _pin(ARMS.index(options.arm), options)
+    _pin(ARMS.index(options.arm))
     folder: Path = options.folder
     plan = json.loads((folder / "plan.json").read_bytes())
     recipe = load_recipe(folder / "recipe.json")
@@ -243,9 +244,9 @@ def train(options: argparse.Namespace) -> None:
         theirs(arm, recipe, plan["width"])
 
 
-def _pin(index: int, options: argparse.Namespace) -> None:
+def _pin(index: int) -> None:
     """Keep the process to its share of the cores, with all threads that it starts."""
-    if not hasattr(os, "sched_setaffinity") or device().type != "cpu" or not options.parallel:
+    if not hasattr(os, "sched_setaffinity") or device().type != "cpu":
         return
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // len(ARMS)
@@ -314,7 +315,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, plan = prepare(options, folder)
-        found, threads = common.run_arms(NAME, ARMS, options, folder)
+        found, threads = processes.run_arms(NAME, ARMS, options, folder)
         lines = [Line(**values) for values in found]
         judge = Judge(folder / "reference.npz", recipe.data.path or "", options.samples)
         if options.held_out:
@@ -346,7 +347,7 @@ def keep(
         f"`{recipe.name}` ({plan['tessera'] / 1e6:.2f} M parameters, batch "
         f"{recipe.training.batch}) beside diffusers' unconditional training example "
         f"({plan['diffusers'] / 1e6:.2f} M, batch {options.train_batch}); {told}; "
-        f"{options.minutes:g} minutes of training each{', both at once' * options.parallel}, "
+        f"{options.minutes:g} minutes of training each, both at once, "
         f"{threads} thread{'s' * (threads > 1)} each, scores do not count; "
         f"{options.samples:,} samples of a score"
     )
@@ -381,8 +382,12 @@ def keep(
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    made = common.parser_for(NAME, __doc__)
-    made.add_argument("--minutes", type=float, default=30, help="training time of each arm")
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.claims.{NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common.add_options(made, minutes=30, samples=1000)
     made.add_argument("--recipe", default="cifar10-small", help="a recipe, or auto")
     made.add_argument("--unconditional", action="store_true", help="neither knows classes")
     made.add_argument("--train-batch", type=int, default=16, help="of the example")
@@ -393,8 +398,7 @@ def parser() -> argparse.ArgumentParser:
                       help="further ones at the end")  # fmt: skip
     made.add_argument("--points", type=_shares, default="0.25,0.5,1", help="shares of the minutes")
     made.add_argument("--held-out", help="real images that set the least distance")
-    common.add_arm_options(made, ARMS)
-    made.set_defaults(samples=1000, parallel=True)
+    processes.add_arm_options(made, ARMS)
     return made
 
 

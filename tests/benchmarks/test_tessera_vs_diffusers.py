@@ -25,7 +25,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 from benchmarks import harness
-from benchmarks.claims import common, diffusers_example, tessera_vs_diffusers
+from benchmarks.claims import diffusers_example, processes, tessera_vs_diffusers
 from benchmarks.claims.diffusers_example import (
     Example,
     Sampler,
@@ -118,7 +118,7 @@ def in_this_process(
     for arm in arms:
         with contextlib.redirect_stdout(lines):
             tessera_vs_diffusers.train(
-                argparse.Namespace(**{**vars(options), "arm": arm, "folder": folder, "parallel": 0})
+                argparse.Namespace(**{**vars(options), "arm": arm, "folder": folder})
             )
     return [json.loads(line) for line in lines.getvalue().splitlines() if line[:1] == "{"], 1
 
@@ -133,7 +133,7 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.setattr(harness, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(common, "run_arms", in_this_process)
+    monkeypatch.setattr(processes, "run_arms", in_this_process)
     words = [
         "--data", str(data), "--recipe", str(recipe), "--reference", str(tmp_path / "real.npz"),
         "--minutes", "0.1", "--samples", "12", "--batch", "6", "--train-batch", "4",
