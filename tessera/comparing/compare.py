@@ -41,7 +41,6 @@ from tessera.training.tracking import read_metrics
 
 REFERENCE = "reference.ref.npz"
 _MOST_STEPS = 1000  # of a sampler that is to cost what another does
-_SAME_COST = 0.005  # relative differences of costs below this are none
 
 
 @dataclass(frozen=True)
@@ -323,8 +322,6 @@ def _equal_way(pipe: Pipeline, way: Way, settings: CompareSettings, gflops: floa
     if "steps" not in {option.name for option in pipe.options()}:
         return None
     options = {**settings.sampling, **way.options}
-    if abs(pipe.cost(**options).sample_flops / 1e9 / gflops - 1) < _SAME_COST:
-        return way
 
     def cost(steps: int) -> float:
         return pipe.cost(**{**options, "steps": steps}).sample_flops / 1e9
@@ -334,6 +331,8 @@ def _equal_way(pipe: Pipeline, way: Way, settings: CompareSettings, gflops: floa
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= gflops else (low, middle)
     steps = min((low, high), key=lambda n: abs(cost(n) - gflops))
+    if cost(steps) == pipe.cost(**options).sample_flops / 1e9:
+        return way
     return Way(f"{steps} steps for the same cost", {**way.options, "steps": steps})
 
 
