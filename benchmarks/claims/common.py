@@ -36,7 +36,7 @@ def parser_for(
 
 def add_options(parser: argparse.ArgumentParser, *, minutes: float, samples: int) -> None:
     """The options that all claims have."""
-    parser.add_argument("--data", required=True, help="images, as tessera reads them")
+    parser.add_argument("--data", required=True, help="CIFAR-10 or other images")
     parser.add_argument("--reference", help="file of `tessera eval reference`; else made first")
     parser.add_argument("--minutes", type=float, default=minutes, help="training time of each arm")
     parser.add_argument("--samples", type=int, default=samples, help="images of each score")

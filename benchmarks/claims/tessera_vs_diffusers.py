@@ -39,7 +39,7 @@ from benchmarks.claims.diffusers_example import (
 from benchmarks.harness import device, markdown, record, record_readme, show
 from tessera.comparing.timed import TIMED, averaged, train_by_time
 from tessera.data.dataset import open_dataset
-from tessera.files import write_json
+from tessera.files import read_json, write_json
 from tessera.images import grid, save_png
 from tessera.metrics.conventions import Needs
 from tessera.metrics.evaluate import compare
@@ -49,7 +49,7 @@ from tessera.metrics.reference import load_reference, open_reference, save_refer
 from tessera.pipelines.base import Pipeline
 from tessera.precision import resolve
 from tessera.recipes.build import build_model
-from tessera.recipes.loading import dump_recipe, load_recipe
+from tessera.recipes.loading import dump_recipe, load_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.starting.begin import plan_training, with_path
 from tessera.starting.cache import converted
@@ -287,10 +287,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[str
     with torch.device("meta"):
         size = parameters(build_model(recipe))
         width = options.width or nearest_width(data.resolution, data.channels, classes, size)
-        theirs = parameters(unet(data.resolution, data.channels, classes, width))
-    plan = {"width": width, "tessera": size, "diffusers": theirs}
+        other = parameters(unet(data.resolution, data.channels, classes, width))
+    plan = {"width": width, "tessera": size, "diffusers": other}
     write_json(folder / "plan.json", plan)
-    sizes = f"{recipe.name} {size / 1e6:.2f} M parameters, UNet2DModel {theirs / 1e6:.2f} M"
+    sizes = f"{recipe.name} {size / 1e6:.2f} M parameters, UNet2DModel {other / 1e6:.2f} M"
     print(f"{sizes} (width {width})", flush=True)
     return recipe, plan
 
@@ -306,31 +306,48 @@ def best(lines: Sequence[Line], arm: str) -> list[Line]:
     return list(points.values())
 
 
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and score both; all that is kept, as JSON has it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe, plan = prepare(options, folder)
+        lines, threads = processes.run_arms(NAME, ARMS, options, folder)
+        judge = Judge(folder / "reference.npz", recipe.data.path or "", options.samples)
+        if options.held_out:
+            real = judge.measured(data_source(open_dataset(options.held_out), num=options.samples))
+            facts = {"arm": "held-out images", "minutes": 0, "images": 0, "sampler": "–"}
+            lines.append(asdict(judge.line(real, **facts, evaluations=0)))
+    plain = dump_recipe(recipe)
+    plain["data"]["path"] = None  # of this machine
+    return {
+        "recipe": plain,
+        "plan": plan,
+        "lines": lines,
+        "accuracy": judge.accuracy,
+        "threads": threads,
+        "options": {name: getattr(options, name) for name in ("minutes", "samples", "train_batch")},
+    }
+
+
 def main() -> None:
     """Train and score both, print and keep the table, and draw the pictures."""
     options = parser().parse_args()
     if options.arm is not None:
         train(options)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        recipe, plan = prepare(options, folder)
-        found, threads = processes.run_arms(NAME, ARMS, options, folder)
-        lines = [Line(**values) for values in found]
-        judge = Judge(folder / "reference.npz", recipe.data.path or "", options.samples)
-        if options.held_out:
-            real = judge.measured(data_source(open_dataset(options.held_out), num=options.samples))
-            lines.append(
-                judge.line(real, arm="held-out images", minutes=0, images=0, sampler="–",
-                           evaluations=0)
-            )  # fmt: skip
-    rows = [line.cells() for line in lines]
-    show(TITLE, COLUMNS, rows)
+    if options.again:
+        content = read_json(options.again)
+        vars(options).update(content["options"])
+    else:
+        content = measured(options)
+        write_json(options.out / f"{NAME}.json", content)
+    recipe, lines = parse_recipe(content["recipe"]), [Line(**line) for line in content["lines"]]
+    show(TITLE, COLUMNS, [line.cells() for line in lines])
     curves = {arm: [(x.minutes, x.distance) for x in best(lines, arm)] for arm in ARMS}
     common.plot(picture(options, "curves"), curves, f"{recipe.name}, same images, same minutes",
                 "minutes of training")  # fmt: skip
     if not options.no_record:
-        keep(options, recipe, plan, lines, judge.accuracy, threads)
+        keep(options, recipe, content["plan"], lines, content["accuracy"], content["threads"])
 
 
 def keep(
@@ -397,6 +414,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--final", type=parse_samplers, default="ddpm-100",
                       help="further ones at the end")  # fmt: skip
     made.add_argument("--points", type=_shares, default="0.25,0.5,1", help="shares of the minutes")
+    made.add_argument("--again", type=Path, help=f"{NAME}.json of --out: keep it, train nothing")
     made.add_argument("--held-out", help="real images that set the least distance")
     processes.add_arm_options(made, ARMS)
     return made

@@ -159,5 +159,12 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert readme.endswith("-->\nafter\n")
     sampled = r"(DPM-Solver\+\+|DDIM|DDPM), 2 steps"
     assert re.search(rf"^\| 0\.1 \| \d\.\d\d \| \d\.\d\d \| {sampled} \| ", readme, re.M)
+    # Kept again, nothing is trained, and the same is written.
+    monkeypatch.setattr(tessera_vs_diffusers, "measured", None)
+    again = ["--data", str(data), "--again", str(tmp_path / "tessera_vs_diffusers.json")]
+    monkeypatch.setattr("sys.argv", ["tessera_vs_diffusers", *again, "--out", str(tmp_path)])
+    tessera_vs_diffusers.main()
+    assert (tmp_path / "README.md").read_text() == readme
+    assert (tmp_path / "RESULTS.md").read_text() == results
     for what in ("curves", "tessera", "diffusers"):
         assert (tmp_path / f"tessera_vs_diffusers-{what}.png").is_file()
