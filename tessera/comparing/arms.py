@@ -244,9 +244,11 @@ class _Training:
                 self.seconds = seconds + spent.seconds
                 self.flops = flops + per_image * trainer.images_seen
                 share = 1.0 if last and spent.share >= 1 else done + stage.share * spent.share
-                if share * self._settings.points < passed + 1:
+                # Shares of several stages add up but for rounding.
+                reached = int(share * self._settings.points + 1e-9)
+                if reached == passed:
                     continue
-                passed = max(passed + 1, int(share * self._settings.points))
+                passed = reached
                 if last:
                     self.points.append(self._point())
             done += stage.share

@@ -165,11 +165,10 @@ def compare_arms(
 
 
 def _check(arms: Sequence[Arm], settings: CompareSettings) -> None:
-    names = [file_name(f"{arm.name} {way.name}") for arm in arms for way in arm.ways]
-    if len(set(names)) < len(names):
-        raise TesseraError(
-            f"two of {', '.join(a.folder for a in arms)} are the same; leave one out, or change it"
-        )
+    names = [arm.folder for arm in arms]
+    rows = [file_name(f"{arm.name} {way.name}") for arm in arms for way in arm.ways]
+    if len(set(names)) < len(names) or len(set(rows)) < len(rows):
+        raise TesseraError(f"two of {', '.join(names)} are the same; leave one out, or change it")
     if settings.samples < 2 or min(settings.points, settings.trainings) < 1:
         raise TesseraError("give at least 2 samples, 1 point and 1 training")
     if settings.minutes <= 0 or (settings.flops is not None and settings.flops <= 0):

@@ -13,11 +13,9 @@ from tessera.reports import charts, page
 HEAD = (
     "model", "params", "minutes", "images", "evals", "GFLOP", "ms", "distance", "recognised",
 )  # fmt: skip
+POINT_HEAD = ("model", "minutes", "images", "distance", "recognised")
 _COLUMNS = 10
 _KINDS = "abcd"
-
-
-POINT_HEAD = ("model", "minutes", "images", "distance", "recognised")
 
 
 def table_rows(made: Comparison) -> list[list[str]]:
