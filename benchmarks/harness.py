@@ -23,6 +23,7 @@ from tessera.recipes.schema import Recipe
 Key = TypeVar("Key")
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def device() -> torch.device:
@@ -146,3 +147,19 @@ def record(name: str, text: str) -> None:
         body = body.rstrip() + "\n\n" + section
     with atomic_file(RESULTS, "w") as file:
         file.write(body.rstrip() + "\n")
+
+
+def record_readme(name: str, text: str) -> None:
+    """Replace what stands in README.md between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    body = README.read_text()
+    begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+    before, found, rest = body.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{README} has no lines {begin.strip()} and {end.strip()}")
+    with atomic_file(README, "w") as file:
+        file.write(f"{before}{begin}{text.strip()}{end}{after}")

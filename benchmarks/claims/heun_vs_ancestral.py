@@ -10,77 +10,39 @@ features of a classifier trained on the same images; it is no FID.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 from benchmarks.claims import common
-from benchmarks.harness import device, markdown, record, show
-from tessera.comparing.timed import Scored
-from tessera.metrics.reference import open_reference
-from tessera.pipelines.base import Pipeline
-from tessera.pipelines.diffusion import DiffusionPipeline
-from tessera.pipelines.loading import load
+from tessera.comparing.arms import Arm, Way
+from tessera.comparing.compare import ArmResult
 
-RECIPE = "cifar10-small-pdm"
 TITLE = "PDM: Heun's method on a discrete model"
 SAMPLERS = {"ddpm": "DDPM, ancestral", "ddim": "DDIM", "edm": "Heun (EDM)"}
 
 
-@dataclass(frozen=True)
-class Point:
-    """One sampler with one number of steps."""
-
-    sampler: str
-    steps: int
-    result: Scored
-
-    @property
-    def distance(self) -> float:
-        """To the real images."""
-        return self.result.known.fd_classifier
-
-
-def measure(pipe: Pipeline, options: argparse.Namespace) -> list[Point]:
-    """Every sampler with every number of steps that was asked for."""
-    reference = open_reference(options.reference or options.data, device=device())
-    points = []
-    for sampler in SAMPLERS:
-        for steps in getattr(options, sampler):
-            result = common.scored(
-                pipe, reference, options, sampler=sampler, steps=steps,
-                guidance=options.guidance,
-            )  # fmt: skip
-            points.append(Point(sampler, steps, result))
-            print(f"{SAMPLERS[sampler]}, {steps} steps: {points[-1].distance:.3f}", flush=True)
-    return points
-
-
-def verdict(points: list[Point]) -> str:
+def verdict(ancestral: Sequence[ArmResult], heun: Sequence[ArmResult]) -> str:
     """With how many evaluations Heun's method does as well as the best ancestral run."""
-    ancestral = [p for p in points if p.sampler == "ddpm"]
-    heun = [p for p in points if p.sampler == "edm"]
     if not ancestral or not heun:
         return ""
-    goal = min(ancestral, key=lambda p: p.distance)
-    reached = [p for p in heun if p.distance <= goal.distance]
-    told = (
-        f"The best ancestral score is {goal.distance:.3f}, in {goal.result.evaluations:.0f} "
-        "evaluations. "
-    )
+    goal, best = min(ancestral, key=distance), min(heun, key=distance)
+    told = f"The best ancestral score is {distance(goal):.3f}, in {goal.evaluations:g} evaluations."
+    reached = [result for result in heun if distance(result) <= distance(goal)]
     if not reached:
-        best = min(heun, key=lambda p: p.distance)
-        return told + (
-            f"Heun's method does not reach it: its best is {best.distance:.3f}, in "
-            f"{best.result.evaluations:.0f}."
+        return (
+            f"{told} Heun's method does not reach it: its best is {distance(best):.3f}, in "
+            f"{best.evaluations:g}."
         )
-    first = min(reached, key=lambda p: p.result.evaluations)
-    ratio = goal.result.evaluations / first.result.evaluations
-    return told + (
-        f"Heun's method has {first.distance:.3f} in {first.result.evaluations:.0f}, {ratio:.1f} "
-        "times fewer."
+    first = min(reached, key=lambda result: result.evaluations)
+    return (
+        f"{told} Heun's method has {distance(first):.3f} in {first.evaluations:g}, "
+        f"{goal.evaluations / first.evaluations:.1f} times fewer."
     )
+
+
+def distance(result: ArmResult) -> float:
+    """That of a result which was scored."""
+    assert result.distance is not None
+    return result.distance
 
 
 def numbers(text: str) -> list[int]:
@@ -92,54 +54,35 @@ def main() -> None:
     """Measure, print and keep the table, and draw the picture."""
     parser = common.parser_for("heun_vs_ancestral", __doc__)
     parser.add_argument("--pipeline", help="a trained discrete model: run or pipeline folder")
-    parser.add_argument("--minutes", type=float, default=20, help="training time without one")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument(
-        "--ddpm", type=numbers, default=[25, 50, 100, 250], help="steps of DDPM, like 25,50"
-    )
-    parser.add_argument("--ddim", type=numbers, default=[10, 25, 50, 100], help="steps of DDIM")
-    parser.add_argument(
-        "--edm",
-        type=numbers,
-        default=[5, 9, 18],
-        help="steps of Heun, 2 N - 1 evaluations",
-    )
+    for sampler, default in (
+        ("ddpm", "25,50,100,250"),
+        ("ddim", "10,25,50,100"),
+        ("edm", "5,9,18"),
+    ):
+        parser.add_argument(f"--{sampler}", type=numbers, default=default, help="steps, like 5,9")
     options = parser.parse_args()
-    if options.pipeline is not None:
-        pipe = load(options.pipeline, device=device())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = common.timed_recipe(RECIPE, options)
-            pipe, _ = common.trained(recipe, Path(folder) / "run", options.minutes)
-    if not isinstance(pipe, DiffusionPipeline) or pipe.denoiser.levels is None:
-        parser.error("this model knows continuous noise levels; give one of a discrete process")
-
-    points = measure(pipe, options)
-    columns = ["sampler", "steps", "evaluations", "Fréchet distance", "recognised", "images/s"]
-    rows = [
-        [
-            SAMPLERS[p.sampler], str(p.steps), f"{p.result.evaluations:.0f}", f"{p.distance:.3f}",
-            common.percent(p.result.known.recognised),
-            f"{options.samples / p.result.seconds:.3g}",
-        ]
-        for p in points
-    ]  # fmt: skip
-    show(TITLE, columns, rows)
-    print(verdict(points))
+    steps = {sampler: getattr(options, sampler) for sampler in SAMPLERS}
+    ways = [
+        Way(f"{name}, {n} steps", {"sampler": s, "steps": n, "guidance": options.guidance})
+        for s, name in SAMPLERS.items()
+        for n in steps[s]
+    ]
+    source, changes = options.pipeline, ()
+    if source is None:
+        source, changes = "cifar10-small-pdm", common.changes(options)
+    made = common.compared([Arm("pdm", source, changes, tuple(ways))], options)
+    rows, found = iter(made.results), {}
+    for sampler in SAMPLERS:
+        found[sampler] = [next(rows) for _ in steps[sampler]]
+    said = verdict(found["ddpm"], found["edm"])
+    print(said)
     picture = options.out / "heun_vs_ancestral.png"
-    curves = {
-        name: [(p.result.evaluations, p.distance) for p in points if p.sampler == sampler]
-        for sampler, name in SAMPLERS.items()
-    }
-    title = f"{pipe.recipe.name}, {pipe.images_seen:,} images, the same weights"
+    curves = {SAMPLERS[s]: [(r.evaluations, distance(r)) for r in found[s]] for s in SAMPLERS}
+    title = f"{made.results[0].images:,} images, the same weights"
     common.plot(picture, curves, title, "evaluations of the network for an image", "log")
-    if not options.no_record:
-        note = (
-            f"{pipe.recipe.name} after {pipe.images_seen:,} images; {options.samples} samples of "
-            f"the same seeds, guidance {options.guidance:g}. {verdict(points)} "
-            f"![picture]({picture.name})"
-        )
-        record(TITLE, f"{note}\n\n{markdown(columns, rows)}")
+    note = f"Guidance {options.guidance:g}. {said} ![picture]({picture.name})"
+    common.keep("heun_vs_ancestral", TITLE, note, made, options)
 
 
 if __name__ == "__main__":

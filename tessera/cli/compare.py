@@ -10,7 +10,7 @@ import typer
 from tessera.cli.completing import offer_words
 
 if TYPE_CHECKING:
-    from tessera.comparing.compare import Arm
+    from tessera.comparing.arms import Arm
 
 
 def compare_models(
@@ -21,10 +21,19 @@ def compare_models(
         autocompletion=offer_words,
     ),
     minutes: float = typer.Option(10, min=0.01, help="Training time of each recipe."),
+    flops: float | None = typer.Option(
+        None, min=0, help="TFLOP of training of each recipe, in place of the minutes."
+    ),
+    trainings: int = typer.Option(
+        1, min=1, help="Trainings of each recipe, of as many seeds; means and spread are shown."
+    ),
     points: int = typer.Option(4, min=1, help="Scores on the way; they do not count as training."),
     samples: int = typer.Option(500, min=2, help="Images of a score, of the same seeds."),
     sample: list[str] = typer.Option(
         [], metavar="KEY=VALUE", help="Option of sampling, of all; may be repeated."
+    ),
+    equal_cost: bool = typer.Option(
+        False, "--equal-cost", help="Score others also with steps that cost the first's FLOPs."
     ),
     reference: str | None = typer.Option(
         None, help="Images, or a file of `tessera eval reference`. (default: data.path)"
@@ -52,11 +61,15 @@ def compare_models(
     from tessera.cli.sample import parse_options, plain_warnings
     from tessera.cli.tables import print_rows
     from tessera.comparing import report
-    from tessera.comparing.compare import CompareSettings, compare_arms
+    from tessera.comparing.arms import CompareSettings
+    from tessera.comparing.compare import compare_arms
     from tessera.files import atomic_file
 
     settings = CompareSettings(
         minutes=minutes,
+        flops=None if flops is None else 1e12 * flops,
+        trainings=trainings,
+        equal_cost=equal_cost,
         points=points,
         samples=samples,
         batch=batch,
@@ -82,7 +95,7 @@ def arms_of(words: list[str]) -> list[Arm]:
     Raises:
         TesseraError: there is nothing to compare.
     """
-    from tessera.comparing.compare import Arm
+    from tessera.comparing.arms import Arm
     from tessera.errors import TesseraError
     from tessera.files import user_path
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,84 +15,32 @@ import torch
 from numpy.typing import NDArray
 
 from tessera import distributed
-from tessera.comparing.timed import TIMED, Scored, averaged, scored, train_by_time
+from tessera.comparing.arms import (
+    DONE,
+    JOINS,
+    Arm,
+    CompareSettings,
+    Point,
+    Way,
+    file_name,
+    is_done,
+    place,
+    recipe_of,
+    run_folder,
+    score_arm,
+    train_arm,
+)
+from tessera.comparing.timed import Scored
 from tessera.errors import DataError, TesseraError
 from tessera.files import read_json, user_path, write_json
 from tessera.images import grid, save_png
 from tessera.metrics.reference import Reference, open_reference, save_reference
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.loading import load
-from tessera.recipes.loading import load_recipe
 from tessera.training.tracking import read_metrics
-from tessera.training.trainer import Trainer
 
 REFERENCE = "reference.ref.npz"
-_DONE = "arm.json"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the things that are compared.
-
-    Attributes:
-        name: in tables.
-        source: a recipe, by name or file, or the folder of a run or pipeline.
-        changes: `key.path=value` of the recipe.
-    """
-
-    name: str
-    source: str
-    changes: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        """Its name as that of a folder."""
-        return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in self.name)
-
-    @property
-    def trained(self) -> bool:
-        """Whether it is a folder, which is sampled as it is."""
-        return user_path(self.source).is_dir()
-
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """What all arms have in common.
-
-    Attributes:
-        minutes: of training, of each recipe.
-        points: scores on the way, spread evenly over the minutes, the last at the end.
-        samples: images of a score, of seeds 0, 1, ...
-        batch: images made at once.
-        seed: of the trainings.
-        sampling: options of sampling, in place of the recipes'.
-        reference: images, or a file of `tessera eval reference`; None: the images at data.path.
-    """
-
-    minutes: float = 10
-    points: int = 4
-    samples: int = 500
-    batch: int = 100
-    seed: int = 0
-    sampling: dict[str, Any] = field(default_factory=dict)
-    reference: str | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """An arm on its way.
-
-    Attributes:
-        minutes: of training.
-        images: seen so far.
-        distance: Fréchet distance on the features of the classifier; None without one.
-        recognised: share of the samples taken for their class.
-    """
-
-    minutes: float
-    images: int
-    distance: float | None
-    recognised: float | None
+_MOST_STEPS = 1000  # of a sampler that is to cost what another does
 
 
 @dataclass(frozen=True)
@@ -102,7 +48,11 @@ class ArmResult:
     """What is known of an arm in the end.
 
     Attributes:
-        minutes: of training here; None for what was trained before.
+        name: of the arm, and the way in which it was sampled.
+        arm: its name alone.
+        seed: of its training; None for what was trained before, as for the next two.
+        minutes: of training here.
+        flops: of training here.
         images: that it was trained on.
         evaluations, gflops, ms: of the networks, and time, for each sampled image.
         points: scores on the way.
@@ -111,10 +61,13 @@ class ArmResult:
     """
 
     name: str
+    arm: str
     source: str
     changes: tuple[str, ...]
+    seed: int | None
     parameters: int
     minutes: float | None
+    flops: float | None
     images: int
     evaluations: float
     gflops: float
@@ -124,6 +77,11 @@ class ArmResult:
     points: tuple[Point, ...]
     losses: tuple[tuple[int, float], ...]
     first: NDArray[np.uint8]
+
+    @property
+    def picture(self) -> str:
+        """The name of its grid of samples."""
+        return f"{file_name(self.name)}.png"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -136,6 +94,7 @@ class Comparison:
     """All results, and what they were measured with.
 
     Attributes:
+        results: of all arms, each in all ways and for all seeds of its training.
         accuracy: of the classifier on held-out real images; None without one.
         note: why there are no distances, or "".
         device: in words.
@@ -146,6 +105,14 @@ class Comparison:
     accuracy: float | None
     note: str
     device: str
+
+    @property
+    def rows(self) -> list[list[ArmResult]]:
+        """The results that are rows of a table: those of all seeds of one name together."""
+        found: dict[str, list[ArmResult]] = {}
+        for result in self.results:
+            found.setdefault(result.name, []).append(result)
+        return list(found.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -180,39 +147,43 @@ def compare_arms(
     _check(arms, settings)
     device = distributed.device()
     reference, note = _reference(arms, out, settings, device)
-    waiting = [arm for arm in arms if not arm.trained and not _done(out, arm, settings)]
-    if parallel and len(waiting) > 1:
-        _train_at_once(waiting, arms, out, settings)
-    else:
-        for arm in waiting:
-            train_arm(arm, out, settings, reference)
-    results = tuple(_result(arm, out, settings, reference, device) for arm in arms)
-    for arm, result in zip(arms, results, strict=True):
-        save_png(out / f"{arm.folder}.png", grid(result.first[:50], columns=10))
+    for seed in settings.seeds:
+        waiting = [a for a in arms if not a.trained and not is_done(a, out, settings, seed)]
+        if parallel and len(waiting) > 1:
+            _train_at_once(waiting, arms, out, settings, seed)
+        else:
+            for arm in waiting:
+                train_arm(arm, out, settings, reference, seed)
+    results, notes = _results(arms, out, settings, reference, device)
     accuracy = None if reference is None else reference.extractor.facts.accuracy
+    note = " ".join([*([note] if note else []), *notes])
     made = Comparison(results, settings, accuracy, note, _device_name(device))
+    for row in made.rows:
+        save_png(out / row[0].picture, grid(row[0].first[:50], columns=10))
     write_json(out / "comparison.json", made.as_dict())
     return made
 
 
 def _check(arms: Sequence[Arm], settings: CompareSettings) -> None:
     names = [arm.folder for arm in arms]
-    if len(set(names)) < len(names):
+    rows = [file_name(f"{arm.name} {way.name}") for arm in arms for way in arm.ways]
+    if len(set(names)) < len(names) or len(set(rows)) < len(rows):
         raise TesseraError(f"two of {', '.join(names)} are the same; leave one out, or change it")
-    if settings.samples < 2 or settings.points < 1 or settings.minutes <= 0:
-        raise TesseraError("give at least 2 samples, 1 point and some minutes")
+    if settings.samples < 2 or min(settings.points, settings.trainings) < 1:
+        raise TesseraError("give at least 2 samples, 1 point and 1 training")
+    if settings.minutes <= 0 or (settings.flops is not None and settings.flops <= 0):
+        raise TesseraError("give some minutes, or some FLOPs")
     for arm in arms:
         if arm.trained and arm.changes:
             raise TesseraError(
                 f"{arm.source} was trained before, so {arm.changes[0]} cannot change it any more; "
                 "put changes behind a recipe, or before all arms for all recipes"
             )
+        if arm.stages and arm.join not in JOINS:
+            raise TesseraError(f"{arm.name}: its stages are joined as one of {', '.join(JOINS)}")
         if not arm.trained:
-            load_recipe(arm.source, _changes(arm, settings))
-
-
-def _changes(arm: Arm, settings: CompareSettings) -> list[str]:
-    return [*TIMED, f"training.seed={settings.seed}", *arm.changes]
+            for stage in arm.trainings:
+                recipe_of(arm, stage, settings.seed)
 
 
 def _reference(
@@ -222,7 +193,7 @@ def _reference(
     path = settings.reference
     for arm in arms:
         if path is None and not arm.trained:
-            path = load_recipe(arm.source, arm.changes).data.path
+            path = recipe_of(arm, arm.trainings[-1], settings.seed).data.path
         elif path is None:
             path = load(arm.source).recipe.data.path
     if path is None:
@@ -238,72 +209,8 @@ def _reference(
     return reference, ""
 
 
-# ------------------------------------------------------------------------------------- training
-
-
-def train_arm(arm: Arm, out: Path, settings: CompareSettings, reference: Reference | None) -> None:
-    """Train a recipe for its minutes, with scores on the way; its folder is then done."""
-    folder = out / arm.folder
-    if folder.exists():
-        _clear(folder)
-    trainer = Trainer(load_recipe(arm.source, _changes(arm, settings)), folder / "run")
-    limit, points = 60 * settings.minutes, list[Point]()
-    for spent in train_by_time(trainer, limit):
-        if spent * settings.points < limit * (len(points) + 1):
-            continue
-        score = None
-        if reference is not None:
-            score = _scored(averaged(trainer), reference, settings).score
-        points.append(
-            Point(
-                spent / 60,
-                trainer.images_seen,
-                None if score is None else score.fd_classifier,
-                None if score is None else score.recognised,
-            )
-        )
-    averaged(trainer).save(folder / "pipeline")
-    content = {"settings": _facts(arm, settings), "points": [asdict(point) for point in points]}
-    write_json(folder / _DONE, content)
-
-
-def _scored(pipe: Pipeline, reference: Reference | None, settings: CompareSettings) -> Scored:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # few images: the table says how many
-        return scored(pipe, reference, settings.samples, settings.batch, settings.sampling)
-
-
-def _facts(arm: Arm, settings: CompareSettings) -> dict[str, Any]:
-    """What decides how an arm has been trained, as JSON has it."""
-    return {"source": arm.source, "changes": list(arm.changes), **asdict(settings)}
-
-
-def _done(out: Path, arm: Arm, settings: CompareSettings) -> bool:
-    """Whether the arm has been trained with these settings.
-
-    Raises:
-        TesseraError: with others.
-    """
-    path = out / arm.folder / _DONE
-    if not path.is_file():
-        return False
-    if read_json(path).get("settings") != _facts(arm, settings):
-        raise TesseraError(
-            f"{path.parent} was made with other settings; choose another folder by --out"
-        )
-    return True
-
-
-def _clear(folder: Path) -> None:
-    """Remove an arm that was not finished; nothing else."""
-    strange = [path.name for path in folder.iterdir() if path.name not in ("run", "pipeline")]
-    if strange:
-        raise TesseraError(f"{folder} holds {strange[0]}; choose another folder by --out")
-    shutil.rmtree(folder)
-
-
 def _train_at_once(
-    waiting: Sequence[Arm], arms: Sequence[Arm], out: Path, settings: CompareSettings
+    waiting: Sequence[Arm], arms: Sequence[Arm], out: Path, settings: CompareSettings, seed: int
 ) -> None:
     """All in processes of their own, which share the cores."""
     threads = max(1, torch.get_num_threads() // len(waiting))
@@ -312,7 +219,8 @@ def _train_at_once(
     write_json(request, {"settings": asdict(settings), "arms": [asdict(arm) for arm in arms]})
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tessera.comparing.arm", str(request), arm.name], env=environment
+            [sys.executable, "-m", "tessera.comparing.arm", str(request), arm.name, str(seed)],
+            env=environment,
         )
         for arm in waiting
     ]
@@ -329,41 +237,102 @@ def _train_at_once(
 # -------------------------------------------------------------------------------------- results
 
 
-def _result(
-    arm: Arm,
+def _results(
+    arms: Sequence[Arm],
     out: Path,
     settings: CompareSettings,
     reference: Reference | None,
     device: torch.device,
+) -> tuple[tuple[ArmResult, ...], list[str]]:
+    """All arms as they are in the end, and what is to be said of them."""
+
+    def score(pipe: Pipeline, way: Way) -> Scored:
+        return score_arm(pipe, reference, settings, way)
+
+    results, notes = list[ArmResult](), list[str]()
+    for arm in arms:
+        ways = list(arm.ways)
+        for seed in [None] if arm.trained else settings.seeds:
+            folder = None if seed is None else place(arm, out, settings, seed)
+            pipe = load(arm.source if folder is None else folder / "pipeline", device=device)
+            if settings.equal_cost and arm is not arms[0] and seed in (None, settings.seed):
+                equal = _equal_way(pipe, ways[0], settings, results[0].gflops)
+                if equal is None:
+                    notes.append(f"{arm.name} has no one number of steps, so no row of equal cost.")
+                elif equal is not ways[0]:
+                    ways.append(equal)
+            for way in ways:
+                known = _training_of(arm, folder, settings, first=way is ways[0])
+                results.append(_result(arm, way, seed, pipe, score(pipe, way), settings, known))
+    return tuple(results), notes
+
+
+def _result(
+    arm: Arm,
+    way: Way,
+    seed: int | None,
+    pipe: Pipeline,
+    found: Scored,
+    settings: CompareSettings,
+    training: dict[str, Any],
 ) -> ArmResult:
-    """Sample and score an arm as it is in the end."""
-    folder = out / arm.folder
-    pipe = load(arm.source if arm.trained else folder / "pipeline", device=device)
-    found = _scored(pipe, reference, settings)
-    points = () if arm.trained else tuple(_points(folder / _DONE))
-    run = user_path(arm.source) if arm.trained else folder / "run"
-    score = found.score
+    """A row of one seed."""
+    options = {**settings.sampling, **way.options}
     return ArmResult(
-        name=arm.name,
-        source=arm.source,
+        name=", ".join([arm.name, *([way.name] if way.name else [])]),
+        arm=arm.name,
+        source=arm.source or " + ".join(stage.source for stage in arm.stages),
         changes=arm.changes,
+        seed=seed,
         parameters=sum(p.numel() for p in pipe.model.parameters()),
-        minutes=None if arm.trained else settings.minutes,
         images=pipe.images_seen,
         evaluations=found.evaluations,
-        gflops=pipe.cost(**settings.sampling).sample_flops / 1e9,
+        gflops=pipe.cost(**options).sample_flops / 1e9,
         ms=1e3 * found.seconds / settings.samples,
-        distance=None if score is None else score.fd_classifier,
-        recognised=None if score is None else score.recognised,
-        points=points,
-        losses=tuple(_losses(run)),
+        distance=None if found.score is None else found.score.fd_classifier,
+        recognised=None if found.score is None else found.score.recognised,
         first=found.first,
+        **training,
     )
 
 
-def _points(path: Path) -> Iterator[Point]:
-    for values in read_json(path)["points"]:
-        yield Point(**values)
+def _training_of(
+    arm: Arm, folder: Path | None, settings: CompareSettings, *, first: bool
+) -> dict[str, Any]:
+    """What is known of the training of an arm; its curves belong to its first row."""
+    run, kept = user_path(arm.source), dict[str, Any]()
+    if folder is not None:
+        run = run_folder(folder, len(arm.trainings) - 1)
+        kept = read_json(folder / DONE)
+    minutes = kept.get("minutes") if settings.flops is not None else settings.minutes
+    return {
+        "minutes": None if folder is None else minutes,
+        "flops": kept.get("flops"),
+        "points": tuple(Point(**p) for p in kept.get("points", ())) if first else (),
+        "losses": tuple(_losses(run)) if first else (),
+    }
+
+
+def _equal_way(pipe: Pipeline, way: Way, settings: CompareSettings, gflops: float) -> Way | None:
+    """The way with as many steps as cost nearest to so many GFLOPs, which may be what there is.
+
+    None where the steps are not one number.
+    """
+    if "steps" not in {option.name for option in pipe.options()}:
+        return None
+    options = {**settings.sampling, **way.options}
+
+    def cost(steps: int) -> float:
+        return pipe.cost(**{**options, "steps": steps}).sample_flops / 1e9
+
+    low, high = 1, _MOST_STEPS
+    while high - low > 1:  # costs rise with the steps
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= gflops else (low, middle)
+    steps = min((low, high), key=lambda n: abs(cost(n) - gflops))
+    if cost(steps) == pipe.cost(**options).sample_flops / 1e9:
+        return way
+    return Way(f"{steps} steps for the same cost", {**way.options, "steps": steps})
 
 
 def _losses(run: Path) -> Iterator[tuple[int, float]]:

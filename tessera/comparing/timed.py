@@ -37,6 +37,22 @@ before; nothing is compiled, drawn or saved, because that would count as trainin
 """
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How long a training goes on: seconds on the clock, or FLOPs."""
+
+    seconds: float | None = None
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How far a training is: seconds of its steps, and the share of its budget, up to 1."""
+
+    seconds: float
+    share: float
+
+
 def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
     """Train for so long; the seconds so far after each step.
 
@@ -45,19 +61,44 @@ def train_by_time(trainer: Trainer, seconds: float) -> Iterator[float]:
     Raises:
         TrainingError: it was stopped by a signal.
     """
-    spent, minutes = 0.0, seconds / 60
+    for spent in train_within(trainer, Budget(seconds=seconds)):
+        yield spent.seconds
+
+
+def train_within(trainer: Trainer, budget: Budget, flops_per_image: int = 0) -> Iterator[Spent]:
+    """Train until a budget is spent; how far it is after each step.
+
+    What the caller does between the steps does not count.
+
+    Args:
+        flops_per_image: of a training image, forward and backward, for a budget of FLOPs.
+
+    Raises:
+        TrainingError: it was stopped by a signal.
+    """
+    spent = Spent(0.0, 0.0)
+    if budget.flops is None:
+        assert budget.seconds is not None
+        total, unit = budget.seconds / 60, "minutes"
+    else:
+        total, unit = budget.flops / 1e12, "TFLOP"
     with (
         contextlib.closing(trainer.steps(shown=False)) as steps,
-        progress(f"training {trainer.recipe.name}", minutes, unit="minutes") as bar,
+        progress(f"training {trainer.recipe.name}", total, unit=unit) as bar,
     ):
-        while spent < seconds:
+        while spent.share < 1:
             _wait(trainer.device)
             begin = perf_counter()
             if next(steps, None) is None:
                 raise TrainingError(f"the training of {trainer.recipe.name} was stopped")
             _wait(trainer.device)
-            spent += perf_counter() - begin
-            bar.update(min(spent / 60, minutes), note=f"{trainer.images_seen:,} images")
+            seconds = spent.seconds + perf_counter() - begin
+            if budget.flops is None:
+                done = seconds / 60
+            else:
+                done = flops_per_image * trainer.images_seen / 1e12
+            spent = Spent(seconds, min(done / total, 1.0))
+            bar.update(min(done, total), note=f"{trainer.images_seen:,} images")
             yield spent
 
 

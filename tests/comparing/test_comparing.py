@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,38 +12,19 @@ import pytest
 from data_files import write_packed
 from forked import fork, server
 from tiny_pipeline import tiny_pipeline
-from training_case import tiny_recipe, write_recipe
 from typer.testing import CliRunner
 
 import tessera
 from tessera.cli import app
 from tessera.cli.compare import arms_of
-from tessera.comparing import report, timed
-from tessera.comparing.compare import Arm, CompareSettings, Comparison, compare_arms, train_arm
+from tessera.comparing import report
+from tessera.comparing.arms import Arm, CompareSettings, train_arm
+from tessera.comparing.compare import Comparison, compare_arms
 from tessera.data.dataset import open_dataset
 from tessera.errors import TesseraError
-from tessera.metrics.reference import build_reference, save_reference
 from tessera.training.trainer import Trainer
 
 SETTINGS = CompareSettings(minutes=0.1, points=2, samples=12, batch=6, sampling={"steps": 2})
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.json, a recipe, its images, and their reference, real.npz."""
-    folder = tmp_path_factory.mktemp("compare")
-    recipe = tiny_recipe(folder)
-    write_recipe(folder, recipe)
-    data = open_dataset(folder / "tiny.safetensors")
-    save_reference(folder / "real.npz", build_reference(data, training_images=60))
-    return folder
-
-
-@pytest.fixture
-def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock on which every look takes a second, so that a step takes one."""
-    clock = itertools.count()
-    monkeypatch.setattr(timed, "perf_counter", lambda: float(next(clock)))
 
 
 def arms(place: Path) -> list[Arm]:
