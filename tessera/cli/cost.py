@@ -70,7 +70,7 @@ def cost(
     rows = [*_rows(loaded, result, given, several=bool(stages)), *_stage_rows(stages)]
     if forecast is not None:
         blank = "" if loaded.data.path or parts.dataset else "from blank images: "
-        here = in_table(forecast)
+        here = forecast.rows()
         rows += [("", "", ""), *((name, "", blank + text) for name, text in here.items())]
     table = make_table(
         Column(style="cyan", no_wrap=True), Column(justify="right", no_wrap=True),
@@ -190,16 +190,3 @@ def _probe(recipe: Recipe, parts: Parts, *, show: bool) -> Forecast:
         validated = 0 if images is None else images.count
         timings = measure(recipe, feed, device, parts=parts, validated=validated, show=show)
         return timings.forecast(recipe, feed.view, 0)
-
-
-def in_table(forecast: Forecast) -> dict[str, str]:
-    """Time and memory of a run, as rows of a table."""
-    from tessera.progress import duration, human
-
-    extra = forecast.extra_seconds
-    parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-    return {
-        "time here": f"about {duration(forecast.seconds)}{parts}, "
-        f"{forecast.images_per_second:.3g} images/s",
-        "memory here": f"about {human(forecast.memory_bytes, 'B')} at the peak",
-    }

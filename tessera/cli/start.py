@@ -72,27 +72,13 @@ def _show(start: PlannedRun) -> None:
     from rich.console import Console
     from rich.table import Column
 
-    from tessera.cli.cost import in_table
     from tessera.cli.tables import make_table
 
-    facts = start.facts
     table = make_table(
         Column(style="bold", no_wrap=True), Column(overflow="fold"), Column(style="dim")
     )
-    sides = sorted({size for size, _ in facts.sizes}, key=min)
-    sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
-    others = f"{facts.ignored:,} other files" if facts.ignored else ""
-    table.add_row("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others)
-    for message in facts.skipped[:5]:
-        table.add_row("left out", message, "")
-    if len(facts.skipped) > 5:
-        table.add_row("", f"and {len(facts.skipped) - 5:,} more", "")
-    table.add_row("machine", start.machine.name, "")
-    for choice in start.plan.choices:
-        table.add_row(choice.name, choice.value, choice.why)
-    for name, text in in_table(start.forecast).items():
-        table.add_row(name, text, "")
-    table.add_row("beside it", "converting, a judge of samples, the report", "the first two once")
+    for row in start.rows():
+        table.add_row(*row)
     Console().print(table)
 
 

@@ -117,7 +117,6 @@ def _chosen(recipe: str | None, changes: list[str], resume: str | None, parts: P
 def _describe(trainer: Trainer, own_parts: str | None) -> None:
     """A short table of what is about to happen."""
     from tessera import distributed
-    from tessera.cli.cost import in_table
     from tessera.cli.tables import print_facts
     from tessera.progress import quantity
 
@@ -150,7 +149,7 @@ def _describe(trainer: Trainer, own_parts: str | None) -> None:
         "run folder": str(trainer.run_dir),
     }
     if trainer.forecast is not None:
-        rows |= in_table(trainer.forecast)
+        rows |= trainer.forecast.rows()
     print_facts(rows)
 
 

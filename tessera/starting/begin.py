@@ -45,6 +45,24 @@ class PlannedRun:
     plan: TrainingPlan
     forecast: Forecast
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The images, what was chosen for them and why, and what it takes: name, value, reason."""
+        facts = self.facts
+        sides = sorted({size for size, _ in facts.sizes}, key=min)
+        sizes = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sides[0], sides[-1])))
+        others = f"{facts.ignored:,} other files" if facts.ignored else ""
+        left_out = [*facts.skipped[:5]]
+        left_out += [f"and {len(facts.skipped) - 5:,} more"] if len(facts.skipped) > 5 else []
+        names = ["left out"] + [""] * (len(left_out) - 1)
+        return [
+            ("images", f"{facts.count:,} in {facts.path}, {sizes} pixels", others),
+            *((name, text, "") for name, text in zip(names, left_out, strict=False)),
+            ("machine", self.machine.name, ""),
+            *((choice.name, choice.value, choice.why) for choice in self.plan.choices),
+            *((name, text, "") for name, text in self.forecast.rows().items()),
+            ("beside it", "converting, a judge of samples, the report", "the first two once"),
+        ]
+
 
 @dataclass(frozen=True)
 class Finished:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tessera.data.loader import StepPlan
 from tessera.data.views import View
+from tessera.progress import duration, human
 from tessera.recipes.schema import Recipe
 
 Kind = tuple[int, int | None]
@@ -34,6 +35,16 @@ class Forecast:
     extra_seconds: float
     images_per_second: float
     memory_bytes: int
+
+    def rows(self) -> dict[str, str]:
+        """Time and memory for people, as rows of a table."""
+        extra = self.extra_seconds
+        parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
+        return {
+            "time here": f"about {duration(self.seconds)}{parts}, "
+            f"{self.images_per_second:.3g} images/s",
+            "memory here": f"about {human(self.memory_bytes, 'B')} at the peak",
+        }
 
 
 @dataclass(frozen=True)
