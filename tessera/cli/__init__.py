@@ -25,6 +25,7 @@ from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
 from tessera.cli.report import report
 from tessera.cli.sample import sample
+from tessera.cli.studio import studio
 from tessera.cli.train import train
 from tessera.errors import TesseraError
 
@@ -61,6 +62,7 @@ app.command()(cost)
 app.command()(train)
 app.command()(sample)
 app.command()(report)
+app.command()(studio)
 app.command()(edit)
 app.command()(experts)
 app.command()(relay)
