@@ -53,8 +53,8 @@ def alive(pid: int, since: int | None = None) -> bool:
 def tell(pid: int, since: int | None, number: int) -> bool:
     """Send a signal to the process `pid` of this machine, if it is the one that began at `since`.
 
-    Where the system has no handles on processes (Linux has), or does not say when one began, nothing
-    is sent: the number may be somebody else's by now.
+    Where the system has no handles on processes (Linux has), or does not say when one began,
+    nothing is sent: the number may be somebody else's by now.
 
     Returns:
         Whether it was sent.

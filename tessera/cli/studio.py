@@ -25,7 +25,7 @@ def studio(
         None, help="Of samples: cpu, cuda, ... (default: the fastest)"
     ),
 ) -> None:
-    """Open a page in the browser over a folder of runs: watch, stop, resume, compare, sample, start.
+    """Open a page in the browser over a folder of runs: watch, steer, compare, sample, start.
 
     It listens on this machine only, unless --host says otherwise. Trainings that it starts go on
     when it ends.

@@ -54,8 +54,8 @@ class BeginPage:
                 table = gr.HTML(
                     html.empty(
                         "No plan yet",
-                        "Name a folder of photographs. The plan shows what would be trained on this "
-                        "machine, and how long it takes; nothing is started.",
+                        "Name a folder of photographs. The plan shows what would be trained on "
+                        "this machine, and how long it takes; nothing is started.",
                     ),
                     elem_id="begin-table",
                 )

@@ -149,13 +149,15 @@ class Bench:
         for part in parts:
             done = sum(map(len, images))
             with contextlib.closing(pipe.states(plan, part)) as states:
-                for drawn, state in states:
+                for step in states:
+                    state = step[1]
                     frame = frame_of(pipe, state, _STRIPS) if not done else None
                     frames += [] if frame is None else [frame]
                     share = (done + len(part) * state.step / state.steps) / len(seeds)
                     yield Making(share, tuple(frames))
+            labels, state = step
             images.append(pipe.to_pixels(plan.picture(state.x)))
-            classes += [] if drawn is None else drawn.tolist()
+            classes += [] if labels is None else labels.tolist()
         seconds = _now(pipe.device) - began
         facts = {
             "made": f"{len(seeds)} in {duration(seconds)}, "

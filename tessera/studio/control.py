@@ -115,7 +115,7 @@ class Control:
         if not sent:
             raise TesseraError(
                 f"{run.name}: process {process} cannot be told from others here, so it is left "
-                f"alone. If it is the training, stop it in its terminal by Ctrl-C, or: kill {process}"
+                f"alone. If it is the training, stop it in its terminal by Ctrl-C"
             )
         return f"{run.name}: asked process {process} to stop; it finishes the step and saves"
 

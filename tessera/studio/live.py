@@ -27,8 +27,8 @@ State = Literal[
 
 preparing: started here, before its first step; training; stopping: asked to, and saving; reporting:
 trained, samples and report are being made; elsewhere: by a process that is not of this machine;
-killed: its process ended without saving; failed: it ended with an error; stopped: it can be resumed;
-finished; broken: its folder cannot be read.
+killed: its process ended without saving; failed: it ended with an error; stopped: it can be
+resumed; finished; broken: its folder cannot be read.
 """
 ALIVE: tuple[State, ...] = ("preparing", "training", "stopping", "reporting")
 

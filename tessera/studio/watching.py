@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from tessera.studio import html
@@ -53,7 +54,7 @@ class WatchPage:
             self._changes = gr.Textbox(
                 label="KEY=VALUE of the recipe",
                 placeholder="training.images=200000",
-                info="Such as more images or minutes; what would make another run of it is refused.",
+                info="Such as more images or minutes; what would make another run is refused.",
                 elem_id="watch-changes",
             )
         self.shown = [status, curve, preview, output, self._stop, self._resume, self._changes]
@@ -82,10 +83,8 @@ class WatchPage:
     def tick(self, name: str | None, seen: dict[str, Any]) -> list[Any]:
         """A look at the run, and at which runs there are."""
         gr, names, chosen = gradio(), list[str](), name
-        try:
+        with contextlib.suppress(OSError):
             names = self._desk.runs.names()
-        except OSError:
-            pass
         listed = gr.skip()
         # A run that was chosen and is gone stays chosen: the page says that it is gone.
         chosen = name or kept(None, names)

@@ -6,8 +6,8 @@ from tessera.recipes.schema.base import (
     NonNegative,
     Probability,
     Section,
-    Usual,
     UserPath,
+    Usual,
 )
 from tessera.recipes.schema.data import (
     AugmentConfig,

@@ -258,7 +258,9 @@ class RelaySamplerConfig(DenoisingSamplerSection):
     starts_from_noise = False
 
     kind: Literal["relay"] = "relay"
-    steps: SomeSteps = Field(18, description="from sigma_max on; those above sigma_start are left out")
+    steps: SomeSteps = Field(
+        18, description="from sigma_max on; those above sigma_start are left out"
+    )
     sigma_min: PositiveFloat = Field(0.008, description=LAST)
     sigma_max: PositiveFloat = Field(80, description=FIRST)
     rho: float = Field(7, ge=0.01, le=1000, description=LONG_STEPS)
@@ -396,7 +398,9 @@ class DdimSamplerConfig(ProcessSamplerConfig):
     """DDIM (Song et al. 2021)."""
 
     kind: Literal["ddim"] = "ddim"
-    eta: Annotated[NonNegative, Usual(0, 1)] = Field(0.0, description="amount of noise; 0 is deterministic")
+    eta: Annotated[NonNegative, Usual(0, 1)] = Field(
+        0.0, description="amount of noise; 0 is deterministic"
+    )
 
 
 class ExternalSamplerConfig(DenoisingSamplerSection):
