@@ -8,6 +8,7 @@ from typing import Any
 from tessera.studio.beginning import BeginPage
 from tessera.studio.comparing import ComparePage
 from tessera.studio.desk import Desk, gradio, kept
+from tessera.studio.html import head
 from tessera.studio.sampling import SamplePage
 from tessera.studio.watching import WatchPage
 
@@ -25,7 +26,7 @@ def build(desk: Desk) -> Any:
         title="tessera studio", analytics_enabled=False, delete_cache=(600, _FILES_KEPT),
         fill_width=False,
     ) as blocks:  # fmt: skip
-        gr.Markdown(f"## tessera studio\n`{desk.folder.root}`", elem_id="studio-head")
+        gr.HTML(head(desk.folder.root), padding=False, elem_id="studio-head")
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Watch", id="watch"):
                 watch = WatchPage(desk)

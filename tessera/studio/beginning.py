@@ -50,7 +50,7 @@ class BeginPage:
                 )  # fmt: skip
                 go = gr.Button("Start training", interactive=False, elem_id="begin-go")
             with gr.Column(scale=3, min_width=320):
-                notice = gr.HTML(elem_id="begin-notice")
+                notice = gr.HTML(padding=False, elem_id="begin-notice")
                 table = gr.HTML(
                     html.empty(
                         "No plan yet",
@@ -58,6 +58,7 @@ class BeginPage:
                         "this machine, and how long it takes; nothing is started.",
                     ),
                     elem_id="begin-table",
+                    padding=False,
                 )
         wish = [images, minutes, changes]
         show.click(

@@ -46,11 +46,13 @@ class ComparePage:
             button = gr.Button(
                 "Compare", variant="primary", scale=1, min_width=120, elem_id="compare-go"
             )
-        notice = gr.HTML(elem_id="compare-notice")
+        notice = gr.HTML(padding=False, elem_id="compare-notice")
         table = gr.HTML(
-            html.empty("Nothing compared yet", "Choose two runs or more."), elem_id="compare-table"
+            html.empty("Nothing compared yet", "Choose two runs or more."),
+            elem_id="compare-table",
+            padding=False,
         )
-        grids = gr.HTML(elem_id="compare-grids")
+        grids = gr.HTML(padding=False, elem_id="compare-grids")
         button.click(
             self.compare,
             [self.which, seeds],

@@ -34,6 +34,11 @@ def framed(*cells: str) -> str:
     return f'<div class="studio">{inside}</div>' if inside else ""
 
 
+def head(folder: Path) -> str:
+    """The top of the page."""
+    return framed(f"<header><h1>tessera studio</h1><code>{escape(str(folder))}</code></header>")
+
+
 def notice(text: str, kind: str = "bad") -> str:
     """A message; what stands in backquotes is shown as it is typed. "" shows nothing."""
     if not text:

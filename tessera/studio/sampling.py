@@ -40,13 +40,13 @@ class SamplePage:
                 )
                 self._sampler = gr.State(None)
                 # The controls are made for the model that is chosen.
-                panel = gr.render(
+                gr.render(
                     inputs=[self.which, self._sampler],
                     triggers=[self.which.change, self._sampler.change],
                     show_progress="hidden",
-                )
+                )(self._panel)
             with gr.Column(scale=5, min_width=320):
-                self._notice = gr.HTML(elem_id="sample-notice")
+                self._notice = gr.HTML(padding=False, elem_id="sample-notice")
                 self._gallery = gr.Gallery(
                     label="Samples",
                     columns=8,
@@ -59,13 +59,13 @@ class SamplePage:
                 self._zip = gr.DownloadButton(
                     "Download all as PNG", visible=False, elem_id="sample-zip", size="sm"
                 )
-                self._facts = gr.HTML(elem_id="sample-facts")
+                self._facts = gr.HTML(padding=False, elem_id="sample-facts")
                 gr.Markdown("### How they come about", elem_id="sample-course-title")
                 self._course = gr.HTML(
                     html.empty("Nothing sampled yet", "Choose a model, and press Sample."),
                     elem_id="sample-course",
+                    padding=False,
                 )
-        panel(self._panel)
         self.which.change(lambda: None, None, [self._sampler], queue=False, api_name=False)
 
     def _panel(self, name: str | None, sampler: str | None) -> None:

@@ -42,14 +42,14 @@ class WatchPage:
                 "Stop and save", variant="stop", scale=1, min_width=120, elem_id="watch-stop"
             )
             self._resume = gr.Button("Resume", scale=1, min_width=120, elem_id="watch-resume")
-        self._notice = gr.HTML(elem_id="watch-notice")
-        status = gr.HTML(NO_RUNS, elem_id="watch-status")
+        self._notice = gr.HTML(padding=False, elem_id="watch-notice")
+        status = gr.HTML(NO_RUNS, padding=False, elem_id="watch-status")
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                curve = gr.HTML(elem_id="watch-curve")
+                curve = gr.HTML(padding=False, elem_id="watch-curve")
             with gr.Column(scale=2, min_width=280):
-                preview = gr.HTML(elem_id="watch-preview")
-        output = gr.HTML(elem_id="watch-output")
+                preview = gr.HTML(padding=False, elem_id="watch-preview")
+        output = gr.HTML(padding=False, elem_id="watch-output")
         with gr.Accordion("Resume with changes", open=False):
             self._changes = gr.Textbox(
                 label="KEY=VALUE of the recipe",

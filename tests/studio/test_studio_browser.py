@@ -174,8 +174,8 @@ def test_without_the_token_nothing_is_answered(place: Place, tmp_path: Path) -> 
         assert guest.page.url == bare
         assert guest.wrong == []
         context.close()
+        named = urllib.request.Request(place.url, headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError):
-            request = urllib.request.Request(place.url, headers={"Host": "evil.example"})
-            urllib.request.urlopen(request)
+            urllib.request.urlopen(named)
     config = json.loads(urllib.request.urlopen(place.url + "config").read())
     assert config["version"]

@@ -48,7 +48,7 @@ def log(path: Path, lines: int) -> None:
     (path / "metrics.jsonl").write_text(text)
 
 
-def lock(path: Path, process: int, **changes: Any) -> None:
+def lock(path: Path, process: int, /, **changes: Any) -> None:
     content = {
         "host": "here", "process": process, "since": "noon",
         "namespace": processes.namespace(), "started": processes.started(process),
