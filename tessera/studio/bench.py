@@ -32,6 +32,7 @@ MOST = 64
 """Images of one request."""
 _AT_ONCE = 16
 _STRIPS = 4  # images whose making is shown
+_LABELS: dict[str | int, str | int | None] = {"random": None, "none": -1}
 
 T = TypeVar("T")
 
@@ -43,13 +44,13 @@ class Request:
     Attributes:
         name: of the run or pipeline.
         seeds: as text, like "0-7,100".
-        label: index or name of a class, "balanced", "none", or "" to draw one for each seed.
+        label: index or name of a class, "balanced", "none", or "random", one for each seed.
         options: of sampling, `name: value`; values may be text.
     """
 
     name: str
     seeds: str = "0-7"
-    label: str = ""
+    label: str | int = "random"
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,7 +140,7 @@ class Bench:
                 f"`seeds={request.seeds}`: {len(seeds)} images. One request makes 1 to {MOST}; "
                 "more are made by: tessera sample"
             )
-        label = {"": None, "none": "-1"}.get(request.label, request.label)
+        label = _LABELS.get(request.label, request.label)
         plan = pipe.plan(seeds, label, **request.options)
         began = _now(pipe.device)
         frames: list[Frame] = []

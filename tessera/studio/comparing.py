@@ -88,7 +88,7 @@ class ComparePage:
     def _samples(self, name: str, seeds: str) -> list[Picture]:
         """Samples as the run's own recipe makes them; of all classes in turn."""
         pipe, _ = self._desk.bench.about(name)
-        label = "balanced" if pipe.model.num_classes else ""
+        label = "balanced" if pipe.model.num_classes else "random"
         *_, last = self._desk.bench.make(Request(name, seeds, label))
         assert last.images is not None
         pairs = zip(last.seeds, last.images, strict=True)

@@ -117,7 +117,8 @@ class Control:
                 f"{run.name}: process {process} cannot be told from others here, so it is left "
                 f"alone. If it is the training, stop it in its terminal by Ctrl-C"
             )
-        return f"{run.name}: asked process {process} to stop; it finishes the step and saves"
+        saves = "; it finishes the step and saves first" if run.state == "training" else ""
+        return f"{run.name}: asked process {process} to stop{saves}"
 
     def resume(self, name: str | None, changes: str = "") -> str:
         """Go on with a run, with changes to its recipe; says what was done.

@@ -133,7 +133,7 @@ class LiveRuns:
         over = images >= total or (limit is not None and minutes >= limit)
         if state in (None, "failed") and over:
             state, problem = "finished", "" if state is None else problem
-        elif state == "preparing" and over:
+        elif state == "preparing" and over and _written_by(path, job):
             state = "reporting"
         speed = training.get("images_per_second") or None
         return LiveRun(
@@ -205,6 +205,14 @@ def _error_in(output: str) -> str:
     """The error that a command printed last, in its own words."""
     _, found, text = output.rpartition("error: ")
     return text.strip() if found else ""
+
+
+def _written_by(path: Path, job: Job | None) -> bool:
+    """Whether the log has grown since a training was started."""
+    try:
+        return job is not None and (path / "metrics.jsonl").stat().st_mtime > job.begun
+    except OSError:
+        return False
 
 
 def _gone(path: Path, error: Exception) -> str:

@@ -16,8 +16,7 @@ from tessera.studio.desk import Desk, gradio
 from tessera.studio.knobs import Knob, chosen, knobs
 from tessera.studio.words import in_words
 
-_RANDOM, _BALANCED, _NO_CLASS = "random", "in turn", "no class"
-_LABELS = {_RANDOM: "", _BALANCED: "balanced", _NO_CLASS: "none"}
+_LABELS = [("random", "random"), ("in turn", "balanced"), ("no class", "none")]
 _LISTED = 1000  # classes in a drop-down list
 _SETS = 8  # sets of files that are kept to be downloaded
 _sets = itertools.count()
@@ -115,7 +114,9 @@ class SamplePage:
             stop = gr.Button("Stop", elem_id="sample-stop", min_width=80)
         controls = [made[one.name] for one in shown]
 
-        def sample(seeds: str, label: str, more: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        def sample(
+            seeds: str, label: str | int | None, more: str, *values: Any
+        ) -> Iterator[tuple[Any, ...]]:
             yield from self._sampled(name, seeds, label, more, shown, values)
 
         outputs = [self._notice, self._gallery, self._zip, self._facts, self._course]
@@ -133,7 +134,7 @@ class SamplePage:
             )
 
     def _sampled(
-        self, name: str, seeds: str, label: str, more: str, shown: Sequence[Knob],
+        self, name: str, seeds: str, label: str | int | None, more: str, shown: Sequence[Knob],
         values: Sequence[Any],
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Samples while they are made."""
@@ -141,7 +142,7 @@ class SamplePage:
         stay = [gr.skip(), gr.skip(), gr.skip()]
         try:
             options = chosen(shown, values, more)
-            request = Request(name, seeds, _LABELS.get(label or _RANDOM, label), options)
+            request = Request(name, seeds, "random" if label is None else label, options)
             frames = -1
             for made in self._desk.bench.make(request):
                 if made.images is not None:
@@ -183,11 +184,11 @@ def _class_list(gr: Any, pipe: Pipeline) -> Any:
     """The classes, if the model knows any."""
     count = pipe.model.num_classes
     if not count:
-        return gr.State(_RANDOM)
-    names = [class_name(pipe, label) for label in range(min(count, _LISTED))]
+        return gr.State("random")
+    classes = [(class_name(pipe, label), label) for label in range(min(count, _LISTED))]
     return gr.Dropdown(
-        [_RANDOM, _BALANCED, _NO_CLASS, *names],
-        value=_BALANCED,
+        [*_LABELS, *classes],
+        value="balanced",
         label="Class",
         allow_custom_value=count > _LISTED,
         elem_id="sample-class",

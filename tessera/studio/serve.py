@@ -86,7 +86,6 @@ def listening(
     checked = checked_token(host, token)
     # Read when the package is imported: nothing is sent, and nothing asked of other machines.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="tessera-studio-"))
         os.environ["GRADIO_TEMP_DIR"] = place

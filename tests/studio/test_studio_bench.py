@@ -136,6 +136,7 @@ def test_samples_are_those_of_the_library(bench: Bench) -> None:
 def test_classes(bench: Bench) -> None:
     assert last(bench, Request("tiny", "0-5", "balanced")).labels == ("ant", "bee", "cat") * 2
     assert last(bench, Request("tiny", "3", "none")).labels == ("no class",)
+    assert last(bench, Request("tiny", "3", 2)).labels == ("cat",)
     drawn = last(bench, Request("tiny", "0-3")).labels
     assert drawn == tuple(("ant", "bee", "cat")[i] for i in tiny_pipeline().labels(range(4)))
 
@@ -153,8 +154,8 @@ def test_many_samples_are_made_in_batches(bench: Bench) -> None:
         (Request("tiny", "0-64"), "65 images"),
         (Request("tiny", "x"), "seeds"),
         (Request("tiny", "0", "dog"), "no class 'dog'"),
-        (Request("tiny", "0", "", {"steps": 0}), "steps=0"),
-        (Request("tiny", "0", "", {"skip": 0.5}), "made of bricks"),
+        (Request("tiny", "0", "random", {"steps": 0}), "steps=0"),
+        (Request("tiny", "0", "random", {"skip": 0.5}), "made of bricks"),
         (Request("none", "0"), "no run or pipeline"),
         (Request("../x", "0"), "is not in"),
         (Request("broken", "0"), "config.json"),
@@ -167,7 +168,7 @@ def test_errors_of_samples_speak(bench: Bench, request_: Request, words: str) ->
 
 
 def test_samples_can_be_left_early(bench: Bench) -> None:
-    making = bench.make(Request("tiny", "0", "", {"steps": 1000}))
+    making = bench.make(Request("tiny", "0", "random", {"steps": 1000}))
     next(making)
     making.close()  # type: ignore[attr-defined]
     assert last(bench, Request("tiny", "0")).share == 1.0  # by the same thread
