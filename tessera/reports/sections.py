@@ -205,10 +205,10 @@ def _course(report: RunReport) -> str:
         else "Parts of the image (tokens) are made in an order drawn at random; grey is not made "
         "yet."
     )
-    return section("How they come about", course(frames), note)
+    return section("How they come about", frames_strip(frames), note)
 
 
-def course(frames: Sequence[Frame]) -> str:
+def frames_strip(frames: Sequence[Frame]) -> str:
     """The making of some samples as a strip: their states and, below each, where it leads."""
     noise = frames[0].sigma is not None
     heads = ["σ" if noise else "done"]

@@ -51,7 +51,7 @@ def build(desk: Desk) -> Any:
     return blocks
 
 
-def look() -> dict[str, Any]:
+def appearance() -> dict[str, Any]:
     """Theme and style; fonts are the system's, so that nothing is fetched."""
     gr = gradio()
     theme = gr.themes.Default(

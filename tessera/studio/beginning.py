@@ -8,7 +8,7 @@ from tessera.errors import TesseraError
 from tessera.studio import html
 from tessera.studio.control import Wish
 from tessera.studio.desk import Desk, gradio
-from tessera.studio.words import in_words
+from tessera.studio.words import said_in_words
 
 
 class BeginPage:
@@ -93,7 +93,13 @@ class BeginPage:
             wish = Wish.read(images or "", minutes or None, changes or "")
             made = wish.plan()
         except Exception as error:
-            return [html.notice(in_words(error)), "", None, gr.skip(), gr.Button(interactive=False)]
+            return [
+                html.notice(said_in_words(error)),
+                "",
+                None,
+                gr.skip(),
+                gr.Button(interactive=False),
+            ]
         new = name.strip() or self._desk.control.suggestion(images)
         return ["", html.plan(made.rows()), made.plan.minutes, new, gr.Button(interactive=True)]
 
@@ -108,7 +114,7 @@ class BeginPage:
             run = self._desk.control.start(wish, name or "", planned)
             names = self._desk.runs.names()
         except Exception as error:
-            return [html.notice(in_words(error)), gr.skip(), gr.skip(), gr.skip()]
+            return [html.notice(said_in_words(error)), gr.skip(), gr.skip(), gr.skip()]
         return [
             html.notice(f"{run} is being prepared", "good"),
             gr.Tabs(selected="watch"),

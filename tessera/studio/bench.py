@@ -26,7 +26,7 @@ from tessera.reports.making import Frame, frame_of
 from tessera.sampling.core import means
 from tessera.sampling.output import image_path
 from tessera.sampling.seeds import parse_seeds
-from tessera.studio.folder import Entry, StudioFolder
+from tessera.studio.folder import FolderEntry, StudioFolder
 
 MOST = 64
 """Images of one request."""
@@ -177,7 +177,7 @@ def class_name(pipe: Pipeline, label: int) -> str:
     return str(label) if pipe.class_names is None else pipe.class_names[label]
 
 
-def _written(entry: Entry) -> float:
+def _written(entry: FolderEntry) -> float:
     """When a pipeline was written: a run that is trained on writes others in its place."""
     config = entry.path / ("pipeline/config.json" if entry.is_run else "config.json")
     try:

@@ -10,7 +10,7 @@ from tessera.sampling.seeds import parse_seeds
 from tessera.studio import html
 from tessera.studio.bench import Request
 from tessera.studio.desk import Desk, gradio
-from tessera.studio.words import in_words
+from tessera.studio.words import said_in_words
 
 _SEEDS = 16  # images of each run
 
@@ -68,12 +68,12 @@ class ComparePage:
         try:
             if not names:
                 raise TesseraError("choose the runs to compare")
-            table = html.side_by_side([self._desk.runs.look(name) for name in names])
+            table = html.compared([self._desk.runs.look(name) for name in names])
             wanted = parse_seeds(seeds) if seeds.strip() else []
             if len(wanted) > _SEEDS:
                 raise TesseraError(f"`seeds={seeds}`: {len(wanted)}; up to {_SEEDS} of each run")
         except Exception as error:
-            yield html.notice(in_words(error)), table, ""
+            yield html.notice(said_in_words(error)), table, ""
             return
         yield "", table, ""
         rows: list[tuple[str, list[Picture]]] = []
@@ -81,7 +81,7 @@ class ComparePage:
             try:
                 rows.append((name, self._samples(name, seeds)))
             except Exception as error:
-                problems.append(f"{name}: {in_words(error)}")
+                problems.append(f"{name}: {said_in_words(error)}")
             made = html.grids(rows, wanted) if rows else ""
             yield html.notice("\n".join(problems), "quiet"), table, made
 

@@ -21,7 +21,7 @@ _CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """A run or a pipeline.
 
     Attributes:
@@ -54,7 +54,7 @@ class StudioFolder:
         if self.root.exists() and not self.root.is_dir():
             raise TesseraError(f"{root} is a file. Name a folder of runs and pipelines")
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[FolderEntry]:
         """All runs and pipelines, the one that was written to last first."""
         found = sorted(self._walk(), key=lambda entry: entry.name)
         return sorted(found, key=lambda entry: entry.changed, reverse=True)
@@ -73,7 +73,7 @@ class StudioFolder:
                 return path
         raise TesseraError(f"{name!r} is not in {self.root}")
 
-    def entry(self, name: str | None) -> Entry:
+    def entry(self, name: str | None) -> FolderEntry:
         """The run or pipeline of a name.
 
         Raises:
@@ -114,7 +114,7 @@ class StudioFolder:
             raise TesseraError(f"{name} lies in another run. Choose another name")
         return path
 
-    def _walk(self) -> Iterator[Entry]:
+    def _walk(self) -> Iterator[FolderEntry]:
         """Breadth first, and not into what was found."""
         waiting, looked = [(self.root, 0)], 0
         while waiting and looked < _MOST:
@@ -139,7 +139,7 @@ def _below(place: Path) -> list[Path]:
         return []
 
 
-def _entry(root: Path, path: Path) -> Entry | None:
+def _entry(root: Path, path: Path) -> FolderEntry | None:
     """What a folder is; None if it is neither run nor pipeline."""
     try:
         is_run = (path / RECIPE).is_file()
@@ -152,7 +152,7 @@ def _entry(root: Path, path: Path) -> Entry | None:
     except OSError:
         return None
     name = path.relative_to(root).as_posix()
-    return Entry(name, path, is_run, makes_images, changed)
+    return FolderEntry(name, path, is_run, makes_images, changed)
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from tessera.images import open_image
 from tessera.progress import duration, quantity
 from tessera.reports import charts, page
 from tessera.reports.making import Frame
-from tessera.reports.sections import course
+from tessera.reports.sections import frames_strip
 from tessera.studio.live import LiveRun, State, left_text
 
 KINDS = "abcdefgh"
@@ -141,7 +141,7 @@ def plan(rows: Sequence[tuple[str, str, str]]) -> str:
 def making(frames: Sequence[Frame], share: float) -> str:
     """The denoising, and how far it is."""
     bar = f'<div class="bar training"><i style="width:{share:.2%}"></i></div>' if share < 1 else ""
-    return framed(bar, course(frames) if frames else "")
+    return framed(bar, frames_strip(frames) if frames else "")
 
 
 def facts(rows: Mapping[str, str]) -> str:
@@ -149,7 +149,7 @@ def facts(rows: Mapping[str, str]) -> str:
     return framed(page.table([*rows.items()])) if rows else ""
 
 
-def side_by_side(runs: Sequence[LiveRun]) -> str:
+def compared(runs: Sequence[LiveRun]) -> str:
     """The curves of several runs in one plot, and their numbers in a table."""
     series, keys = [], []
     for run, kind in zip(runs, KINDS, strict=False):

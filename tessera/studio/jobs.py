@@ -24,7 +24,7 @@ _RECENT = 3600.0  # seconds for which a training is listed that has made no run 
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """A training that was started, also by a studio before this one.
 
     Attributes:
@@ -82,24 +82,24 @@ class Jobs:
 
     def __init__(self, folder: StudioFolder) -> None:
         self._folder, self._place = folder, folder.root / JOBS
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, TrainingJob] = {}
         self._children: list[subprocess.Popen[bytes]] = []
         self._lock = threading.RLock()
         self._read()
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[TrainingJob]:
         """Those that are known, the newest first."""
         self._reap()
         with self._lock:
             return sorted(self._jobs.values(), key=lambda job: job.begun, reverse=True)
 
-    def of(self, name: str) -> Job | None:
+    def of(self, name: str) -> TrainingJob | None:
         """The training of a run, if a studio started it."""
         self._reap()
         with self._lock:
             return self._jobs.get(name)
 
-    def start(self, name: str, words: Sequence[str]) -> Job:
+    def start(self, name: str, words: Sequence[str]) -> TrainingJob:
         """Start `tessera WORDS` for a run.
 
         Raises:
@@ -119,7 +119,7 @@ class Jobs:
                     start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             self._children.append(child)
-            job = Job(
+            job = TrainingJob(
                 name, child.pid, processes.started(child.pid), processes.namespace(), time.time(),
                 log,
             )  # fmt: skip
@@ -140,7 +140,7 @@ class Jobs:
                 # Of a training that somebody started in a terminal.
                 now = time.time()
                 log = self._place / f"{_file_name(name)}.log"
-                job = Job(name, process, since, processes.namespace(), now, log)
+                job = TrainingJob(name, process, since, processes.namespace(), now, log)
                 self._jobs[name] = job
             job.asked.add(process)
         return True
@@ -163,7 +163,7 @@ def _file_name(name: str) -> str:
     return "top" if name == "." else name.replace("/", "%")
 
 
-def _plain(job: Job) -> dict[str, Any]:
+def _plain(job: TrainingJob) -> dict[str, Any]:
     return {
         "name": job.name,
         "process": job.process,
@@ -173,9 +173,9 @@ def _plain(job: Job) -> dict[str, Any]:
     }
 
 
-def _job(values: dict[str, Any], log: Path) -> Job:
+def _job(values: dict[str, Any], log: Path) -> TrainingJob:
     started = values["started"]
-    return Job(
+    return TrainingJob(
         str(values["name"]), int(values["process"]), None if started is None else int(started),
         str(values["namespace"]), float(values["begun"]), log,
     )  # fmt: skip

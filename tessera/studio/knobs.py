@@ -133,7 +133,7 @@ def shown_value(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def chosen(shown: Iterable[Knob], values: Iterable[Any], more: str) -> dict[str, Any]:
+def given_options(shown: Iterable[Knob], values: Iterable[Any], more: str) -> dict[str, Any]:
     """The options that differ from what the model does by itself.
 
     Args:

@@ -14,7 +14,7 @@ from tessera.recipes.schema import Recipe
 from tessera.reports.charts import Series
 from tessera.reports.losses import curves
 from tessera.studio.folder import StudioFolder
-from tessera.studio.jobs import Job, Jobs
+from tessera.studio.jobs import Jobs, TrainingJob
 from tessera.training.run_folder import read_recipe
 from tessera.training.run_lock import Holder, holder
 from tessera.training.tracking import Metrics, MetricsReader
@@ -76,7 +76,7 @@ class LiveRun:
     problem: str = ""
     output: str = ""
     holder: Holder | None = None
-    job: Job | None = None
+    job: TrainingJob | None = None
 
     @property
     def alive(self) -> bool:
@@ -177,7 +177,7 @@ def newest_preview(run: Path) -> Path | None:
 
 
 def _state_without_log(
-    found: Holder | None, job: Job | None, output: str
+    found: Holder | None, job: TrainingJob | None, output: str
 ) -> tuple[State | None, str]:
     """What the processes tell, and what is wrong; None where the log must tell."""
     if found is not None and not found.here:
@@ -207,7 +207,7 @@ def _error_in(output: str) -> str:
     return text.strip() if found else ""
 
 
-def _written_by(path: Path, job: Job | None) -> bool:
+def _written_by(path: Path, job: TrainingJob | None) -> bool:
     """Whether the log has grown since a training was started."""
     try:
         return job is not None and (path / "metrics.jsonl").stat().st_mtime > job.begun

@@ -13,8 +13,8 @@ from tessera.pipelines.base import Pipeline
 from tessera.studio import html
 from tessera.studio.bench import MOST, Making, Request, class_name, saved_pngs
 from tessera.studio.desk import Desk, gradio
-from tessera.studio.knobs import Knob, chosen, knobs
-from tessera.studio.words import in_words
+from tessera.studio.knobs import Knob, given_options, knobs
+from tessera.studio.words import said_in_words
 
 _LABELS = [("random", "random"), ("in turn", "balanced"), ("no class", "none")]
 _LISTED = 1000  # classes in a drop-down list
@@ -82,7 +82,7 @@ class SamplePage:
         try:
             pipe, options = self._desk.bench.about(name, sampler)
         except Exception as error:
-            gr.HTML(html.notice(in_words(error)), elem_id="sample-problem")
+            gr.HTML(html.notice(said_in_words(error)), elem_id="sample-problem")
             return
         shown = knobs(options)
         with gr.Row():
@@ -141,7 +141,7 @@ class SamplePage:
         gr = gradio()
         stay = [gr.skip(), gr.skip(), gr.skip()]
         try:
-            options = chosen(shown, values, more)
+            options = given_options(shown, values, more)
             request = Request(name, seeds, "random" if label is None else label, options)
             frames = -1
             for made in self._desk.bench.make(request):
@@ -155,7 +155,7 @@ class SamplePage:
                     frames = len(made.frames)
                     yield "", *stay, html.making(made.frames, made.share)
         except Exception as error:
-            yield html.notice(in_words(error)), *stay, gr.skip()
+            yield html.notice(said_in_words(error)), *stay, gr.skip()
 
     def _files(self, made: Making) -> list[Path]:
         """A ZIP of PNGs, and these; the oldest sets are removed."""

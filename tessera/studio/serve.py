@@ -177,7 +177,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _application(folder: StudioFolder, scratch: Path, address: Address, device: str | None) -> Any:
     """The page as an ASGI application, behind its guard."""
-    from tessera.studio.app import build, look
+    from tessera.studio.app import appearance, build
     from tessera.studio.desk import Desk, gradio
 
     fastapi: Any = require_extra("fastapi", "studio", "tessera studio")
@@ -187,6 +187,6 @@ def _application(folder: StudioFolder, scratch: Path, address: Address, device: 
     mounted = gradio().mount_gradio_app(
         application, blocks, path="/", server_name=address.host, server_port=address.port,
         footer_links=[], ssr_mode=False, show_error=False, max_file_size=1024, pwa=False,
-        mcp_server=False, enable_monitoring=False, **look(),
+        mcp_server=False, enable_monitoring=False, **appearance(),
     )  # fmt: skip
     return Guard(mounted, address.host, address.token, f"tessera-studio-{address.port}")

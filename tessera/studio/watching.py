@@ -8,7 +8,7 @@ from typing import Any
 from tessera.studio import html
 from tessera.studio.desk import Desk, gradio, kept
 from tessera.studio.live import LiveRun
-from tessera.studio.words import in_words
+from tessera.studio.words import said_in_words
 from tessera.training.run_folder import longer
 
 EVERY = 2.0
@@ -100,7 +100,7 @@ class WatchPage:
             run = None if not name else self._desk.runs.look(name)
             parts, buttons = self._parts(run)
         except Exception as error:
-            parts = dict.fromkeys(_PARTS, "") | {"status": html.notice(in_words(error))}
+            parts = dict.fromkeys(_PARTS, "") | {"status": html.notice(said_in_words(error))}
             buttons = (False, False, "")
         now = {**seen, **{part: hash(text) for part, text in parts.items()}, "buttons": buttons}
         renewed = [
@@ -143,4 +143,4 @@ def _said(act: Any) -> str:
     try:
         return html.notice(act(), "good")
     except Exception as error:
-        return html.notice(in_words(error))
+        return html.notice(said_in_words(error))

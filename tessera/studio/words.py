@@ -9,7 +9,7 @@ from tessera import memory
 from tessera.errors import TesseraError
 
 
-def in_words(error: BaseException) -> str:
+def said_in_words(error: BaseException) -> str:
     """What is wrong and, if the user can put it right, how.
 
     Errors of the program itself are printed in the terminal, with all that is known of them.

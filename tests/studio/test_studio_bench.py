@@ -21,7 +21,7 @@ from tessera.recipes.loading import load_recipe
 from tessera.recipes.schema import Usual
 from tessera.studio.bench import Bench, Making, Request, saved_pngs
 from tessera.studio.folder import StudioFolder
-from tessera.studio.knobs import Knob, chosen, knob, knobs
+from tessera.studio.knobs import Knob, given_options, knob, knobs
 
 
 def of(annotation: Any, value: Any) -> Knob | None:
@@ -77,8 +77,8 @@ def test_every_method_has_controls_of_its_own_options(
     assert all(made[name].first for name in first)
     assert all(not made[name].first for name in all_of)
     values = [one.value for one in made.values()]
-    assert chosen(made.values(), values, "") == {}
-    assert pipe.plan([0], None, **chosen(made.values(), values, "")) is not None
+    assert given_options(made.values(), values, "") == {}
+    assert pipe.plan([0], None, **given_options(made.values(), values, "")) is not None
 
 
 def test_what_is_left_alone_is_not_said() -> None:
@@ -89,16 +89,16 @@ def test_what_is_left_alone_is_not_said() -> None:
     values[names.index("skip")] = 0.4
     values[names.index("steps")] = 4.0  # as a browser sends it
     values[names.index("size")] = " 16x16 "
-    given = chosen(made, values, "rho=none levels.kind=edm")
+    given = given_options(made, values, "rho=none levels.kind=edm")
     assert given == {
         "skip": 0.4, "steps": 4, "size": "16x16", "rho": None, "levels.kind": "edm",
     }  # fmt: skip
     assert type(given["steps"]) is int
     values[names.index("skip")] = None
     with pytest.raises(TesseraError, match="`skip`: give a number"):
-        chosen(made, values, "")
+        given_options(made, values, "")
     with pytest.raises(TesseraError, match="not of the form"):
-        chosen(made, [one.value for one in made], "skip")
+        given_options(made, [one.value for one in made], "skip")
 
 
 @pytest.fixture(scope="module")
