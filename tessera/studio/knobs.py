@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -54,7 +54,7 @@ def knobs(options: Iterable[Option]) -> list[Knob]:
 def knob(option: Option) -> Knob | None:
     """The control of an option; None for a whole section of options."""
     types, checks = _taken_apart(option.annotation)
-    if any(isinstance(kind, type) and issubclass(kind, Section | dict) for kind in types):
+    if any(_holds_several(kind) for kind in types):
         return None
     usual = next((check for check in checks if isinstance(check, Usual)), None)
     about = {"meaning": option.meaning, "first": usual is not None}
@@ -72,6 +72,11 @@ def knob(option: Option) -> Knob | None:
     if types in ([int], [float]) and not optional and math.isfinite(option.value):
         return _number(option, types == [int], usual, checks, about)
     return Knob(option.name, option.section, "text", shown_value(option.value), **about)
+
+
+def _holds_several(kind: Any) -> bool:
+    """Whether values of a type are sections of options."""
+    return get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, Section))
 
 
 def _number(
@@ -98,16 +103,18 @@ def _number(
 
 def _bounds(checks: list[Any], whole: bool) -> tuple[float | None, float | None]:
     """The least and largest value; one that is just excluded counts as the largest."""
-    low = high = None
-    for check in checks:
-        if isinstance(check, Ge):
-            low = float(check.ge)  # type: ignore[arg-type]
-        elif isinstance(check, Gt) and whole:
-            low = float(check.gt) + 1  # type: ignore[arg-type]
-        elif isinstance(check, Le):
-            high = float(check.le)  # type: ignore[arg-type]
-        elif isinstance(check, Lt):
-            high = float(check.lt) - (1 if whole else 0)  # type: ignore[arg-type, operator]
+    low: float | None = None
+    high: float | None = None
+    bound: Any
+    for bound in checks:
+        if isinstance(bound, Ge):
+            low = float(bound.ge)
+        elif isinstance(bound, Gt) and whole:
+            low = float(bound.gt) + 1
+        elif isinstance(bound, Le):
+            high = float(bound.le)
+        elif isinstance(bound, Lt):
+            high = float(bound.lt) - (1 if whole else 0)
     return low, high
 
 
@@ -156,7 +163,7 @@ def given_options(shown: Iterable[Knob], values: Iterable[Any], more: str) -> di
     return given | _typed(more)
 
 
-def _typed(more: str) -> Mapping[str, Any]:
+def _typed(more: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in read_changes(more):
         name, _, value = word.partition("=")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -118,13 +118,15 @@ class LiveRuns:
         found = holder(path) if path.is_dir() else None
         output = job.output() if job is not None else ""
         state, problem = _state_without_log(found, job, output)
-        about = {"holder": found, "job": job, "output": output}
+        run = LiveRun(
+            shown, path, state or "failed", problem=problem, output=output, holder=found, job=job
+        )
         try:
             recipe = read_recipe(path)
         except (TesseraError, OSError) as error:
             if state is None and job is None:
-                return LiveRun(shown, path, "broken", problem=_gone(path, error))
-            return LiveRun(shown, path, state or "failed", problem=problem, **about)  # type: ignore[arg-type]
+                return replace(run, state="broken", problem=_gone(path, error))
+            return run
         lines = self._log(path)
         training = _last_with(lines, "loss_per_pixel")
         images = int(lines[-1]["images"] or 0) if lines else 0
@@ -132,13 +134,12 @@ class LiveRuns:
         minutes = (training.get("seconds") or 0) / 60
         over = images >= total or (limit is not None and minutes >= limit)
         if state in (None, "failed") and over:
-            state, problem = "finished", "" if state is None else problem
+            state = "finished"
         elif state == "preparing" and over and _written_by(path, job):
             state = "reporting"
         speed = training.get("images_per_second") or None
-        return LiveRun(
-            name=shown,
-            path=path,
+        return replace(
+            run,
             state=state or "stopped",
             recipe=recipe,
             images=images,
@@ -151,8 +152,6 @@ class LiveRuns:
             last=training,
             scores=_scores(lines),
             preview=newest_preview(path),
-            problem=problem,
-            **about,  # type: ignore[arg-type]
         )
 
     def _log(self, path: Path) -> list[Metrics]:
