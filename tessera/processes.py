@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -47,6 +48,36 @@ def alive(pid: int, since: int | None = None) -> bool:
         return True
     # One that has ended but whose parent has not asked for its exit code yet.
     return status[0] not in ("Z", "X") and since in (None, int(status[19]))
+
+
+def tell(pid: int, since: int | None, number: int) -> bool:
+    """Send a signal to the process `pid` of this machine, if it is the one that began at `since`.
+
+    Where the system has no handles on processes (Linux has), or does not say when one began,
+    nothing is sent: the number may be somebody else's by now.
+
+    Returns:
+        Whether it was sent.
+
+    Raises:
+        PermissionError: the process is another user's.
+    """
+    if since is None or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        handle = os.pidfd_open(pid)
+    except (OSError, OverflowError):  # it has ended
+        return False
+    try:
+        # From here on the handle is of one process, whatever becomes of its number.
+        if not alive(pid, since):
+            return False
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _status(pid: int) -> list[str] | None:

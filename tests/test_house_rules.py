@@ -22,7 +22,7 @@ LINES, FUNCTION_LINES = 500, 80
 TWICE: dict[str, str] = {}
 
 # Extras of those who work on the project, and all others together.
-TOOLS = {"dev", "docs", "all"}
+TOOLS = {"dev", "docs", "browser", "all"}
 
 # What a distribution is imported as, where that is another name.
 MODULES = {"scikit-learn": "sklearn", "torch-fidelity": "torch_fidelity"}

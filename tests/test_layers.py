@@ -26,6 +26,7 @@ LAYERS = (
     ("training", "convert"),
     ("reports",),
     ("quickstart", "sharing", "comparing", "starting"),
+    ("studio",),
     ("cli",),
     ("tessera", "__main__"),
 )  # fmt: skip
@@ -34,7 +35,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 OPTIONAL = {
     "sklearn", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchvision", "tensorboard",
     "torch.utils.tensorboard", "wandb", "huggingface_hub", "lmdb", "pyarrow", "cv2", "pandas",
-    "IPython", "IPython.display",
+    "IPython", "IPython.display", "gradio", "fastapi", "uvicorn",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -28,6 +28,7 @@ from tessera.cli.recipes import recipes_app
 from tessera.cli.relay import relay
 from tessera.cli.report import report
 from tessera.cli.sample import sample
+from tessera.cli.studio import studio
 from tessera.cli.train import train_model
 from tessera.errors import TesseraError
 
@@ -65,6 +66,7 @@ app.command()(cost)
 app.command("train")(train_model)
 app.command()(sample)
 app.command()(report)
+app.command()(studio)
 app.command()(edit)
 app.command()(experts)
 app.command()(relay)

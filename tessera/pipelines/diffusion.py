@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -62,10 +62,10 @@ class DiffusionPipeline(Pipeline):
     def options(self, sampler: str | None = None) -> list[Option]:
         sections = SampleOptions.sections(self.recipe, sampler)
         kind = sampler or self.recipe.sampling.kind
-        known = ", ".join(samplers(self.recipe.sampling))
-        meaning = f"another: {known}; each has options of its own"
+        known = tuple(samplers(self.recipe.sampling))
+        meaning = f"another: {', '.join(known)}; each has options of its own"
         own = [option for name, section in sections.items() for option in listed(name, section)]
-        return [Option("sampler", "sampler", kind, meaning, str), *own]
+        return [Option("sampler", "sampler", kind, meaning, Literal[known]), *own]
 
     def plan(
         self, seeds: Seeds, labels: Label | Iterable[Label] | None = None, **options: Any

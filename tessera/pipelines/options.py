@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import torch
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from tessera.errors import TesseraError
 from tessera.precision import autocast, resolve
@@ -37,7 +38,7 @@ class Option:
         name: as it is given, `name=value`.
         value: without being given.
         meaning: in a few words; "" where the name says all.
-        annotation: its type.
+        annotation: its type, with what its values must be as `Annotated` has it.
     """
 
     section: str
@@ -59,7 +60,15 @@ def listed(title: str, section: Section) -> Iterator[Option]:
             for option in listed(title, value):
                 yield replace(option, name=f"{name}.{option.name}")
         else:
-            yield Option(title, name, value, meaning, field.annotation)
+            yield Option(title, name, value, meaning, _whole_type(field))
+
+
+def _whole_type(field: FieldInfo) -> Any:
+    """The type of a field with its checks, which Pydantic keeps beside it."""
+    made = field.annotation
+    for check in field.metadata:
+        made = Annotated[made, check]
+    return made
 
 
 def choose_sampler(section: SamplerConfig, wanted: str | None) -> SamplerConfig:

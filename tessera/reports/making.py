@@ -17,6 +17,7 @@ from tessera.pipelines.counting import Cost
 from tessera.pipelines.mar import MarPipeline
 from tessera.pipelines.plan import counting_steps
 from tessera.progress import progress
+from tessera.sampling.core import SamplerState
 
 SHOWN_CLASSES = 10
 FRAMES = 8
@@ -126,20 +127,21 @@ def make_frames(
     """
     labels = [classes[i % len(classes)] for i in range(STRIPS)] if classes else None
     plan = pipe.plan(range(seed, seed + STRIPS), labels, **options)
-    frames, tokens = [], isinstance(pipe, MarPipeline)
-    for _, state in pipe.states(plan, range(STRIPS)):
-        wanted = {round(step) for step in np.linspace(1, state.steps, FRAMES)}
-        if state.step not in wanted:
-            continue
-        frames.append(
-            Frame(
-                None if tokens else state.sigma,
-                state.step / state.steps,
-                pipe.to_pixels(state.unit),
-                None if tokens else pipe.to_pixels(state.denoised),
-            )
-        )
-    return frames
+    states = (state for _, state in pipe.states(plan, range(STRIPS)))
+    return [frame for state in states if (frame := frame_of(pipe, state)) is not None]
+
+
+def frame_of(pipe: Pipeline, state: SamplerState, count: int = STRIPS) -> Frame | None:
+    """The first samples of a batch as they are at a step; None at most steps."""
+    if state.step not in {round(step) for step in np.linspace(1, state.steps, FRAMES)}:
+        return None
+    tokens = isinstance(pipe, MarPipeline)
+    return Frame(
+        None if tokens else state.sigma,
+        state.step / state.steps,
+        pipe.to_pixels(state.unit[:count]),
+        None if tokens else pipe.to_pixels(state.denoised[:count]),
+    )
 
 
 def cost_of(pipe: Pipeline, options: dict[str, Any]) -> Cost | None:

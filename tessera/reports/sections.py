@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +14,7 @@ from tessera.reports.advice import advice
 from tessera.reports.charts import Mark, groups, lines, scale, spread
 from tessera.reports.copies import FEWEST_HELD_OUT, Share, wilson
 from tessera.reports.losses import QUARTERS, Quartiles, curves, quarter_curves
+from tessera.reports.making import Frame
 from tessera.reports.measured import CopyCheck, RunReport, shown_columns
 from tessera.reports.page import (
     Picture,
@@ -195,6 +198,18 @@ def _course(report: RunReport) -> str:
     frames = report.frames
     if not frames:
         return ""
+    note = (
+        "From noise to images, at a few of the steps. Above the state after a step, below what the "
+        "network takes the image to be."
+        if frames[0].sigma is not None
+        else "Parts of the image (tokens) are made in an order drawn at random; grey is not made "
+        "yet."
+    )
+    return section("How they come about", frames_strip(frames), note)
+
+
+def frames_strip(frames: Sequence[Frame]) -> str:
+    """The making of some samples as a strip: their states and, below each, where it leads."""
     noise = frames[0].sigma is not None
     heads = ["σ" if noise else "done"]
     heads += [f"{f.sigma:.2g}" if f.sigma is not None else f"{f.share:.0%}" for f in frames]
@@ -205,14 +220,7 @@ def _course(report: RunReport) -> str:
         guess = [f.denoised for f in frames if f.denoised is not None]
         if guess:
             rows.append(("guess", [Picture(g[index], f"guess {index}") for g in guess]))
-    note = (
-        "From noise to images, at a few of the steps. Above the state after a step, below what the "
-        "network takes the image to be."
-        if noise
-        else "Parts of the image (tokens) are made in an order drawn at random; grey is not made "
-        "yet."
-    )
-    return section("How they come about", strip(heads, rows), note)
+    return strip(heads, rows)
 
 
 # ----------------------------------------------------------------------------------------- scores

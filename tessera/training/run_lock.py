@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,46 @@ from tessera.errors import TrainingError
 from tessera.files import atomic_file, create_file, read_json
 
 LOCK = "run.lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has, or had, a run folder.
+
+    Attributes:
+        process: its number; 0 where the lock cannot be read.
+        host: its machine.
+        since: when it took the folder, ISO 8601.
+        here: it is of this machine and container, so that can be told whether it runs.
+        started: when it began, see `processes.started`.
+    """
+
+    process: int
+    host: str
+    since: str
+    here: bool
+    started: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known to have ended."""
+        return self.here and not processes.alive(self.process, self.started)
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who has a run folder, or died with it; None if nobody does."""
+    content = _read(folder / LOCK)
+    if content is None:
+        return None
+    pid, started = content.get("process"), content.get("started")
+    known = type(pid) is int and pid > 0
+    return Holder(
+        process=pid if type(pid) is int and known else 0,
+        host=str(content.get("host", "an unknown host")),
+        since=str(content.get("since", "an unknown time")),
+        here=known and content.get("namespace") == processes.namespace(),
+        started=started if type(started) is int else None,
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import resource
 import secrets
 import sys
@@ -250,9 +251,40 @@ def read_metrics(run_dir: Path) -> list[Metrics]:
 
     Lines of the training, of its validation and of its evaluations stand between each other.
     """
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [values for values in map(_values, lines) if values is not None]
+    return MetricsReader(run_dir).read()
+
+
+class MetricsReader:
+    """Reads the log of a run again and again while it grows, and each line once.
+
+    Args:
+        run_dir: of the run, whose log may be cut or replaced between two calls.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._file: tuple[int, int] | None = None  # which one it is, of the file system
+        self._read = 0
+        self._lines: list[Metrics] = []
+
+    def read(self) -> list[Metrics]:
+        """The lines so far, see `read_metrics`; half a line at the end is none yet."""
+        try:
+            with self._path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                this = state.st_dev, state.st_ino
+                if this != self._file or state.st_size < self._read:
+                    self._file, self._read, self._lines = this, 0, []
+                file.seek(self._read)
+                added = file.read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self._file, self._read, self._lines = None, 0, []
+            return []
+        *lines, rest = added.split(b"\n")
+        self._read += len(added) - len(rest)
+        self._lines += [values for values in map(_values, lines) if values is not None]
+        last = _values(rest) if rest else None
+        return [*self._lines, *([] if last is None else [last])]
 
 
 def _images_of(line: bytes) -> int | None:

@@ -1,6 +1,14 @@
 """The configuration of everything, as frozen, validated models; `kind` selects from a union."""
 
-from tessera.recipes.schema.base import Epoch, Listed, NonNegative, Probability, Section, UserPath
+from tessera.recipes.schema.base import (
+    Epoch,
+    Listed,
+    NonNegative,
+    Probability,
+    Section,
+    UserPath,
+    Usual,
+)
 from tessera.recipes.schema.data import (
     AugmentConfig,
     CodecConfig,
@@ -162,6 +170,7 @@ __all__ = [
     "TransformerSection",
     "UNetSection",
     "UserPath",
+    "Usual",
     "VaeCodecConfig",
     "ValidationConfig",
     "VeObjectiveConfig",

@@ -51,6 +51,18 @@ def _plain(value: Any, name: str = "options") -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Usual:
+    """Of an option that people try first: the values that they try; others may be given as well.
+
+    Attributes:
+        low, high: of numbers; None where there is no such range.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass
 class Epoch:
     """What turns epochs into images while a recipe is read; the context of its validation.
@@ -100,6 +112,8 @@ Clamp = Literal["none", "clean", "noisy"]
 """Of images that descend on an energy, see `diffusion.energy.Clamp`."""
 Steps = Annotated[int, Field(gt=0, le=100_000)]
 """Of a process or a sampler."""
+SomeSteps = Annotated[Steps, Usual(1, 100)]
+"""Of a sampler, of which few are enough."""
 
 
 class Section(BaseModel):

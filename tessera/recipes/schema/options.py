@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section
+from tessera.recipes.schema.base import Listed, NonNegative, Probability, Section, Usual
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,7 +22,7 @@ Sides = Annotated[tuple[PositiveInt, PositiveInt], Listed, BeforeValidator(_side
 class GuidanceConfig(Section):
     """Guidance by the model without class, or by a weaker model."""
 
-    guidance: float = Field(1.0, description="weight; 1 is none")
+    guidance: Annotated[float, Usual(0, 8)] = Field(1.0, description="weight; 1 is none")
     guidance_interval: Annotated[tuple[NonNegative, NonNegative], Listed] | None = Field(
         None, description="LOW,HIGH: noise levels where it acts; none: all"
     )
@@ -41,7 +41,9 @@ class GuidanceConfig(Section):
 class LargerConfig(Section):
     """A whole picture of another size than trained."""
 
-    size: Sides | None = Field(None, description="HEIGHTxWIDTH in pixels of model space")
+    size: Annotated[Sides | None, Usual()] = Field(
+        None, description="HEIGHTxWIDTH in pixels of model space"
+    )
     layout: Literal["tiles", "pad", "windows"] = Field(
         "tiles",
         description="tiles: by the network as it is; pad: on a canvas that fits, then cut; "
@@ -90,7 +92,7 @@ class CanvasConfig(LargerConfig):
 class BricksConfig(Section):
     """Which bricks of a stack run."""
 
-    skip: Probability = Field(
+    skip: Annotated[Probability, Usual(0, 1)] = Field(
         0.0, description="share of the sampler's steps without the last brick of the stack"
     )
     bricks: str | None = Field(

@@ -16,7 +16,9 @@ from tessera.recipes.schema.base import (
     Options,
     Probability,
     Section,
+    SomeSteps,
     Steps,
+    Usual,
 )
 from tessera.recipes.schema.diffusion import BlurObjectiveConfig, ObjectiveSection
 
@@ -228,12 +230,12 @@ class EdmSamplerConfig(DenoisingSamplerSection):
     OWN_LEVELS = ("steps", "sigma_min", "sigma_max", "rho")
 
     kind: Literal["edm"] = "edm"
-    steps: Steps = Field(18, description="number of them")
+    steps: SomeSteps = Field(18, description="number of them")
     solver: Literal["heun", "euler"] = Field("heun", description=SOLVER)
     sigma_min: PositiveFloat = Field(0.002, description=LAST)
     sigma_max: PositiveFloat = Field(80, description=FIRST)
     rho: float = Field(7, ge=0.01, le=1000, description=LONG_STEPS)
-    s_churn: NonNegative = Field(0, description=CHURN)
+    s_churn: Annotated[NonNegative, Usual(0, 100)] = Field(0, description=CHURN)
     s_min: NonNegative = Field(0, description=CHURN_FROM)
     s_max: NonNegative = Field(math.inf, description=CHURN_TO)
     s_noise: NonNegative = Field(1, description=CHURN_SPREAD)
@@ -256,7 +258,9 @@ class RelaySamplerConfig(DenoisingSamplerSection):
     starts_from_noise = False
 
     kind: Literal["relay"] = "relay"
-    steps: Steps = Field(18, description="from sigma_max on; those above sigma_start are left out")
+    steps: SomeSteps = Field(
+        18, description="from sigma_max on; those above sigma_start are left out"
+    )
     sigma_min: PositiveFloat = Field(0.008, description=LAST)
     sigma_max: PositiveFloat = Field(80, description=FIRST)
     rho: float = Field(7, ge=0.01, le=1000, description=LONG_STEPS)
@@ -267,7 +271,7 @@ class RelaySamplerConfig(DenoisingSamplerSection):
         "directions", description="as released, of first order; of second order; or none"
     )
     reuse_noise: bool = Field(False, description="corrections add the new noise of their step")
-    s_churn: NonNegative = Field(0, description=CHURN)
+    s_churn: Annotated[NonNegative, Usual(0, 100)] = Field(0, description=CHURN)
     s_min: NonNegative = Field(0, description=CHURN_FROM)
     s_max: NonNegative = Field(math.inf, description=CHURN_TO)
     churn_noise: NonNegative = Field(1, description=CHURN_SPREAD)
@@ -327,7 +331,7 @@ class AblationSamplerConfig(DenoisingSamplerSection):
     OWN_LEVELS = ("steps", "rho", "c_1", "c_2", "timesteps")
 
     kind: Literal["ablation"] = "ablation"
-    steps: Steps = Field(18, description="number of them")
+    steps: SomeSteps = Field(18, description="number of them")
     solver: Literal["heun", "euler"] = Field("heun", description=SOLVER)
     discretization: Literal["edm", "vp", "ve", "iddpm"] = Field(
         "edm", description="where the steps are: edm, vp, ve or iddpm"
@@ -348,7 +352,7 @@ class AblationSamplerConfig(DenoisingSamplerSection):
     c_2: PositiveFloat = Field(0.008, description="of iddpm: offset of its cosine")
     timesteps: Steps = Field(1000, description="of iddpm: number of its process's steps")
     alpha: PositiveFloat = Field(1, description="second evaluation after this share of a step")
-    s_churn: NonNegative = Field(0, description=CHURN)
+    s_churn: Annotated[NonNegative, Usual(0, 100)] = Field(0, description=CHURN)
     s_min: NonNegative = Field(0, description=CHURN_FROM)
     s_max: NonNegative = Field(math.inf, description=CHURN_TO)
     s_noise: NonNegative = Field(1, description=CHURN_SPREAD)
@@ -364,7 +368,7 @@ class ProcessSamplerConfig(DenoisingSamplerSection):
 
     OWN_LEVELS = ("steps", "noise_schedule")
 
-    steps: str = Field("", description=SPACING)
+    steps: Annotated[str, Usual()] = Field("", description=SPACING)
     clip: Literal["auto", "none", "static", "dynamic"] = Field(
         "auto",
         description="estimates of x: none, static or dynamic; auto: dynamic if guided, else "
@@ -394,7 +398,9 @@ class DdimSamplerConfig(ProcessSamplerConfig):
     """DDIM (Song et al. 2021)."""
 
     kind: Literal["ddim"] = "ddim"
-    eta: NonNegative = Field(0.0, description="amount of noise; 0 is deterministic")
+    eta: Annotated[NonNegative, Usual(0, 1)] = Field(
+        0.0, description="amount of noise; 0 is deterministic"
+    )
 
 
 class ExternalSamplerConfig(DenoisingSamplerSection):
@@ -413,10 +419,16 @@ class MarSamplerConfig(SamplerSection):
     family = "masked"
 
     kind: Literal["mar"] = "mar"
-    num_iter: Steps = Field(64, description="iterations; at most as many as there are tokens")
-    head_steps: str = Field("100", description=f"of each token's diffusion: {SPACING}")
-    temperature: NonNegative = Field(1.0, description="factor of the noise that these add")
-    guidance: FiniteFloat = Field(1.0, description="weight; 1 is none")
+    num_iter: Annotated[Steps, Usual(1, 256)] = Field(
+        64, description="iterations; at most as many as there are tokens"
+    )
+    head_steps: Annotated[str, Usual()] = Field(
+        "100", description=f"of each token's diffusion: {SPACING}"
+    )
+    temperature: Annotated[NonNegative, Usual(0, 2)] = Field(
+        1.0, description="factor of the noise that these add"
+    )
+    guidance: Annotated[FiniteFloat, Usual(0, 8)] = Field(1.0, description="weight; 1 is none")
     guidance_schedule: Literal["linear", "constant"] = Field(
         "linear", description="linear: from 1 up to the weight, as the image fills; or constant"
     )

@@ -1,0 +1,1 @@
+"""A page in the browser over a folder of runs and pipelines."""
