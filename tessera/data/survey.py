@@ -76,7 +76,9 @@ class _Samples:
         if len(ranks) == most and rank > ranks[-1]:
             return
         bisect.insort(ranks, rank)
-        self.images[rank] = apply_transform(visible(image), "center-crop", (_SIDE, _SIDE))
+        square = apply_transform(visible(image), "center-crop", (_SIDE, _SIDE))
+        assert square is not None  # only center-crop-wide leaves pictures out
+        self.images[rank] = square
         for last in ranks[most:]:
             del self.images[last]
         del ranks[most:]
@@ -148,7 +150,8 @@ def survey(
                 _count_levels(levels.setdefault(count, np.zeros((count, 256), np.int64)), planes)
                 label = record.label
                 if isinstance(label, list):
-                    label, vectors = None, len(label)
+                    vectors = len(label)
+                    label = None
                 labels[label] += 1
                 samples.offer(-1 if label is None else label, int(ranks[index]), image)
         kind, name, names, ignored = source.kind, source.name, source.class_names, source.ignored

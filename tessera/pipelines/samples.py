@@ -94,12 +94,13 @@ class Samples:
         return f'<div style="max-width:820px;line-height:0">{cells}</div><small>{self!r}</small>'
 
 
-def facts_html(title: str, facts: Mapping[str, str]) -> str:
+def facts_html(title: str, facts: Mapping[str, str] | Iterable[tuple[str, str]]) -> str:
     """Names and values as a small table for a notebook."""
+    pairs = facts.items() if isinstance(facts, Mapping) else facts
     rows = "".join(
         f'<tr><th style="text-align:left">{html.escape(name)}</th>'
         f'<td style="text-align:left">{html.escape(value)}</td></tr>'
-        for name, value in facts.items()
+        for name, value in pairs
     )
     return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
 

@@ -73,13 +73,8 @@ class PlannedRun:
         ]
 
     def _repr_html_(self) -> str:
-        facts: dict[str, str] = {}
-        last = ""
-        for name, value, why in self.rows():
-            text = f"{value} ({why})" if why else value
-            facts[name or last] = text if name else f"{facts[last]}; {text}"
-            last = name or last
-        return facts_html("plan", facts)
+        rows = ((name, f"{value} ({why})" if why else value) for name, value, why in self.rows())
+        return facts_html("plan", rows)
 
 
 def plan_training(
