@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -101,7 +103,7 @@ def test_who_sees_more_knows_more(power: float, seed: int) -> None:
         assert np.all(images.crop(4, 0, SIGMAS).relative * slack >= 1)
         assert np.all(images.crop(6, 0, SIGMAS).relative * slack >= 1)
         coarse = [images.coarse(factor, SIGMAS).relative for factor in (1, 2, 4, 8)]
-        for finer, coarser in zip(coarse, coarse[1:], strict=False):
+        for finer, coarser in itertools.pairwise(coarse):
             assert np.all(finer <= coarser * slack)
         assert np.all(np.diff(images.full(SIGMAS)) > 0)
     # The same pixels in the middle, from 4x4 pixels and from 8x8 around them.

@@ -141,8 +141,8 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, photos: Path) -> None:
         study_set(measure_set(tiny))
     with pytest.raises(DataError, match="whole blocks"):
         measure_set(photos, Reading(shrink=3))
+    two = write_packed(tmp_path / "two.safetensors", random_images(9, 2, 8))
     with pytest.raises(DataError, match="luma"):
-        two = write_packed(tmp_path / "two.safetensors", random_images(9, 2, 8))
         measure_set(two, planes="luma")
 
 
