@@ -374,11 +374,7 @@ def _choices(
             machine.precision[0] if training.precision == "auto" else training.precision,
             machine.precision[1],
         ),
-        "training.batch": (
-            "batch",
-            str(training.batch),
-            f"about {_rough(steps)} steps in the time",
-        ),
+        "training.batch": ("batch", str(training.batch), f"{_rough(steps)} steps in the time"),
         "optimizer.lr": (
             "learning rate",
             f"{recipe.optimizer.lr:g}",
