@@ -336,7 +336,7 @@ def _choices(
     """The rows of the table."""
     data, training, sizes = recipe.data, recipe.training, facts.sizes
     smallest = min(min(size) for size, _ in sizes)
-    speed = 1 / _seconds(timings)
+    speed, steps = 1 / _seconds(timings), expected / training.batch
     patches = not isinstance(recipe.view, FullViewConfig)
     rows = {
         "data.resolution": (
@@ -374,11 +374,7 @@ def _choices(
             machine.precision[0] if training.precision == "auto" else training.precision,
             machine.precision[1],
         ),
-        "training.batch": (
-            "batch",
-            str(training.batch),
-            f"about {float(f'{expected / training.batch:.1g}'):,.0f} steps in the time",
-        ),
+        "training.batch": ("batch", str(training.batch), f"{_rough(steps)} steps in the time"),
         "optimizer.lr": (
             "learning rate",
             f"{recipe.optimizer.lr:g}",
@@ -392,7 +388,7 @@ def _choices(
         "training.images": (
             "images",
             f"{training.images:,} at most",
-            f"about {float(f'{expected:.2g}'):,.0f} in {training.minutes or 0:g} minutes of steps, "
+            f"about {_rough(expected)} in {training.minutes or 0:g} minutes of steps, "
             f"each image {expected / facts.count:.2g} times",
         ),
         "sampling": (
@@ -405,6 +401,11 @@ def _choices(
         Choice(name, value, "as you say" if _said(key, overrides) else why)
         for key, (name, value, why) in rows.items()
     )
+
+
+def _rough(number: float) -> str:
+    """In two digits."""
+    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 def _said(key: str, overrides: Sequence[str]) -> bool:
