@@ -11,6 +11,7 @@ features of a classifier trained on the same images; it is no FID.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.claims import common
 from tessera.comparing.arms import Arm, Way
@@ -18,6 +19,7 @@ from tessera.comparing.compare import ArmResult
 
 TITLE = "PDM: Heun's method on a discrete model"
 SAMPLERS = {"ddpm": "DDPM, ancestral", "ddim": "DDIM", "edm": "Heun (EDM)"}
+DEFAULTS = {"ddpm": "25,50,100,250", "ddim": "10,25,50,100", "edm": "5,9,18"}
 
 
 def verdict(ancestral: Sequence[ArmResult], heun: Sequence[ArmResult]) -> str:
@@ -55,11 +57,7 @@ def main() -> None:
     parser = common.parser_for("heun_vs_ancestral", __doc__)
     parser.add_argument("--pipeline", help="a trained discrete model: run or pipeline folder")
     parser.add_argument("--guidance", type=float, default=1.0)
-    for sampler, default in (
-        ("ddpm", "25,50,100,250"),
-        ("ddim", "10,25,50,100"),
-        ("edm", "5,9,18"),
-    ):
+    for sampler, default in DEFAULTS.items():
         parser.add_argument(f"--{sampler}", type=numbers, default=default, help="steps, like 5,9")
     options = parser.parse_args()
     steps = {sampler: getattr(options, sampler) for sampler in SAMPLERS}
@@ -68,13 +66,12 @@ def main() -> None:
         for s, name in SAMPLERS.items()
         for n in steps[s]
     ]
-    source, changes = options.pipeline, ()
-    if source is None:
-        source, changes = "cifar10-small-pdm", common.changes(options)
-    made = common.compared([Arm("pdm", source, changes, tuple(ways))], options)
-    rows, found = iter(made.results), {}
-    for sampler in SAMPLERS:
-        found[sampler] = [next(rows) for _ in steps[sampler]]
+    arm = Arm("pdm", "cifar10-small-pdm", common.changes(options), tuple(ways))
+    if options.pipeline is not None:
+        arm = replace(arm, source=options.pipeline, changes=())
+    made = common.compared([arm], options)
+    rows = iter(made.results)
+    found = {sampler: [next(rows) for _ in steps[sampler]] for sampler in SAMPLERS}
     said = verdict(found["ddpm"], found["edm"])
     print(said)
     picture = options.out / "heun_vs_ancestral.png"
