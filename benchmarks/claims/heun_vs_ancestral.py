@@ -26,18 +26,16 @@ def verdict(ancestral: Sequence[ArmResult], heun: Sequence[ArmResult]) -> str:
     """With how many evaluations Heun's method does as well as the best ancestral run."""
     if not ancestral or not heun:
         return ""
-    goal, best = min(ancestral, key=distance), min(heun, key=distance)
-    told = f"The best ancestral score is {distance(goal):.3f}, in {goal.evaluations:g} evaluations."
+    goal = min(ancestral, key=distance)
     reached = [result for result in heun if distance(result) <= distance(goal)]
+    told = f"The best ancestral score is {distance(goal):.3f}, in {goal.evaluations:g} evaluations."
     if not reached:
-        return (
-            f"{told} Heun's method does not reach it: its best is {distance(best):.3f}, in "
-            f"{best.evaluations:g}."
-        )
+        return f"{told} Heun's method does not reach it."
     first = min(reached, key=lambda result: result.evaluations)
+    fewer = goal.evaluations / first.evaluations
     return (
-        f"{told} Heun's method has {distance(first):.3f} in {first.evaluations:g}, "
-        f"{goal.evaluations / first.evaluations:.1f} times fewer."
+        f"{told} Heun's method has {distance(first):.3f} in {first.evaluations:g}, {fewer:.1f} "
+        "times fewer."
     )
 
 
