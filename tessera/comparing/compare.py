@@ -252,7 +252,8 @@ def _results(
     results, notes = list[ArmResult](), list[str]()
     for arm in arms:
         ways = list(arm.ways)
-        for seed in [None] if arm.trained else settings.seeds:
+        seeds: Sequence[int | None] = [None] if arm.trained else settings.seeds
+        for seed in seeds:
             folder = None if seed is None else place(arm, out, settings, seed)
             pipe = load(arm.source if folder is None else folder / "pipeline", device=device)
             if settings.equal_cost and arm is not arms[0] and seed in (None, settings.seed):

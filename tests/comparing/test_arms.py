@@ -47,8 +47,8 @@ def test_stages_share_the_time_and_become_one(place: Path, tmp_path: Path) -> No
     assert tessera.load(tmp_path / "relay" / "pipeline").kind == "relay"
     # The noisy expert began with what the clean one was in the end.
     assert (tmp_path / "pair" / "stage-1" / "model.safetensors").is_file()
-    began = json.loads((tmp_path / "pair" / "run-1" / "recipe.json").read_text())
-    assert began["training"]["initial_weights"].endswith("stage-1")
+    began = load_recipe(tmp_path / "pair" / "run-1" / "recipe.yaml").training.initial_weights
+    assert began == str(tmp_path / "pair" / "stage-1")
     assert Arm.from_dict(json.loads(json.dumps(asdict(arms[1])))) == arms[1]
     with pytest.raises(TesseraError, match="joined as one of relay, experts"):
         compare_arms([replace(arms[0], join="sum")], tmp_path, SETTINGS)
