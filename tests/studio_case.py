@@ -95,8 +95,8 @@ class Visitor:
             self.wrong.append(f"console: {message.text}")
 
     def _failed(self, request: Any) -> None:
-        # The page ends its own streams of events when it has heard what it waited for.
-        if not ("/queue/data" in request.url and "ABORTED" in (request.failure or "")):
+        # The page ends its own streams when it has heard what it waited for, or is loaded anew.
+        if not ("/gradio_api/" in request.url and "ABORTED" in (request.failure or "")):
             self.wrong.append(f"failed: {request.url} {request.failure}")
 
     def _asked(self, request: Any) -> None:
