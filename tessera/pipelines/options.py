@@ -65,7 +65,7 @@ def listed(title: str, section: Section) -> Iterator[Option]:
 
 def _whole_type(field: FieldInfo) -> Any:
     """The type of a field with its checks, which Pydantic keeps beside it."""
-    made = field.annotation
+    made: Any = field.annotation
     for check in field.metadata:
         made = Annotated[made, check]
     return made

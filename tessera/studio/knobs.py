@@ -57,7 +57,7 @@ def knob(option: Option) -> Knob | None:
     if any(_holds_several(kind) for kind in types):
         return None
     usual = next((check for check in checks if isinstance(check, Usual)), None)
-    about = {"meaning": option.meaning, "first": usual is not None}
+    about: dict[str, Any] = {"meaning": option.meaning, "first": usual is not None}
     optional, types = NoneType in types, [kind for kind in types if kind is not NoneType]
     literals = [kind for kind in types if get_origin(kind) is Literal]
     if types == [bool] and not optional:
@@ -66,9 +66,7 @@ def knob(option: Option) -> Knob | None:
         choices = [str(choice) for kind in literals for choice in get_args(kind)]
         choices = [NONE] * optional + choices
         value = NONE if option.value is None else str(option.value)
-        return Knob(
-            option.name, option.section, "choice", value, **about, choices=tuple(choices)
-        )  # fmt: skip
+        return Knob(option.name, option.section, "choice", value, choices=tuple(choices), **about)
     if types in ([int], [float]) and not optional and math.isfinite(option.value):
         return _number(option, types == [int], usual, checks, about)
     return Knob(option.name, option.section, "text", shown_value(option.value), **about)
@@ -90,9 +88,7 @@ def _number(
         high = usual.high if high is None else min(usual.high, high)
     small = usual is not None or (high is not None and high <= 100)
     if low is None or high is None or not small:
-        return Knob(
-            option.name, option.section, "number", option.value, **about, whole=whole
-        )  # fmt: skip
+        return Knob(option.name, option.section, "number", option.value, whole=whole, **about)
     low, high = min(low, option.value), max(high, option.value)
     step = 1.0 if whole else 10.0 ** math.floor(math.log10((high - low) / 20))
     return Knob(

@@ -95,6 +95,9 @@ class SamplePage:
         for one in shown:
             if one.first:
                 made[one.name] = _control(gr, one)
+        with gr.Row():
+            button = gr.Button("Sample", variant="primary", elem_id="sample-go", min_width=120)
+            stop = gr.Button("Stop", elem_id="sample-stop", min_width=80)
         with gr.Accordion("All options of this model", open=False, elem_id="sample-all"):
             section = None
             for one in shown:
@@ -109,9 +112,6 @@ class SamplePage:
             info="Takes the place of the controls. " + _typed_only(options, shown),
             elem_id="sample-more",
         )
-        with gr.Row():
-            button = gr.Button("Sample", variant="primary", elem_id="sample-go", min_width=120)
-            stop = gr.Button("Stop", elem_id="sample-stop", min_width=80)
         controls = [made[one.name] for one in shown]
 
         def sample(

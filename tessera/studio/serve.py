@@ -105,7 +105,7 @@ class Server:
     def __init__(self, application: Any, bound: socket.socket) -> None:
         uvicorn: Any = require_extra("uvicorn", "studio", "tessera studio")
         config = uvicorn.Config(
-            application, log_level="error", timeout_graceful_shutdown=1, server_header=False,
+            application, log_level="critical", timeout_graceful_shutdown=1, server_header=False,
             proxy_headers=False,
         )  # fmt: skip
         self._server, self._bound = uvicorn.Server(config), bound

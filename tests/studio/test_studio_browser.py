@@ -15,6 +15,8 @@ from studio_case import Visitor, browser, needs_browser, needs_gradio, photograp
 from tiny_pipeline import tiny_pipeline
 from training_case import tiny_recipe
 
+from tessera.starting import cache
+from tessera.training.forecast import Timings
 from tessera.training.trainer import Trainer
 
 pytestmark = [pytest.mark.studio, needs_gradio, needs_browser]
@@ -25,6 +27,11 @@ TINY = (
     "training.images=4000000 sampling.steps=2 run.tensorboard=false run.report=false "
     "run.log_every_images=64 run.preview.every_images=64 run.preview.rows=1 data.held_out=null"
 )
+
+
+def quick(recipe: Any, device: Any) -> Timings:
+    """A measurement that takes no time."""
+    return Timings({(recipe.training.batch, None): 0.01}, 0.1, 0.0, 0.1, 10**6)
 
 
 class Place:
@@ -51,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     photographs(folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TESSERA_CACHE", str(folder / "cache"))
+        patch.setattr(cache, "_measured", quick)
         with running(runs) as url, browser() as chromium:
             yield Place(folder, url, chromium.new_context(viewport={"width": 1280, "height": 900}))
 
@@ -64,10 +72,12 @@ def visitor(place: Place) -> Iterator[Visitor]:
 
 def test_every_page_is_shown_in_light_and_dark_and_on_a_phone(visitor: Visitor) -> None:
     page = visitor.page
-    visitor.sees("watch-status", "images seen")
     for scheme, width in (("light", 1280), ("dark", 390)):
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 844})
+        page.reload()
+        visitor.sees("watch-status", "images seen")
+        assert (page.locator("body.dark").count() == 1) == (scheme == "dark")
         for tab in TABS:
             visitor.open(tab)
             page.wait_for_selector('[role="tabpanel"]:visible')
@@ -75,6 +85,7 @@ def test_every_page_is_shown_in_light_and_dark_and_on_a_phone(visitor: Visitor) 
             assert wide <= 0, tab
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 1280, "height": 900})
+    page.reload()
 
 
 def test_from_photographs_to_samples(place: Place, visitor: Visitor) -> None:
