@@ -60,16 +60,6 @@ class Forecast:
             )
         return rows
 
-    def rows(self) -> dict[str, str]:
-        """Time and memory for people, as rows of a table."""
-        extra = self.extra_seconds
-        parts = f", {duration(extra)} of it previews, scores, checkpoints" if extra >= 1 else ""
-        return {
-            "time here": f"about {duration(self.seconds)}{parts}, "
-            f"{self.images_per_second:.3g} images/s",
-            "memory here": f"about {human(self.memory_bytes, 'B')} at the peak",
-        }
-
 
 @dataclass(frozen=True)
 class Timings:
