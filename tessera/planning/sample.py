@@ -137,8 +137,8 @@ def _images(path: Path, reading: Reading) -> Iterator[ImageSample]:
         wanted = set(choose_subset(source.count, count, derive_seed(reading.seed, "plan")).tolist())
         rest = (record for index, record in enumerate(records, at + 1) if index in wanted)
         load = _loader(reading, shape)
-        head = [[first]] if at in wanted else []
-        chunks = iter(lambda: list(itertools.islice(rest, _CHUNK)), [])
+        head: list[list[NDArray[np.uint8] | str]] = [[first]] if at in wanted else []
+        chunks = _chunks(rest)
         loaded = ordered_map(lambda chunk: [*map(load, chunk)], chunks, cores(), cores() + 2)
         bars = progress(f"reading {source.name}", count, unit="images")
         with contextlib.closing(loaded), bars as bar:
@@ -196,6 +196,11 @@ def _loader(
         return f"{record.name}: {shape_text(pixels.shape)}, unlike the first image"
 
     return load
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    while chunk := list(itertools.islice(records, _CHUNK)):
+        yield chunk
 
 
 def _batched(
