@@ -217,8 +217,8 @@ class PixelCovariance(Covariance):
     def _from_blocks(self, factor: int, sigmas: Array) -> Array:
         height, width = self._size
         blocks = (height // factor, factor, width // factor, factor)
-        members = np.arange(height * width).reshape(blocks).transpose(0, 2, 1, 3)
-        members = members.reshape(-1, factor**2)
+        numbers = np.arange(height * width).reshape(blocks).transpose(0, 2, 1, 3)
+        members = numbers.reshape(-1, factor**2)
         errors = []
         for plane in self._values:
             with_means = plane[:, members].mean(2)

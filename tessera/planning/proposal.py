@@ -16,7 +16,7 @@ from tessera.errors import DataError
 from tessera.planning.linear import LARGEST_CROP, smallest_sigma
 from tessera.planning.sample import Reading
 from tessera.planning.spectrum import measure_set
-from tessera.planning.study import DataStudy, Sight, noise_range, study_set, training_levels
+from tessera.planning.study import DataStudy, Sight, sampling_range, study_set, training_levels
 
 BOUND = 1.03
 """Error that is worth its savings, relative to that of the full image."""
@@ -192,7 +192,7 @@ def _two(value: float) -> float:
 
 def _sampling(study: DataStudy) -> _Part:
     measured = study.measured
-    low, high = map(_two, noise_range(measured.covariance, of_pixels=measured.of_pixels))
+    low, high = map(_two, sampling_range(measured.covariance, of_pixels=measured.of_pixels))
     step = "rounding to 8 bits" if measured.of_pixels else "a 250th of the spread"
     why = f"{step}; noise whose difference from images under it is 0.01 nats"
     told = Advice("noise levels", f"{low:g} to {high:g}", why)

@@ -142,8 +142,8 @@ def _images(path: Path, reading: Reading) -> Iterator[ImageSample]:
         loaded = ordered_map(lambda chunk: [*map(load, chunk)], chunks, cores(), cores() + 2)
         bars = progress(f"reading {source.name}", count, unit="images")
         with contextlib.closing(loaded), bars as bar:
-            every = itertools.chain.from_iterable(itertools.chain(head, loaded))
-            batches = _batched(every, skipped, bar.advance)
+            every: Iterator[list[NDArray[np.uint8] | str]] = itertools.chain(head, loaded)
+            batches = _batched(itertools.chain.from_iterable(every), skipped, bar.advance)
             small = _shrunk(shape, reading.shrink, source.name)
             yield ImageSample(
                 source.name, small, source.count, count, True, True,
@@ -259,6 +259,7 @@ def _drawn(
                 noise = numpy_generator(seed, "plan", "latent", start).standard_normal(
                     values.shape, np.float32
                 )
-                values = values + np.exp(0.5 * np.minimum(moments[:, channels:], 20)) * noise
+                spread = np.exp(0.5 * np.minimum(moments[:, channels:], 20))
+                values = (values + spread * noise).astype(np.float32)
             yield torch.from_numpy((values - shift) * scale)
             bar.advance(len(part))

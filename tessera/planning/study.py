@@ -90,7 +90,7 @@ def study_set(measured: MeasuredSet) -> DataStudy:
             f"{measured.name}: {height}x{width} is too small to see less of; take images of "
             f"{_SMALLEST} pixels a side or more"
         )
-    low, high = noise_range(covariance, of_pixels=measured.of_pixels)
+    low, high = sampling_range(covariance, of_pixels=measured.of_pixels)
     sigmas = np.union1d(
         log_spaced(min(low, TABLE_SIGMAS[0]), max(high, TABLE_SIGMAS[-1]), _POINTS), TABLE_SIGMAS
     )
@@ -114,7 +114,7 @@ def coarse_factors(size: tuple[int, int]) -> list[int]:
     return found
 
 
-def noise_range(covariance: Covariance, *, of_pixels: bool) -> tuple[float, float]:
+def sampling_range(covariance: Covariance, *, of_pixels: bool) -> tuple[float, float]:
     """Lowest and highest noise level of sampling.
 
     The lowest is the error of rounding to a step of 8 bits; of latents, EDM's in their standard

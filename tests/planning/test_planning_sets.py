@@ -28,7 +28,7 @@ from tessera.planning.study import (
     DataStudy,
     Sight,
     coarse_factors,
-    noise_range,
+    sampling_range,
     study_set,
     training_levels,
 )
@@ -181,11 +181,11 @@ def test_latents_are_measured_as_they_are_trained_on(tmp_path: Path) -> None:
 def test_noise_levels_of_white_images() -> None:
     """The divergence of n numbers of variance v from noise is about n v² / (4 σ⁴)."""
     white = PowerSpectrum(np.full((1, 16, 16), 0.25))
-    low, high = noise_range(white, of_pixels=True)
+    low, high = sampling_range(white, of_pixels=True)
     assert low == pytest.approx(2 / 255 / 12**0.5)
     assert high == pytest.approx((256 * 0.25**2 / 4 / 0.01) ** 0.25, rel=0.02)
     moved = PowerSpectrum(np.full((1, 16, 16), 0.25), mean_square=100.0)
-    assert noise_range(moved, of_pixels=True)[1] == pytest.approx((50 / 0.01) ** 0.5, rel=0.02)
+    assert sampling_range(moved, of_pixels=True)[1] == pytest.approx((50 / 0.01) ** 0.5, rel=0.02)
     assert training_levels(white)[0] == pytest.approx(math.log(0.5))
 
 
