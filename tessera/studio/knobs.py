@@ -99,18 +99,17 @@ def _number(
 
 def _bounds(checks: list[Any], whole: bool) -> tuple[float | None, float | None]:
     """The least and largest value; one that is just excluded counts as the largest."""
-    low: float | None = None
-    high: float | None = None
-    bound: Any
-    for bound in checks:
-        if isinstance(bound, Ge):
-            low = float(bound.ge)
-        elif isinstance(bound, Gt) and whole:
-            low = float(bound.gt) + 1
-        elif isinstance(bound, Le):
-            high = float(bound.le)
-        elif isinstance(bound, Lt):
-            high = float(bound.lt) - (1 if whole else 0)
+    found = {
+        name: float(getattr(check, name))
+        for check in checks
+        for kind, name in ((Ge, "ge"), (Gt, "gt"), (Le, "le"), (Lt, "lt"))
+        if isinstance(check, kind)
+    }
+    low, high = found.get("ge"), found.get("le")
+    if "gt" in found and whole:
+        low = found["gt"] + 1
+    if "lt" in found:
+        high = found["lt"] - (1 if whole else 0)
     return low, high
 
 

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tessera.errors import TesseraError
 from tessera.progress import time_text
@@ -15,7 +15,7 @@ from tessera.reports.charts import Series
 from tessera.reports.losses import curves
 from tessera.studio.folder import StudioFolder
 from tessera.studio.jobs import Jobs, TrainingJob
-from tessera.training.run_folder import read_recipe
+from tessera.training.run_folder import RECIPE, read_recipe
 from tessera.training.run_lock import Holder, holder
 from tessera.training.tracking import Metrics, MetricsReader
 
@@ -98,6 +98,7 @@ class LiveRuns:
     def __init__(self, folder: StudioFolder, jobs: Jobs) -> None:
         self._folder, self._jobs = folder, jobs
         self._readers: OrderedDict[Path, MetricsReader] = OrderedDict()
+        self._recipes: OrderedDict[Path, tuple[Any, Recipe | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -122,7 +123,7 @@ class LiveRuns:
             shown, path, state or "failed", problem=problem, output=output, holder=found, job=job
         )
         try:
-            recipe = read_recipe(path)
+            recipe = self._recipe(path)
         except (TesseraError, OSError) as error:
             if state is None and job is None:
                 return replace(run, state="broken", problem=_gone(path, error))
@@ -153,6 +154,22 @@ class LiveRuns:
             scores=_scores(lines),
             preview=newest_preview(path),
         )
+
+    def _recipe(self, path: Path) -> Recipe:
+        """The recipe of a run, which is read again when its file is another one."""
+        try:
+            state = (path / RECIPE).stat()
+        except OSError:
+            return read_recipe(path)  # which says what is missing
+        key = state.st_ino, state.st_mtime_ns, state.st_size
+        with self._lock:
+            known, recipe = self._recipes.pop(path, (None, None))
+            if recipe is None or known != key:
+                recipe = read_recipe(path)
+            self._recipes[path] = key, recipe
+            while len(self._recipes) > _KEPT:
+                self._recipes.popitem(last=False)
+            return recipe
 
     def _log(self, path: Path) -> list[Metrics]:
         """The lines of a log; those of runs that nobody looked at for long are forgotten."""
