@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import ModuleType
@@ -89,10 +89,9 @@ def unet(side: int, channels: int, classes: int, width: int) -> nn.Module:
         classes: that it is told; 0 for none, as in the example.
         width: channels of the first level, a multiple of 4; those models have 128.
     """
-    if side <= 32:
-        multiples, attended = (1, 2, 2, 2), 1
-    else:
-        multiples, attended = (1, 1, 2, 2, 4, 4), 4
+    small = side <= 32
+    multiples: Sequence[int] = (1, 2, 2, 2) if small else (1, 1, 2, 2, 4, 4)
+    attended = 1 if small else 4
     # No level can be smaller than a pixel.
     levels = min(len(multiples), side.bit_length())
     attended = min(attended, levels - 1)
@@ -161,7 +160,7 @@ class Example:
         self._draws = torch.Generator().manual_seed(seed)
         self._process = module.DDPMScheduler(num_train_timesteps=STEPS, beta_schedule="linear")
         self.layout = self._faster_layout()
-        self.network.to(memory_format=self.layout)
+        self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
@@ -226,7 +225,8 @@ class Example:
         """Rows of each step: every image once an epoch, in a new order."""
         while True:
             rows = torch.randperm(len(self._images), generator=self._draws)
-            yield from rows[: len(rows) // self.batch * self.batch or None].split(self.batch)
+            whole = rows[: len(rows) // self.batch * self.batch or None]
+            yield from torch.split(whole, self.batch)
 
     def _step(self, rows: Tensor) -> None:
         clean = from_uint8(self._images[rows])
@@ -236,7 +236,8 @@ class Example:
         noise = torch.randn(clean.shape, generator=self._draws).to(self.device)
         times = torch.randint(0, STEPS, (len(clean),), generator=self._draws).to(self.device)
         noisy = self._process.add_noise(clean, noise, times)
-        nn.functional.mse_loss(self._predict(noisy, times, told), noise).backward()
+        loss = nn.functional.mse_loss(self._predict(noisy, times, told), noise)
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -263,13 +264,13 @@ class Example:
         told = None if self._labels is None else torch.zeros_like(times)
 
         def passes() -> None:
-            self._predict(z, times, told).square().mean().backward()
+            torch.autograd.backward(self._predict(z, times, told).square().mean())
 
         layouts = (torch.contiguous_format, torch.channels_last)
         best: dict[torch.memory_format, float] = {}
         for attempt in range(3):
             for self.layout in layouts:
-                self.network.to(memory_format=self.layout)
+                self.network.to(memory_format=self.layout)  # type: ignore[call-overload]
                 took = self._timed(passes)
                 if attempt:  # the first calls are slow
                     best[self.layout] = min(took, best.get(self.layout, math.inf))

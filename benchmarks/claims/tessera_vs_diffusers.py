@@ -281,7 +281,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[str
     """Leave in `folder` what both arms read; the recipe, and both networks' sizes and the width."""
     recipe = planned(options)
     write_json(folder / "recipe.json", dump_recipe(recipe))
-    reference = open_reference(options.reference or recipe.data.path, device=device())
+    reference = open_reference(options.reference or recipe.data.path or "", device=device())
     save_reference(folder / "reference.npz", reference)
     data, classes = recipe.data, recipe.data.num_classes
     with torch.device("meta"):
