@@ -78,15 +78,13 @@ def plan_data(
         print(json.dumps(plain, indent=2, ensure_ascii=False))
     else:
         _show(study, proposal, recipe)
-    for path, content in ((save, recipe.encode()), (plot, None)):
-        if path is None:
-            continue
-        if content is None:
-            write_plot(path, study, proposal, recipe)
-        else:
-            with atomic_file(path) as file:
-                file.write(content)
-        if not as_json:
+    if save is not None:
+        with atomic_file(save) as file:
+            file.write(recipe.encode())
+    if plot is not None:
+        write_plot(plot, study, proposal, recipe)
+    if not as_json:
+        for path in filter(None, (save, plot)):
             print(f"written to {path}")
 
 
