@@ -45,7 +45,7 @@ def build(desk: Desk) -> Any:
             names = [entry.name for entry in desk.folder.entries() if entry.is_run]
             return gr.Dropdown(choices=names, value=[v for v in values or [] if v in names])
 
-        quiet = {"queue": False, "show_progress": "hidden", "api_name": False}
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         sample_tab.select(models, [sample.which], [sample.which], **quiet)
         compare_tab.select(runs, [compare.which], [compare.which], **quiet)
     return blocks

@@ -74,7 +74,7 @@ class BeginPage:
             self._started,
             [*wish, name, plan],
             [notice, tabs, which, go],
-            api_name=False,
+            api_visibility="private",
             show_progress="hidden",
         )
         gr.on(
@@ -83,7 +83,7 @@ class BeginPage:
             None,
             [go],
             queue=False,
-            api_name=False,
+            api_visibility="private",
         )
 
     def plan(self, images: str, minutes: float | None, changes: str, name: str) -> list[Any]:

@@ -65,7 +65,9 @@ class SamplePage:
                     elem_id="sample-course",
                     padding=False,
                 )
-        self.which.change(lambda: None, None, [self._sampler], queue=False, api_name=False)
+        self.which.change(
+            lambda: None, None, [self._sampler], queue=False, api_visibility="private"
+        )
 
     def _panel(self, name: str | None, sampler: str | None) -> None:
         """The controls of a model."""

@@ -187,6 +187,6 @@ def _application(folder: StudioFolder, scratch: Path, address: Address, device: 
     mounted = gradio().mount_gradio_app(
         application, blocks, path="/", server_name=address.host, server_port=address.port,
         footer_links=[], ssr_mode=False, show_error=False, max_file_size=1024, pwa=False,
-        mcp_server=False, enable_monitoring=False, **appearance(),
+        mcp_server=False, enable_monitoring=False, run_history=False, **appearance(),
     )  # fmt: skip
     return Guard(mounted, address.host, address.token, f"tessera-studio-{address.port}")

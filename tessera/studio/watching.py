@@ -71,13 +71,13 @@ class WatchPage:
             api_name="watch",
             **quiet,
         )
-        self.which.change(self.look, **look, **quiet, api_name=False)
-        pressed = {"outputs": [self._notice], **quiet, "api_name": False}
+        self.which.change(self.look, **look, **quiet, api_visibility="private")
+        pressed = {"outputs": [self._notice], **quiet, "api_visibility": "private"}
         self._stop.click(self._stopped, [self.which], **pressed).then(
-            self.look, **look, **quiet, api_name=False
+            self.look, **look, **quiet, api_visibility="private"
         )
         self._resume.click(self._resumed, [self.which, self._changes], **pressed).then(
-            self.look, **look, **quiet, api_name=False
+            self.look, **look, **quiet, api_visibility="private"
         )
 
     def tick(self, name: str | None, seen: dict[str, Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -53,6 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     shutil.copytree(runs / "first", runs / "goes")
     (runs / "broken").mkdir()
     (runs / "broken" / "recipe.yaml").write_text("name: [")
+    os.utime(runs / "broken" / "recipe.yaml", (1, 1))  # the last one in the list
     tiny_pipeline().save(runs / "damaged")
     (runs / "damaged" / "model.safetensors").write_bytes(b"nothing")
     photographs(folder / "photos")
