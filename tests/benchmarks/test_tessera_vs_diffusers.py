@@ -129,7 +129,7 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     data = tmp_path / "tiny.safetensors"
     save_reference(tmp_path / "real.npz", build_reference(open_dataset(data), training_images=60))
     (tmp_path / "README.md").write_text(
-        "# a\n<!-- begin tessera_vs_diffusers -->\nold\n<!-- end tessera_vs_diffusers -->\nafter\n"
+        "# a\n<!-- begin tessera_vs_diffusers -->\nstale figures\n<!-- end tessera_vs_diffusers -->\nafter\n"
     )
     monkeypatch.setattr(harness, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "RESULTS.md")
@@ -154,7 +154,7 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     distances = [float(row[5]) for row in rows]
     assert distances[-1] <= min(distances[:-1])  # real images are the nearest
     readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme
+    assert "stale" not in readme
     assert readme.startswith("# a\n<!-- begin")
     assert readme.endswith("-->\nafter\n")
     sampled = r"(DPM-Solver\+\+|DDIM|DDPM), 2 steps"
