@@ -326,8 +326,10 @@ def _equal_way(pipe: Pipeline, way: Way, settings: CompareSettings, gflops: floa
     def cost(steps: int) -> float:
         return pipe.cost(**{**options, "steps": steps}).sample_flops / 1e9
 
-    low, high = 1, _MOST_STEPS
-    while high - low > 1:  # costs rise with the steps
+    low, high = 1, 2
+    while high < _MOST_STEPS and cost(high) <= gflops:  # costs rise with the steps
+        low, high = high, 2 * high
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= gflops else (low, middle)
     steps = min((low, high), key=lambda n: abs(cost(n) - gflops))
