@@ -48,6 +48,7 @@ class SamplePage:
                 self._notice = gr.HTML(padding=False, elem_id="sample-notice")
                 self._gallery = gr.Gallery(
                     label="Samples",
+                    show_label=False,
                     columns=8,
                     object_fit="contain",
                     format="png",
@@ -149,10 +150,9 @@ class SamplePage:
             for made in self._desk.bench.make(request):
                 if made.images is not None:
                     files = self._files(made)
-                    yield (
-                        "", _captioned(files[1:], made), gr.DownloadButton(str(files[0]),
-                        visible=True), html.facts(made.facts), html.making(made.frames, 1.0),
-                    )  # fmt: skip
+                    archive = gr.DownloadButton(value=str(files[0]), visible=True)
+                    course = html.making(made.frames, 1.0)
+                    yield "", _captioned(files[1:], made), archive, html.facts(made.facts), course
                 elif len(made.frames) != frames:
                     frames = len(made.frames)
                     yield "", *stay, html.making(made.frames, made.share)
