@@ -91,7 +91,7 @@ class SamplePage:
         with gr.Row():
             seeds = gr.Textbox(
                 "0-7", label="Seeds", info=f"Like 0-7,100; at most {MOST}.", elem_id="sample-seeds",
-                min_width=120,
+                interactive=True, min_width=120,
             )  # fmt: skip
             label = _class_list(gr, pipe)
         made: dict[str, Any] = {}
@@ -114,6 +114,7 @@ class SamplePage:
             label="More, as KEY=VALUE",
             info="Takes the place of the controls. " + _typed_only(options, shown),
             elem_id="sample-more",
+            interactive=True,
         )
         controls = [made[one.name] for one in shown]
 
@@ -201,11 +202,14 @@ def _class_list(gr: Any, pipe: Pipeline) -> Any:
 
 def _control(gr: Any, one: Knob) -> Any:
     """The control of an option."""
-    about = {"label": one.name, "info": one.meaning or None, "elem_id": f"option-{one.name}"}
+    about = {
+        "label": one.name, "info": one.meaning or None, "elem_id": f"option-{one.name}",
+        "interactive": True,  # which Gradio does not see of what is made while the page is shown
+    }  # fmt: skip
     if one.kind == "switch":
         return gr.Checkbox(one.value, **about)
     if one.kind == "choice":
-        return gr.Dropdown([*one.choices], value=one.value, **about, interactive=True)
+        return gr.Dropdown([*one.choices], value=one.value, **about)
     if one.kind == "slider":
         return gr.Slider(one.low, one.high, one.value, step=one.step, **about)
     if one.kind == "number":
