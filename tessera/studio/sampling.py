@@ -48,6 +48,7 @@ class SamplePage:
                 self._notice = gr.HTML(padding=False, elem_id="sample-notice")
                 self._gallery = gr.Gallery(
                     label="Samples",
+                    show_label=False,
                     columns=8,
                     object_fit="contain",
                     format="png",
@@ -90,7 +91,7 @@ class SamplePage:
         with gr.Row():
             seeds = gr.Textbox(
                 "0-7", label="Seeds", info=f"Like 0-7,100; at most {MOST}.", elem_id="sample-seeds",
-                min_width=120,
+                interactive=True, min_width=120,
             )  # fmt: skip
             label = _class_list(gr, pipe)
         made: dict[str, Any] = {}
@@ -113,6 +114,7 @@ class SamplePage:
             label="More, as KEY=VALUE",
             info="Takes the place of the controls. " + _typed_only(options, shown),
             elem_id="sample-more",
+            interactive=True,
         )
         controls = [made[one.name] for one in shown]
 
@@ -149,10 +151,9 @@ class SamplePage:
             for made in self._desk.bench.make(request):
                 if made.images is not None:
                     files = self._files(made)
-                    yield (
-                        "", _captioned(files[1:], made), gr.DownloadButton(str(files[0]),
-                        visible=True), html.facts(made.facts), html.making(made.frames, 1.0),
-                    )  # fmt: skip
+                    archive = gr.DownloadButton(value=str(files[0]), visible=True)
+                    course = html.making(made.frames, 1.0)
+                    yield "", _captioned(files[1:], made), archive, html.facts(made.facts), course
                 elif len(made.frames) != frames:
                     frames = len(made.frames)
                     yield "", *stay, html.making(made.frames, made.share)
@@ -201,11 +202,14 @@ def _class_list(gr: Any, pipe: Pipeline) -> Any:
 
 def _control(gr: Any, one: Knob) -> Any:
     """The control of an option."""
-    about = {"label": one.name, "info": one.meaning or None, "elem_id": f"option-{one.name}"}
+    about = {
+        "label": one.name, "info": one.meaning or None, "elem_id": f"option-{one.name}",
+        "interactive": True,  # which Gradio does not see of what is made while the page is shown
+    }  # fmt: skip
     if one.kind == "switch":
         return gr.Checkbox(one.value, **about)
     if one.kind == "choice":
-        return gr.Dropdown([*one.choices], value=one.value, **about, interactive=True)
+        return gr.Dropdown([*one.choices], value=one.value, **about)
     if one.kind == "slider":
         return gr.Slider(one.low, one.high, one.value, step=one.step, **about)
     if one.kind == "number":

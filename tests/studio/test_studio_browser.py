@@ -68,26 +68,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture
 def visitor(place: Place) -> Iterator[Visitor]:
     """The page, in which nothing may have gone wrong at the end."""
+    place.visitor.wrong.clear()
     yield place.visitor
     assert place.visitor.wrong == []
 
 
-def test_every_page_is_shown_in_light_and_dark_and_on_a_phone(visitor: Visitor) -> None:
-    page = visitor.page
-    for scheme, width in (("light", 1280), ("dark", 390)):
-        page.emulate_media(color_scheme=scheme)
-        page.set_viewport_size({"width": width, "height": 844})
-        page.reload()
-        visitor.sees("watch-status", "images seen")
-        assert (page.locator("body.dark").count() == 1) == (scheme == "dark")
-        for tab in TABS:
-            visitor.open(tab)
-            page.wait_for_selector('[role="tabpanel"]:visible')
-            wide = page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
-            assert wide <= 0, tab
-    page.emulate_media(color_scheme="light")
-    page.set_viewport_size({"width": 1280, "height": 900})
-    page.reload()
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_every_page_is_shown_in_light_and_dark_and_on_a_phone(
+    place: Place, scheme: Any, width: int
+) -> None:
+    context = place.visitor.page.context.browser.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 844}
+    )
+    guest = Visitor(context, place.url)
+    guest.sees("watch-status", "images seen")
+    assert (guest.page.locator("body.dark").count() == 1) == (scheme == "dark")
+    for tab in TABS:
+        guest.open(tab)
+        guest.page.wait_for_selector('[role="tabpanel"]:visible')
+        wide = guest.page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
+        assert wide <= 0, tab
+    assert guest.wrong == []
+    context.close()
 
 
 def test_from_photographs_to_samples(place: Place, visitor: Visitor) -> None:
