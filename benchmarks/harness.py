@@ -156,10 +156,10 @@ def record_readme(name: str, text: str) -> None:
         ValueError: the marks are not there.
     """
     body = README.read_text()
-    begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     before, found, rest = body.partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
         raise ValueError(f"{README} has no lines {begin.strip()} and {end.strip()}")
     with atomic_file(README, "w") as file:
-        file.write(f"{before}{begin}{text.strip()}{end}{after}")
+        file.write(f"{before}{begin}{text.strip()}\n{end}{after}")

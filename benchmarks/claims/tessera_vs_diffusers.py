@@ -29,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.claims import common, processes
 from benchmarks.claims.diffusers_example import (
+    WARMUP,
     Example,
     Sampler,
     nearest_width,
@@ -174,9 +175,14 @@ class Arm:
         save_png(picture(self.options, self.arm), grid(self._best[1], columns=common.COLUMNS))
 
 
+def _name(options: argparse.Namespace) -> str:
+    """Of the files, and of the block of README.md."""
+    return f"{NAME}-{options.label}" if options.label else NAME
+
+
 def picture(options: argparse.Namespace, what: str) -> Path:
     """A picture of the results."""
-    path: Path = options.out / f"{NAME}-{what}.png"
+    path: Path = options.out / f"{_name(options)}-{what}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -340,13 +346,14 @@ def main() -> None:
         vars(options).update(content["options"])
     else:
         content = measured(options)
-        write_json(options.out / f"{NAME}.json", content)
+        write_json(options.out / f"{_name(options)}.json", content)
     recipe, lines = parse_recipe(content["recipe"]), [Line(**line) for line in content["lines"]]
     show(TITLE, COLUMNS, [line.cells() for line in lines])
     curves = {arm: [(x.minutes, x.distance) for x in best(lines, arm)] for arm in ARMS}
     common.plot(picture(options, "curves"), curves, f"{recipe.name}, same images, same minutes",
                 "minutes of training")  # fmt: skip
     if not options.no_record:
+        options.note = content.get("note", "")
         keep(options, recipe, content["plan"], lines, content["accuracy"], content["threads"])
 
 
@@ -371,7 +378,7 @@ def keep(
     title = f"{TITLE}, {recipe.data.resolution}x{recipe.data.resolution}"
     names = ["curves", *ARMS]
     pictures = " ".join(f"![{what}]({picture(options, what).name})" for what in names)
-    right = f"The classifier is right on {accuracy:.1%} of held-out images."
+    right = f"The classifier is right on {accuracy:.1%} of held-out images. {options.note}".rstrip()
     rows = [line.cells() for line in lines]
     record(title, f"{about}. {right} {pictures}\n\n{markdown(COLUMNS, rows)}")
     ends = {arm: best(lines, arm) for arm in ARMS}
@@ -381,11 +388,17 @@ def keep(
         for a, b in zip(ends["tessera"], ends["diffusers"], strict=True)
     ]  # fmt: skip
     head = ["minutes", *ARMS, "its best sampler", "precision / recall", "diffusers'"]
-    seen = f"In all, {ends['tessera'][-1].images:,} and {ends['diffusers'][-1].images:,} images."
+    images = [ends[arm][-1].images for arm in ARMS]
+    batches = (recipe.training.batch, options.train_batch)
+    steps = [count // batch for count, batch in zip(images, batches, strict=True)]
+    seen = (
+        f"In all, {images[0]:,} and {images[1]:,} images, in {steps[0]:,} and {steps[1]:,} steps"
+        f"{f', fewer than its warm-up of {WARMUP}' * (steps[1] < WARMUP)}."
+    )
     record_readme(
-        NAME,
+        _name(options),
         "Fréchet distance (lower is better), by the features of a classifier of the same images: "
-        f"{about}. {seen}\n\n{markdown(head, short)}\n\n"
+        f"{about}. {seen} {options.note}\n\n{markdown(head, short)}\n\n"
         + "\n".join(
             f"![{words}](benchmarks/{picture(options, what).name})"
             for what, words in (
@@ -415,6 +428,7 @@ def parser() -> argparse.ArgumentParser:
                       help="further ones at the end")  # fmt: skip
     made.add_argument("--points", type=_shares, default="0.25,0.5,1", help="shares of the minutes")
     made.add_argument("--again", type=Path, help=f"{NAME}.json of --out: keep it, train nothing")
+    made.add_argument("--label", default="", help="of files and README's block, as of other images")
     made.add_argument("--held-out", help="real images that set the least distance")
     processes.add_arm_options(made, ARMS)
     return made
