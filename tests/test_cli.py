@@ -138,6 +138,7 @@ def test_what_the_machine_lacks_is_said_in_words(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
 def test_too_little_memory_is_said_in_a_line(tmp_path: Path) -> None:
     """The images fit, what the network makes of them does not."""

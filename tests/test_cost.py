@@ -20,6 +20,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_ddpmpp_network_of_cifar10() -> None:
     cost = estimate(load_recipe("edm-cifar10-uncond-vp", ["training.micro_batch=4"]))
     assert cost.parameters == 55_733_891
@@ -32,6 +33,7 @@ def test_the_ddpmpp_network_of_cifar10() -> None:
     assert cost.optimizer_bytes == 2 * cost.weight_bytes
 
 
+@pytest.mark.slow
 def test_the_adm_network_of_imagenet_takes_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cost = estimate(load_recipe("edm-imagenet64-adm", ["sampling.steps=18"]))
@@ -42,6 +44,7 @@ def test_the_adm_network_of_imagenet_takes_no_memory() -> None:
     assert grown * 1024 < cost.weight_bytes / 2, "the weights alone would take more"
 
 
+@pytest.mark.slow
 def test_attention_is_counted() -> None:
     # One head at 8x8 in one block: two products of 64 x 64 x 16, two FLOPs each.
     base = ["network.attn_resolutions=[]", "network.channel_mult=1,2"]
@@ -52,6 +55,7 @@ def test_attention_is_counted() -> None:
     assert attention.forward_flops - plain.forward_flops == 2 * (products + projections)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_shrink_with_precision() -> None:
     def activations(*overrides: str) -> int:
         return estimate(load_recipe("cifar10-small", [*TINY, *overrides])).activation_bytes
@@ -113,6 +117,7 @@ def test_command() -> None:
     assert 35 < json.loads(plain.stdout)["evaluations"] < 70
 
 
+@pytest.mark.slow
 def test_command_with_skipped_bricks() -> None:
     runner = CliRunner(env={"COLUMNS": "80"})
     costs = [

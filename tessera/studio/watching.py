@@ -32,8 +32,9 @@ class WatchPage:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         gr = gradio()
-        # In the browser: what was shown last, so that only what has changed is sent.
-        self._seen = gr.State({})
+        # What was shown last, so that only what has changed is sent. It is kept by the browser (a
+        # State is kept by the server): answers may arrive in another order than they were made in.
+        self._seen = gr.JSON({}, visible=False)
         with gr.Row(equal_height=True):
             self.which = gr.Dropdown(
                 [], label="Run", scale=4, elem_id="watch-run", interactive=True
@@ -80,8 +81,9 @@ class WatchPage:
             self.look, **look, **quiet, api_visibility="private"
         )
 
-    def tick(self, name: str | None, seen: dict[str, Any]) -> list[Any]:
+    def tick(self, name: str | None, seen: dict[str, Any] | None) -> list[Any]:
         """A look at the run, and at which runs there are."""
+        seen = seen or {}
         gr, names, chosen = gradio(), list[str](), name
         with contextlib.suppress(OSError):
             names = self._desk.runs.names()
@@ -90,19 +92,24 @@ class WatchPage:
         chosen = name or kept(None, names)
         if seen.get("names") != names or chosen != name:
             choices = names if chosen is None or chosen in names else [chosen, *names]
-            listed = gr.Dropdown(choices=choices, value=chosen)
+            # What was chosen stays, also if another one has been chosen since this look began.
+            value = {} if chosen == name else {"value": chosen}
+            listed = gr.Dropdown(choices=choices, **value)
         return [listed, *self.look(chosen, {**seen, "names": names})]
 
-    def look(self, name: str | None, seen: dict[str, Any]) -> list[Any]:
+    def look(self, name: str | None, seen: dict[str, Any] | None) -> list[Any]:
         """What was shown, now, and what has changed of it."""
+        seen = seen or {}
         gr = gradio()
         try:
             run = None if not name else self._desk.runs.look(name)
             parts, buttons = self._parts(run)
         except Exception as error:
             parts = dict.fromkeys(_PARTS, "") | {"status": html.notice(said_in_words(error))}
-            buttons = (False, False, "")
-        now = {**seen, **{part: hash(text) for part, text in parts.items()}, "buttons": buttons}
+            buttons = [False, False, ""]
+        # JavaScript has no whole numbers of 64 bits.
+        marks = {part: f"{hash(text):x}" for part, text in parts.items()}
+        now = {**seen, **marks, "buttons": buttons}
         renewed = [
             text if seen.get(part) != now[part] else gr.skip() for part, text in parts.items()
         ]
@@ -117,10 +124,10 @@ class WatchPage:
             gr.Textbox(placeholder=hint),
         ]
 
-    def _parts(self, run: LiveRun | None) -> tuple[dict[str, str], tuple[bool, bool, str]]:
+    def _parts(self, run: LiveRun | None) -> tuple[dict[str, str], list[Any]]:
         """The HTML of each part, and what can be clicked."""
         if run is None:
-            return dict.fromkeys(_PARTS, "") | {"status": NO_RUNS}, (False, False, "")
+            return dict.fromkeys(_PARTS, "") | {"status": NO_RUNS}, [False, False, ""]
         parts = {
             "status": html.status(run),
             "curve": html.curve(run) if run.recipe is not None else "",
@@ -129,7 +136,7 @@ class WatchPage:
         }
         resumable = run.state in ("stopped", "killed", "failed", "finished")
         hint = "" if run.recipe is None else longer(run.recipe)
-        return parts, (run.alive, resumable and run.recipe is not None, hint)
+        return parts, [run.alive, resumable and run.recipe is not None, hint]
 
     def _stopped(self, name: str | None) -> str:
         return _said(lambda: self._desk.control.stop(name))

@@ -122,6 +122,7 @@ def test_experts_and_likelihoods_and_bricks_take_parts(trained: Path, tmp_path: 
         run("bricks", *WITH, trained, tmp_path / "b.png")
 
 
+@pytest.mark.slow
 def test_the_command_finds_modules_of_the_current_folder(folder: Path, tmp_path: Path) -> None:
     """As it is installed, where Python does not look there by itself; and under torchrun."""
     (tmp_path / "mine").mkdir()
@@ -137,6 +138,7 @@ def test_the_command_finds_modules_of_the_current_folder(folder: Path, tmp_path:
     assert (tmp_path / "run" / "pipeline").is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [os.getcwd(), str(Path(__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

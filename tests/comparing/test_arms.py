@@ -20,7 +20,7 @@ from tessera.recipes.loading import load_recipe
 
 SETTINGS = CompareSettings(minutes=0.1, points=1, samples=4, batch=4, sampling={"steps": 2})
 
-pytestmark = pytest.mark.usefixtures("seconds")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seconds")]
 
 
 def settings(place: Path, **changes: object) -> CompareSettings:

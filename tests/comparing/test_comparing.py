@@ -158,6 +158,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     assert [arm["images"] for arm in json.loads(again.stdout)["arms"]] == [24, 24]
 
 
+@pytest.mark.slow
 def test_arms_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     server()  # before the only way to start it is taken away

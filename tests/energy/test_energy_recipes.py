@@ -212,6 +212,7 @@ def test_with_other_parts_of_the_house(tmp_path: Path, kind: str, change: Any) -
     assert cost.train_flops > cost.forward_flops > 0
 
 
+@pytest.mark.slow
 def test_the_double_backward_is_counted(tmp_path: Path) -> None:
     def cost(network: dict[str, Any], **changes: Any) -> Any:
         recipe = tiny_recipe(tmp_path, network=network, **changes)

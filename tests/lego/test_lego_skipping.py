@@ -134,6 +134,7 @@ def test_experts_of_bricks_skip_and_show() -> None:
     assert brick_picture(pipe, 0, 3, rows=2).shape[2] == 3
 
 
+@pytest.mark.slow
 def test_experts_of_different_stacks_skip_by_their_own_sizes(tmp_path: Path) -> None:
     """The clean one leaves out its largest brick at the end, the noisy one its smallest first."""
     clean, noisy = (

@@ -234,6 +234,7 @@ def test_the_loss_of_a_head_that_says_nothing() -> None:
     torch.testing.assert_close(again["loss"], terms["loss"][:1])
 
 
+@pytest.mark.slow
 def test_it_learns_what_can_be_known() -> None:
     """Images of one colour: all tokens are known, and so is the noise."""
     recipe = small(
@@ -296,6 +297,7 @@ def test_runs_resume_bit_for_bit_and_are_loaded(tmp_path: Path) -> None:
     assert np.array_equal(one.sample([0, 1]), other.sample([0, 1]))
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_loop() -> None:
     pipe = random_pipeline(sampling={"head_steps": "2"})
 

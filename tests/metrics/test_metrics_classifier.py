@@ -153,6 +153,7 @@ def seen(data: ArrayImages, monkeypatch: pytest.MonkeyPatch, **options: int) -> 
     return count[0]
 
 
+@pytest.mark.slow
 def test_training_ends_when_the_accuracy_has_stopped_to_rise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -195,6 +196,7 @@ def test_the_whole_cycle_is_passed_in_larger_strides(monkeypatch: pytest.MonkeyP
     assert rates[-1] < 0.1 * module._RATE
 
 
+@pytest.mark.slow
 def test_hard_sets_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where most images are still wrong, a few looks without a better accuracy say nothing."""
     monkeypatch.setattr(module, "_LOOK_STEPS", 2)

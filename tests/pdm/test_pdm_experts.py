@@ -170,6 +170,7 @@ def test_what_is_no_expert_becomes_one_by_thresholds_only(tmp_path: Path) -> Non
     assert f"{tmp_path / '0'} was trained" not in text.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_experts_cost_what_all_of_them_cost() -> None:
     small, large = pipeline(0), pipeline(1, network={"model_channels": 64})
     costs = [pipe.cost() for pipe in (small, large)]
@@ -293,6 +294,7 @@ def test_bits_per_dimension_by_the_command(tmp_path: Path) -> None:
                                        "--steps", "3", "--num", "2")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_costs_of_discrete_models_and_experts() -> None:
     changes: dict[str, Any]
     for changes in (

@@ -73,6 +73,7 @@ def test_recipes_exist(page: Path) -> None:
     assert set(used) <= set(shipped())
 
 
+@pytest.mark.slow
 def test_parameters_of_the_table() -> None:
     rows = re.findall(r"^\| `(\S+)` \|.*\| ([\d.]+) M \|$", (DOCS / "recipes.md").read_text(), re.M)
     listed = set()

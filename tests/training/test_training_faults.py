@@ -192,6 +192,7 @@ def test_words_for_used_up_memory(error: Exception, expected: bool) -> None:
 # ----------------------------------------------------------------------------- other processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "words"),
     [

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tessera.cli.cost import in_table
 from tessera.training import others
 from tessera.training.forecast import Forecast
 from tessera.training.others import OtherPrograms
@@ -62,8 +61,8 @@ def test_a_system_that_does_not_say_has_none(machine: Machine, text: str | None)
 
 def test_the_table_says_that_others_disturbed() -> None:
     quiet, busy = (Forecast(60, 0, 10, 10**9, others, 40.0) for others in (0.05, 0.63))
-    assert "other programs" not in in_table(quiet)
-    assert in_table(busy)["other programs"] == (
+    assert "other programs" not in quiet.rows()
+    assert busy.rows()["other programs"] == (
         "took 63% of the processors meanwhile: without them about 40 images/s"
     )
 

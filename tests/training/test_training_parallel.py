@@ -99,6 +99,7 @@ def test_two_processes_train_as_one(mode: str, alone: Path, folder: Path) -> Non
     assert_close_runs(alone, folder / mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
 def test_sharded_checkpoints_change_hands(
     before: int, after: int, alone: Path, folder: Path
@@ -112,6 +113,7 @@ def test_sharded_checkpoints_change_hands(
     assert_close_runs(alone, run_dir)
 
 
+@pytest.mark.slow
 def test_a_resumed_sharded_run_is_equal_bit_for_bit(folder: Path) -> None:
     """With the usual epsilon, by which Adam makes whole steps of any difference."""
     changes = {"training": {"images": 64, "parallel": "fsdp"}, "run": CHANGES["run"]}

@@ -238,6 +238,7 @@ def _run(folder: Path, run_dir: Path, changes: dict[str, Any]) -> None:
     Trainer(validated(folder, **changes), run_dir).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_several_processes_measure_the_same(tmp_path: Path, parallel: str) -> None:
     changes = {"training": {"images": 32, "parallel": parallel}, "network": {"dropout": 0.0}}
@@ -297,6 +298,7 @@ def test_classes_must_mean_the_same(tmp_path: Path) -> None:
     assert Trainer(tiny_recipe(tmp_path, data=some), tmp_path / "run")._validated is not None
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_validation(tmp_path: Path) -> None:
     seconds = [
         Trainer(recipe, tmp_path / name, probe=True).forecast
