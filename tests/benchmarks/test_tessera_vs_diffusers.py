@@ -129,7 +129,8 @@ def test_the_whole_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     data = tmp_path / "tiny.safetensors"
     save_reference(tmp_path / "real.npz", build_reference(open_dataset(data), training_images=60))
     (tmp_path / "README.md").write_text(
-        "# a\n<!-- begin tessera_vs_diffusers -->\nstale\n<!-- end tessera_vs_diffusers -->\nafter\n"
+        "# a\n<!-- begin tessera_vs_diffusers -->\nstale\n"
+        "<!-- end tessera_vs_diffusers -->\nafter\n"
     )
     monkeypatch.setattr(harness, "README", tmp_path / "README.md")
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "RESULTS.md")
