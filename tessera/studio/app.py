@@ -47,7 +47,7 @@ def build(desk: Desk) -> Any:
 
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         sample_tab.select(models, [sample.which], [sample.which], **quiet)
-        compare_tab.select(runs, [compare.which], [compare.which], **quiet)
+        compare_tab.select(runs, [compare.which], [compare.which], **quiet, api_name="runs")
     return blocks
 
 
