@@ -139,6 +139,7 @@ def test_all_that_tessera_exports_is_on_the_page() -> None:
     assert len(MODULES) > 10
 
 
+@pytest.mark.slow
 def test_importing_tessera_is_cheap() -> None:
     script = (
         "import sys, tessera; assert set(tessera.__all__) <= set(dir(tessera)); tessera.Parts; "

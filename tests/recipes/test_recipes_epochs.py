@@ -124,6 +124,7 @@ def test_runs_record_images_and_may_be_extended_by_epochs(tmp_path: Path) -> Non
     assert longer.training.images == 48
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
     process = start("train", str(recipe), f"run.dir={tmp_path / 'run'}", "training.images=1epoch")

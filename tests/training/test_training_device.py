@@ -159,6 +159,7 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_copy_nothing_from_the_host(kind: str, tmp_path: Path) -> None:
     meta = torch.device("meta")

@@ -156,6 +156,7 @@ def fail_on_one(folder: Path, run_dir: Path, changes: dict[str, Any]) -> None:
     assert trainer.learner.weights_finite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_processes_agree_on_a_bad_step(mode: str, folder: Path) -> None:
     changes = {"training": {"images": 32, "parallel": mode}}
