@@ -144,12 +144,19 @@ def picture(shown: Picture) -> str:
     return f'<img{kind} alt="{escape(shown.alt)}" src="{_data(shown.image)}">'
 
 
-def gallery(rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "") -> str:
-    """Rows of images of one size behind their names; rows without names fill the width."""
+def gallery(
+    rows: Sequence[tuple[str, Sequence[Picture]]], title: str = "", heads: Sequence[str] = ()
+) -> str:
+    """Rows of images of one size behind their names; rows without names fill the width.
+
+    Args:
+        heads: of the names and of each column, above named rows; none by default.
+    """
     columns = max((len(pictures) for _, pictures in rows), default=1)
     longest = max((len(name) for name, _ in rows), default=0)
     named = longest > 0
-    made = []
+    top = "".join(f"<span>{escape(head)}</span>" for head in heads)
+    made = [f'<div class="row heads">{top}</div>'] if heads else []
     for name, pictures in rows:
         cells = f'<span title="{escape(name)}">{escape(name)}</span>' if named else ""
         made.append(f'<div class="row">{cells}{"".join(map(picture, pictures))}</div>')

@@ -184,10 +184,7 @@ def compared(runs: Sequence[LiveRun]) -> str:
 
 def grids(rows: Sequence[tuple[str, Sequence[page.Picture]]], seeds: Sequence[int]) -> str:
     """Samples of the same seeds, a row for each run."""
-    names = "".join(f"<span>{seed}</span>" for seed in seeds)
-    head = f'<div class="row heads"><span>seed</span>{names}</div>'
-    made = page.gallery(rows)
-    return framed(re.sub(r'(<figure class="gallery[^>]*>)', lambda m: m[1] + head, made, count=1))
+    return framed(page.gallery(rows, heads=["seed", *map(str, seeds)]))
 
 
 def _number(value: float | None) -> str:

@@ -339,7 +339,7 @@ def test_damaged_notes_of_trainings_are_passed_over(case: Case) -> None:
         ("/nowhere/at/all", None, "", "is not there"),
         ("{root}", 0.001, "", "too few"),
         ("{root}", None, "--plan", "not of the form"),
-        ("{root}", None, "run.dir=/tmp/x", "that of its name"),
+        ("{root}", None, "run.dir=elsewhere", "that of its name"),
         ("{root}", None, "a='", "cannot be read"),
         ("{root}/notes.txt", None, "", "holds no images"),
     ],
