@@ -136,6 +136,7 @@ class Example:
         images: uint8 [N, C, H, W], all of them.
         labels: int64 [N], or None where the network is told no classes.
         batch: images of a step; 16 in the example.
+        flip: mirror half of the images, an option of the example.
         seed: of all that is drawn.
         precision: that networks compute in.
         device: where.
@@ -148,12 +149,14 @@ class Example:
         labels: NDArray[np.int64] | None,
         *,
         batch: int,
+        flip: bool,
         seed: int,
         precision: Concrete,
         device: torch.device,
     ) -> None:
         module = _diffusers()
         self.device, self.precision, self.batch, self.seed = device, precision, batch, seed
+        self._flip = 0.5 if flip else 0.0
         self.network = network.to(device)
         self._images = torch.from_numpy(images)
         self._labels = None if labels is None else torch.from_numpy(labels)
@@ -230,7 +233,7 @@ class Example:
 
     def _step(self, rows: Tensor) -> None:
         clean = from_uint8(self._images[rows])
-        flipped = torch.rand(len(clean), generator=self._draws) < 0.5
+        flipped = torch.rand(len(clean), generator=self._draws) < self._flip
         clean = torch.where(flipped[:, None, None, None], clean.flip(3), clean).to(self.device)
         told = None if self._labels is None else self._labels[rows].to(self.device)
         noise = torch.randn(clean.shape, generator=self._draws).to(self.device)

@@ -219,6 +219,7 @@ def theirs(arm: Arm, recipe: Recipe, width: int) -> None:
         data.read(np.arange(len(data))),
         data.labels if classes else None,
         batch=options.train_batch,
+        flip=recipe.data.xflip,
         seed=options.seed,
         precision=resolve(recipe.training.precision, device()),
         device=device(),

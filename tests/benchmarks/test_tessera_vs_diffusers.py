@@ -19,6 +19,7 @@ from training_case import tiny_recipe, write_recipe
 
 from tessera.comparing import timed
 from tessera.data.dataset import open_dataset
+from tessera.images import from_uint8
 from tessera.metrics.reference import build_reference, save_reference
 
 pytest.importorskip("diffusers")
@@ -45,13 +46,40 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "perf_counter", lambda clock=clock: float(next(clock)))
 
 
-def example(batch: int = 2) -> Example:
+def example(batch: int = 2, flip: bool = False) -> Example:
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8)).astype(np.uint8)
     labels = np.arange(5) % 2
     return Example(
-        unet(8, 3, 2, 8), images, labels, batch=batch, seed=0, precision="fp32",
+        unet(8, 3, 2, 8), images, labels, batch=batch, flip=flip, seed=0, precision="fp32",
         device=torch.device("cpu"),
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("seconds")
+@pytest.mark.parametrize("flip", [False, True])
+def test_images_are_mirrored_where_the_recipe_mirrors_them(
+    flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = example(5, flip), list[torch.Tensor]()
+    add_noise = made._process.add_noise
+
+    def watched(clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> Any:
+        seen.extend(clean)
+        return add_noise(clean, noise, times)
+
+    monkeypatch.setattr(made._process, "add_noise", watched)
+    for _ in made.train(4):
+        pass
+    whole = {tuple(image.flatten().tolist()) for image in from_uint8(made._images)}
+    kept = [tuple(image.flatten().tolist()) in whole for image in seen]
+    assert len(kept) == 20
+    assert all(kept) != flip
+    assert any(kept)
+    assert all(
+        tuple(x.flip(2).flatten().tolist()) in whole
+        for x, k in zip(seen, kept, strict=True)
+        if not k
+    )
 
 
 @pytest.mark.usefixtures("seconds")
