@@ -19,7 +19,7 @@
 
 # %% tags=["parameters"]
 PHOTOS = "photos"  # a folder or an archive of images; sub-folders are classes
-MINUTES = 10.0  # of training; on two cores of a processor colours and layout are there after ten
+MINUTES = 10.0  # of training; on two cores of a processor colours are there after ten, shapes later
 RUN = None  # the run folder; None takes runs/photos-001, or the next number that is free
 CHANGES: list[str] = []  # what you want otherwise, such as ["data.resolution=64"]
 SAMPLES = 32
