@@ -58,6 +58,11 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
 class Draws(Protocol):
     """Source of the random numbers of a batch of B images; first axis of every result is B."""
 
+    @property
+    def band(self) -> int | None:
+        """The band of noise levels that all images of the step are drawn from; None: all."""
+        ...
+
     def normal(self, purpose: str, *shape: int) -> Tensor:
         r"""Standard normal float32 numbers [B, \*shape]."""
         ...
@@ -83,6 +88,7 @@ class AddressedDraws:
         images: int64 [B], image numbers in the run (images seen before the step + position in the
             global batch), on the device where the draws are wanted.
         images_seen: images before the step.
+        band: of noise levels, if the step has one; its number.
 
     Example:
         >>> draws = AddressedDraws(0, torch.tensor([5, 6]))
@@ -93,9 +99,12 @@ class AddressedDraws:
         True
     """
 
-    def __init__(self, seed: int, images: Tensor, images_seen: int = 0) -> None:
+    def __init__(
+        self, seed: int, images: Tensor, images_seen: int = 0, band: int | None = None
+    ) -> None:
         self.seed = seed
         self.images = images
+        self.band = band
         self._images_seen = images_seen
 
     def step(self, purpose: str) -> float:

@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A cache of its own, and nothing measured."""
 
     def measured(recipe: Recipe, device: Any) -> Timings:
-        return Timings({(recipe.training.batch, None): 0.01}, 0.1, 0.0, 0.1, 10**6)
+        return Timings({(recipe.training.batch, None, None): 0.01}, 0.1, 0.0, 0.1, 10**6)
 
     def no_reference(*_: Any, **__: Any) -> None:
         raise DataError("too few")

@@ -20,6 +20,10 @@ from tessera.errors import DataError
 _BATCHES_AHEAD = 4
 
 
+StepKind = tuple[int, int | None, int | None]
+"""Images of a step, side of their patches, and band of the noise levels; see `StepPlan`."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What one optimiser step trains on.
@@ -28,11 +32,18 @@ class StepPlan:
         first_image: number in the run of the step's first image.
         images: size of the global batch; the step has images [first_image, first_image + images).
         patch: side of the patch in pixels; None for the full image.
+        band: number of the noise levels' band that it trains on; None for all of them.
     """
 
     first_image: int
     images: int
     patch: int | None = None
+    band: int | None = None
+
+    @property
+    def kind(self) -> StepKind:
+        """What steps of the same cost have in common."""
+        return self.images, self.patch, self.band
 
 
 @dataclass(frozen=True)

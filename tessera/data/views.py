@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tessera.conditioning import coordinates
 from tessera.data.loader import StepPlan
+from tessera.diffusion.bands import Band
 from tessera.diffusion.objectives import Reduction
 from tessera.errors import RecipeError
 from tessera.randomness import Draws, derive_seed
@@ -135,16 +136,13 @@ class PatchView:
     def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """One patch of each image x [B, C, R, R] and its coordinates [B, 2, s, s].
 
-        Draws "patch.row" and "patch.column", the offsets in units of the alignment; nothing where
-        the patch is the image, whose coordinates are None. The patches are channels-last in memory.
+        Where the patch is the image, nothing is drawn, and its coordinates are None. Patches are
+        channels-last in memory.
         """
         side, align = plan.patch, self._align
         if side is None or side == self.resolution:
             return x, None
-        offsets = (self.resolution - side) // align + 1
-        rows = align * draws.integers("patch.row", offsets)
-        columns = align * draws.integers("patch.column", offsets)
-        return crop(x, rows, columns, side), patch_coordinates(rows, columns, side, x.shape[-1])
+        return random_crop(x, draws, side, align)
 
     def loss_weight(self, plan: StepPlan) -> float:
         """Factor of the step's loss."""
@@ -154,7 +152,77 @@ class PatchView:
         return 1 / share if self._per_pixel else 1.0
 
 
-View = FullView | PatchView
+@dataclass(frozen=True)
+class BandShare:
+    """A band of noise levels and what of the training it gets.
+
+    Attributes:
+        band: its noise levels, and what is seen there.
+        share: of the steps.
+        multiplier: images of such a step, as a multiple of the batch.
+        weight: factor of such a step's loss.
+    """
+
+    band: Band
+    share: float
+    multiplier: int
+    weight: float
+
+
+class BandsView:
+    """Trains each step on one band of the noise levels, and on what is worth seeing there.
+
+    Which band a step has is a function of the seed and the images seen, so that all processes and
+    all rounds of a step agree. The images come whole or as crops; of bands of coarse images the
+    denoiser takes the means itself.
+
+    Args:
+        batch: images of a step of multiplier 1.
+        parts: the bands from low noise to high; their shares add up to 1.
+        seed: of the run.
+    """
+
+    def __init__(self, batch: int, parts: Sequence[BandShare], *, seed: int) -> None:
+        self.batch, self.parts = batch, tuple(parts)
+        self._ends = list(itertools.accumulate(part.share for part in parts))
+        self._seed = seed
+
+    def plan(self, images_seen: int) -> StepPlan:
+        """The step that follows after `images_seen` images."""
+        position = derive_seed(self._seed, "band", images_seen) / 2**63
+        drawn = (index for index, end in enumerate(self._ends) if end > position)
+        last = max(index for index, part in enumerate(self.parts) if part.share > 0)
+        return self._step(images_seen, next(drawn, last))
+
+    def shares(self) -> list[tuple[StepPlan, float]]:
+        """The kinds of steps, and the share of the steps that each has."""
+        return [(self._step(0, i), part.share) for i, part in enumerate(self.parts) if part.share]
+
+    def _step(self, images_seen: int, index: int) -> StepPlan:
+        part = self.parts[index]
+        return StepPlan(images_seen, self.batch * part.multiplier, part.band.crop, index)
+
+    def apply(self, x: Tensor, draws: Draws, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
+        """The images x [B, C, H, W], or one crop of each and its coordinates, as `PatchView`."""
+        return (x, None) if plan.patch is None else random_crop(x, draws, plan.patch)
+
+    def loss_weight(self, plan: StepPlan) -> float:
+        """Factor of the step's loss."""
+        return 1.0 if plan.band is None else self.parts[plan.band].weight
+
+
+View = FullView | PatchView | BandsView
+
+
+def random_crop(x: Tensor, draws: Draws, side: int, align: int = 1) -> tuple[Tensor, Tensor]:
+    """A random square of each image x [B, C, R, R], and its coordinates [B, 2, s, s].
+
+    Draws "patch.row" and "patch.column", its place in units of `align` pixels.
+    """
+    places = (x.shape[-1] - side) // align + 1
+    rows = align * draws.integers("patch.row", places)
+    columns = align * draws.integers("patch.column", places)
+    return crop(x, rows, columns, side), patch_coordinates(rows, columns, side, x.shape[-1])
 
 
 def crop(x: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:

@@ -181,6 +181,10 @@ class _RowDraws:
     def __init__(self, draws: Draws, *counts: int) -> None:
         self._draws, self._counts = draws, counts
 
+    @property
+    def band(self) -> int | None:
+        return self._draws.band
+
     def normal(self, purpose: str, *shape: int) -> Tensor:
         return self._draws.normal(purpose, *self._counts, *shape).reshape(-1, *shape)
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tessera import distributed
 from tessera.conditioning import Conditioning
+from tessera.data.loader import StepPlan
 from tessera.diffusion.objectives import Objective
 from tessera.errors import TesseraError
 from tessera.model import Model
@@ -226,7 +227,7 @@ def _train_flops(recipe: Recipe, model: Model, parts: Parts) -> int:
         objective.to("meta")
     flops = images = 0.0
     for plan, share in build_view(recipe, parts).shares():
-        crop = x if plan.patch is None else x[:, :, : plan.patch, : plan.patch]
+        crop, draws.band = x[:, :, : plan.patch, : plan.patch], plan.band
         with FlopCounterMode(display=False) as counter:
             terms = objective(model, crop, cond, draws)
             torch.autograd.backward(terms["loss"].sum())
@@ -243,10 +244,23 @@ def _objective(recipe: Recipe, parts: Parts) -> Objective:
 
 
 def _activations(recipe: Recipe, model: Model, batch: int, parts: Parts) -> int:
-    """Bytes kept for the backward pass of `batch` images, each storage counted once.
+    """Bytes kept for the backward pass of `batch` images, at most; leaves `model` without weights.
 
-    Leaves `model` without usable weights.
+    Of patches no more is kept than of whole images, but each band may see something else.
     """
+    view = build_view(recipe, parts)
+    bands = [plan for plan, _ in view.shares() if plan.band is not None]
+    # Fake CPU tensors, not meta ones: these know autocast and fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        return max(
+            _kept(recipe, model, batch * plan.images // view.batch, plan, parts)
+            for plan in bands or [StepPlan(0, view.batch)]
+        )
+
+
+def _kept(recipe: Recipe, model: Model, batch: int, plan: StepPlan, parts: Parts) -> int:
+    """Bytes kept for the backward pass of `batch` images, each storage counted once."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -254,18 +268,14 @@ def _activations(recipe: Recipe, model: Model, batch: int, parts: Parts) -> int:
         storages[storage._cdata] = storage
         return tensor
 
-    # Fake CPU tensors, not meta ones: these know autocast and fused attention.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
-        chosen = autocast(
-            torch.device("cpu"), resolve(recipe.training.precision, distributed.device())
-        )
-        with saved_tensors_hooks(keep, lambda tensor: tensor), chosen:
-            loss = _objective(recipe, parts)(model, x, cond, draws)["loss"]
-        for parameter in model.parameters():
-            storages.pop(parameter.untyped_storage()._cdata, None)
-        del loss
+    x, cond, draws = _inputs(recipe, batch, torch.device("cpu"))
+    crop, draws.band = x[:, :, : plan.patch, : plan.patch], plan.band
+    chosen = autocast(torch.device("cpu"), resolve(recipe.training.precision, distributed.device()))
+    with saved_tensors_hooks(keep, lambda tensor: tensor), chosen:
+        loss = _objective(recipe, parts)(model, crop, cond, draws)["loss"]
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage()._cdata, None)
+    del loss
     return sum(storage.nbytes() for storage in storages.values())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tessera.diffusion.bands import Band
 from tessera.errors import DataError
 from tessera.planning.linear import LARGEST_CROP, smallest_sigma
 from tessera.planning.sample import Reading
@@ -24,31 +25,6 @@ BOUND = 1.03
 _OF_BRICKS = 1.10  # likewise of a local brick, which others follow
 _WORTH = 0.05  # share of the training that an expert of its own is worth
 _LEGO_DEPTH = 2
-
-
-@dataclass(frozen=True)
-class PlannedBand:
-    """Noise levels and what of an image is worth seeing there.
-
-    Attributes:
-        sigma_min, sigma_max: sigma_min <= σ < sigma_max, in pixels of the full image.
-        factor: side of the blocks of pixels whose means are seen; 1: the pixels.
-        crop: side of the crops that are seen, pixels; None: the whole image.
-        halo: pixels at a crop's border, but not at the image's, that are seen without any loss.
-    """
-
-    sigma_min: float
-    sigma_max: float
-    factor: int = 1
-    crop: int | None = None
-    halo: int = 0
-
-    def __str__(self) -> str:
-        if self.factor > 1:
-            return f"means of {self.factor}x{self.factor} pixels"
-        if self.crop is None:
-            return "the whole image"
-        return f"crops of {self.crop} with a halo of {self.halo}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +50,7 @@ class DataProposal:
     """
 
     bound: float
-    bands: tuple[PlannedBand, ...]
+    bands: tuple[Band, ...]
     advice: tuple[Advice, ...]
     recipe: Mapping[str, Any]
     others: Mapping[str, Mapping[str, Any]]
@@ -86,7 +62,7 @@ def bands_for(
     *,
     bound: float = BOUND,
     crops: bool = True,
-) -> tuple[PlannedBand, ...]:
+) -> tuple[Band, ...]:
     """The bands that a set of images or latents asks for, from low noise to high.
 
     Args:
@@ -107,7 +83,7 @@ def bands_for(
 
 def planned_bands(
     study: DataStudy, bound: float = BOUND, *, crops: bool = True
-) -> tuple[PlannedBand, ...]:
+) -> tuple[Band, ...]:
     """The bands of a set that was looked at; see `bands_for`."""
     if not 1 < bound < math.inf:
         raise DataError(f"`bound={bound:g}`: errors are relative to the full image's; above 1")
@@ -115,12 +91,10 @@ def planned_bands(
     # A coarser view that holds from where a finer one does leaves nothing to that.
     factors = [f for f in starts if all(starts[f] < starts[g] for g in starts if g > f)]
     ends = [*(starts[factor] for factor in factors[1:]), math.inf]
-    bands = [
-        PlannedBand(starts[factor], end, factor) for factor, end in zip(factors, ends, strict=True)
-    ]
+    bands = [Band(starts[factor], end, factor) for factor, end in zip(factors, ends, strict=True)]
     first = bands[0]
     if crops and first.factor == 1 and (best := _best_crop(study, first.sigma_max, bound)):
-        bands[0] = PlannedBand(0.0, first.sigma_max, 1, *best)
+        bands[0] = Band(0.0, first.sigma_max, 1, *best)
     return tuple(bands)
 
 
@@ -216,7 +190,7 @@ def _training(study: DataStudy) -> _Part:
     return _Part((told,), {"objective": {"p_mean": mean, "p_std": std}})
 
 
-def _of_band(study: DataStudy, band: PlannedBand, bound: float) -> Advice:
+def _of_band(study: DataStudy, band: Band, bound: float) -> Advice:
     name = f"σ {band.sigma_min:g} to {band.sigma_max:g}".replace("to inf", "on")
     inside = (study.sigmas >= band.sigma_min) & (study.sigmas < band.sigma_max)
     share = f"{study.weights[inside].sum():.0%} of the training levels"

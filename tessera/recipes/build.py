@@ -12,8 +12,9 @@ from torch import nn
 from tessera.data.augment import Augmentation
 from tessera.data.codec import Codec, PixelCodec, VaeCodec
 from tessera.data.online import OnlineVae
-from tessera.data.views import FullView, PatchView, View, patch_sizes
+from tessera.data.views import BandShare, BandsView, FullView, PatchView, View, patch_sizes
 from tessera.diffusion import objectives, preconditioning
+from tessera.diffusion.bands import Band, BandedDenoiser, BandedObjective
 from tessera.diffusion.blur import Blur, BlurCorruption, BlurObjective
 from tessera.diffusion.denoiser import Denoiser
 from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
@@ -29,6 +30,7 @@ from tessera.diffusion.skipping import (
     parse_schedule,
     skipping_schedule,
 )
+from tessera.errors import RecipeError
 from tessera.model import Model
 from tessera.networks.adm_unet import AdmUNet
 from tessera.networks.dit import DiT, EnergyDiT
@@ -190,7 +192,18 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     scaling = build_preconditioning(recipe.preconditioning)
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
+    if isinstance(recipe.view, schema.BandsViewConfig) and recipe.view.coarse:
+        factors = [(band.sigma_min, band.factor) for band in _bands(recipe.view)]
+        return BandedDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, factors)
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
+
+
+def _bands(view: schema.BandsViewConfig) -> list[Band]:
+    """The bands of a view, from low noise to high."""
+    return [
+        Band(low, high, band.factor, band.crop, band.halo)
+        for band, (low, high) in zip(view.bands, view.sigma_ranges, strict=True)
+    ]
 
 
 def build_objective(
@@ -243,6 +256,9 @@ def recipe_objective(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> Objectiv
     if isinstance(section, schema.MarObjectiveConfig):
         return MaskedObjective(steps, **_options(section))
     objective = build_objective(section, noise_levels, steps, recipe.shape[1])
+    if isinstance(recipe.view, schema.BandsViewConfig):
+        assert isinstance(objective, DenoisingObjective)
+        return BandedObjective(objective, _bands(recipe.view), recipe.shape[1:])
     if recipe.energy is None:
         return objective
     return EnergyObjective(objective, EnergyTerms(**_options(recipe.energy)))
@@ -269,6 +285,34 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
                 reduction=getattr(objective, "reduction", "sum"),
                 align=getattr(objective, "alignment", 1),
             )
+        case schema.BandsViewConfig():
+            objective = recipe_objective(recipe, parts)
+            assert isinstance(objective, BandedObjective)
+            return BandsView(
+                training.batch, _band_shares(view, objective, side), seed=training.seed
+            )
+
+
+def _band_shares(
+    view: schema.BandsViewConfig, objective: BandedObjective, side: int
+) -> list[BandShare]:
+    """What of the training each band gets.
+
+    Raises:
+        RecipeError: a band is to be trained, of whose noise levels the objective draws none.
+    """
+    parts = []
+    sections = zip(view.bands, objective.bands, objective.probabilities(), strict=True)
+    for index, (section, band, drawn) in enumerate(sections):
+        share = drawn if section.share is None else section.share
+        if share and not drawn:
+            raise RecipeError(
+                f"view.bands.{index} has noise levels {band.sigma_min:g} to {band.sigma_max:g}, of "
+                "which the objective draws none. Change `below`, or leave the shares out"
+            )
+        multiplier = section.multiplier or side // (band.crop or side // band.factor)
+        parts.append(BandShare(band, share, multiplier, drawn / share if share else 0.0))
+    return parts
 
 
 def build_augment(section: schema.AugmentConfig | None) -> Augmentation | None:

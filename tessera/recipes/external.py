@@ -178,7 +178,8 @@ def check_trained(recipe: schema.Recipe, model: Model, objective: Objective) -> 
     if not own and not (network and shared):
         return
     device = next(model.parameters()).device
-    side, cond = next(iter(_occasions(recipe, device)))
+    side = recipe.shape[1]
+    cond = _conditioning(recipe, side, device)
     x = torch.zeros(2, recipe.shape[0], side, side, device=device)
     draws = AddressedDraws(recipe.training.seed, torch.arange(2, device=device))
     with _aside(model, gradients=True):

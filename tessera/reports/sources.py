@@ -34,6 +34,10 @@ class _NoNoise:
     def __init__(self, count: int) -> None:
         self._count = count
 
+    @property
+    def band(self) -> int | None:
+        return None
+
     def normal(self, purpose: str, *shape: int) -> Tensor:
         return torch.zeros(self._count, *shape)
 

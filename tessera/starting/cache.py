@@ -18,10 +18,12 @@ import torch
 from tessera import distributed, memory, precision
 from tessera._version import __version__
 from tessera.data.convert import Report, convert_images
+from tessera.data.loader import StepKind
 from tessera.data.packed import PackedFile
 from tessera.errors import DataError, TesseraError
 from tessera.files import read_json, user_path, write_json
 from tessera.metrics.reference import build_reference, find_reference, save_reference
+from tessera.recipes.build import build_view
 from tessera.recipes.loading import dump_recipe
 from tessera.recipes.schema import Recipe
 from tessera.starting.choice import Machine, Measure
@@ -189,7 +191,8 @@ def _measured(recipe: Recipe, device: torch.device) -> Timings:
         if isinstance(error, TesseraError) or not memory.used_up(error):
             raise
         # Too large for this machine: as slow as needed, and larger than all memory.
-        return Timings({(1, None): 3600.0}, 0.0, 0.0, 0.0, 2**62)
+        steps = {plan.kind: 3600.0 * plan.images for plan, _ in build_view(recipe).shares()}
+        return Timings(steps, 0.0, 0.0, 0.0, 2**62)
 
 
 def _key(machine: Machine, recipe: Recipe) -> str:
@@ -212,12 +215,15 @@ def _kept_speeds(file: Path) -> dict[str, Any]:
 
 
 def _plain_timings(timings: Timings) -> dict[str, Any]:
-    steps = [[images, patch, seconds] for (images, patch), seconds in timings.steps.items()]
+    steps = [[*kind, seconds] for kind, seconds in timings.steps.items()]
     return {**dataclasses.asdict(timings), "steps": steps}
 
 
 def _read_timings(values: Any) -> Timings:
-    steps = {(int(n), None if p is None else int(p)): float(s) for n, p, s in values["steps"]}
+    steps: dict[StepKind, float] = {}
+    for images, *rest, seconds in values["steps"]:
+        patch, band = (None if number is None else int(number) for number in rest)
+        steps[int(images), patch, band] = float(seconds)
     if not steps or min(steps.values()) <= 0:
         raise ValueError("no speed")
     return Timings(**{**values, "steps": steps})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tessera.errors import RecipeError, TesseraError
+from tessera.recipes.build import build_view
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.overrides import apply_overrides, merge
 from tessera.recipes.photos import photos_64, photos_128, photos_small, small_step
@@ -115,7 +116,7 @@ def choose(
     minutes = float(wanted) if isinstance(wanted, int | float) else minutes
     if minutes is None:
         recipe = _recipe(ladder[0], facts, overrides)
-        minutes = _proposal(ladder[0], measure(recipe))
+        minutes = _proposal(ladder[0], recipe, measure(recipe))
         minutes = minutes if ask is None else ask(minutes)
     chosen: tuple[_Rung, Recipe, Timings] | None = None
     for rung in ladder:
@@ -237,18 +238,19 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() and c.isascii() else "-" for c in stem).strip("-") or "photos"
 
 
-def _seconds(timings: Timings) -> float:
-    """Of an image, the kinds of steps counted alike, without other programs.
+def _seconds(recipe: Recipe, timings: Timings) -> float:
+    """Of an image, the kinds of steps by their shares, without other programs.
 
     So what is chosen does not depend on what else the machine happens to do.
     """
-    measured = sum(timings.steps.values()) / sum(images for images, _ in timings.steps)
-    return measured * timings.alone
+    shares = build_view(recipe).shares()
+    measured = sum(share * timings.steps[plan.kind] for plan, share in shares)
+    return timings.alone * measured / sum(share * plan.images for plan, share in shares)
 
 
 def _images(recipe: Recipe, timings: Timings, minutes: float) -> int:
     """What can be trained on in the time, and at least a step."""
-    return max(round(60 * minutes / _seconds(timings)), recipe.training.batch)
+    return max(round(60 * minutes / _seconds(recipe, timings)), recipe.training.batch)
 
 
 def _length(images: int) -> int:
@@ -261,9 +263,9 @@ def _length(images: int) -> int:
     return next(round(n * power) for n in (*_LENGTHS, 10) if n * power >= images)
 
 
-def _proposal(rung: _Rung, timings: Timings) -> float:
+def _proposal(rung: _Rung, recipe: Recipe, timings: Timings) -> float:
     """Minutes after which the cheapest network is good, as far as one waits for it."""
-    needed = rung.good * _seconds(timings) / 60
+    needed = rung.good * _seconds(recipe, timings) / 60
     return next((time for time in _TIMES if time >= needed), 60) if needed <= 60 else 60
 
 
@@ -319,7 +321,7 @@ def _with_images(
     pages = facts.count * data.channels * data.resolution**2 if in_memory else 0
     return replace(
         timings,
-        validation=held_out * _seconds(timings) / timings.alone / 3,
+        validation=held_out * _seconds(recipe, timings) / timings.alone / 3,
         memory_bytes=timings.memory_bytes + pages,
     )
 
@@ -336,7 +338,7 @@ def _choices(
     """The rows of the table."""
     data, training, sizes = recipe.data, recipe.training, facts.sizes
     smallest = min(min(size) for size, _ in sizes)
-    speed, steps = 1 / _seconds(timings), expected / training.batch
+    speed, steps = 1 / _seconds(recipe, timings), expected / training.batch
     patches = not isinstance(recipe.view, FullViewConfig)
     rows = {
         "data.resolution": (

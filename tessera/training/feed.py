@@ -111,7 +111,9 @@ class Feed:
         first = batch.plan.first_image + distributed.rank() * count
         for start in range(0, count, size):
             rows = slice(start, start + size)
-            draws = AddressedDraws(training.seed, batch.numbers[rows], batch.plan.first_image)
+            draws = AddressedDraws(
+                training.seed, batch.numbers[rows], batch.plan.first_image, batch.plan.band
+            )
             images, augment = batch.images[rows], None
             if self._augment is not None:
                 # Whole images are augmented: what the network is told about it then holds for them.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tessera.data.loader import StepPlan
+from tessera.data.loader import StepKind, StepPlan
 from tessera.data.views import View
 from tessera.progress import duration, human
 from tessera.recipes.schema import Recipe
@@ -15,7 +15,6 @@ from tessera.recipes.schema import Recipe
 DISTURBED = 0.1
 """Share of the processors that others take, beyond which it is said, and steps wait for them."""
 
-Kind = tuple[int, int | None]
 """Images of a step, and the side of its patches."""
 
 _STEPS = 10_000  # of a longer run only some are looked at, in windows all along it
@@ -74,7 +73,7 @@ class Timings:
         alone: share of a step's time that it takes without other programs.
     """
 
-    steps: Mapping[Kind, float]
+    steps: Mapping[StepKind, float]
     preview: float
     scores: float
     checkpoint: float
@@ -118,22 +117,24 @@ class Timings:
         return Forecast(seconds, extra, speed, self.memory_bytes, self.others, alone)
 
 
-def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dict[Kind, StepPlan]]:
+def course(
+    view: View, first: int, total: int
+) -> tuple[list[Counter[StepKind]], dict[StepKind, StepPlan]]:
     """The kinds of steps of a run from `first` to `total` images, and a step of each.
 
     Counted in windows that stand for equal shares of the images; the first one is all of a run that
     is not long.
     """
-    plans: dict[Kind, StepPlan] = {}
+    plans: dict[StepKind, StepPlan] = {}
     long = total - first > _STEPS * view.plan(first).images
     starts = [first + (total - first) * k // _WINDOWS for k in range(_WINDOWS)] if long else [first]
     windows = []
     for start in starts:
-        window = Counter[Kind]()
+        window = Counter[StepKind]()
         position = start
         while position < total and not (long and window.total() >= _WINDOW):
             plan = view.plan(position)
-            kind = (plan.images, plan.patch)
+            kind = plan.kind
             window[kind] += 1
             plans.setdefault(kind, plan)
             position += plan.images
@@ -141,7 +142,9 @@ def course(view: View, first: int, total: int) -> tuple[list[Counter[Kind]], dic
     return windows, plans
 
 
-def seconds_per_image(windows: Sequence[Counter[Kind]], steps: Mapping[Kind, float]) -> float:
+def seconds_per_image(
+    windows: Sequence[Counter[StepKind]], steps: Mapping[StepKind, float]
+) -> float:
     """Mean over a run, given how long a step of each kind takes."""
     rates = [
         sum(count * steps[kind] for kind, count in window.items())

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tessera import distributed
 from tessera.data.dataset import ImageDataset
-from tessera.data.loader import Batch
+from tessera.data.loader import Batch, StepKind
 from tessera.data.parallel import cores
 from tessera.errors import TesseraError
 from tessera.pipelines.loading import build_pipeline
@@ -33,7 +33,7 @@ from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
 from tessera.training import tracking
 from tessera.training.feed import Feed
-from tessera.training.forecast import DISTURBED, Kind, Timings, course
+from tessera.training.forecast import DISTURBED, Timings, course
 from tessera.training.learner import Learner, fresh_model, learner_of
 from tessera.training.others import OtherPrograms
 
@@ -142,11 +142,11 @@ class _Bench:
         read, cpu = self._reading()
         with self._feed.load(plans.values()) as loader:
             batches = dict(zip(plans, loader, strict=True))
-        steps: dict[Kind, float] = {}
+        steps: dict[StepKind, float] = {}
         for left, (kind, batch) in zip(range(len(batches), 0, -1), batches.items(), strict=True):
             computed = self._step_seconds(batch, left)
             steps[kind] = self._with_reading(computed, read * kind[0], cpu * kind[0])
-        per_image = min(t / images for (images, _), t in steps.items())
+        per_image = min(t / images for (images, *_), t in steps.items())
         preview, scores = self._sampling(per_image)
         checkpoint, validation = self._checkpoint(), self._validation(per_image)
         memory = max(self._memory, self._peak()) + self._pages_of_data()

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from tessera.cli import app
 from tessera.data.latent_formats.base import LatentInfo, LatentPlan
 from tessera.data.latent_formats.registry import choose_format, latent_sink
+from tessera.diffusion.bands import Band
 from tessera.diffusion.blur import dct_matrix
 from tessera.errors import DataError, RecipeError, TesseraError
 from tessera.planning.linear import PixelCovariance, PowerSpectrum, SeenError
-from tessera.planning.proposal import PlannedBand, bands_for, planned_bands, propose
+from tessera.planning.proposal import bands_for, planned_bands, propose
 from tessera.planning.sample import Reading, open_sample
 from tessera.planning.spectrum import MeasuredSet, measure_set
 from tessera.planning.study import (
@@ -221,7 +222,7 @@ def test_images_without_detail_are_seen_coarsely_at_all_levels() -> None:
     power = np.zeros((1, 32, 32))
     power[0, :2, :2] = 1.0
     (band,) = planned_bands(studied(power))
-    assert band == PlannedBand(0.0, math.inf, 4)
+    assert band == Band(0.0, math.inf, 4)
 
 
 def test_of_white_images_means_suffice_where_next_to_nothing_is_known() -> None:

@@ -32,7 +32,7 @@ def machine_of(speed: float, memory: int = 2**28):
         small = {("song_unet", 32): 1, ("patched_unet", 32): 1, ("patched_unet", 64): 3}
         factor, size = small.get(name, 100), 1
         batch = recipe.training.batch
-        return Timings({(batch, None): batch * factor * size / speed}, 0.1, 0.0, 0.1, memory)
+        return Timings({(batch, None, None): batch * factor * size / speed}, 0.1, 0.0, 0.1, memory)
 
     return measure
 

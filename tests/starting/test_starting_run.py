@@ -55,7 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def measure(recipe: Any, device: Any) -> Timings:
         measured.append(0.01 * (1 + len(measured)))
-        return Timings({(recipe.training.batch, None): measured[-1]}, 0.1, 0.0, 0.1, 10**6)
+        return Timings({(recipe.training.batch, None, None): measured[-1]}, 0.1, 0.0, 0.1, 10**6)
 
     monkeypatch.setattr(cache, "_measured", measure)
     return measured
@@ -120,7 +120,7 @@ def test_what_was_measured_beside_other_programs_is_measured_anew_without_them(
 
     def measure(recipe: Any, device: Any) -> Timings:
         measured.append(now[0])
-        return Timings({(32, None): 1.0}, 0.1, 0.0, 0.1, 10**6, others=now[0])
+        return Timings({(32, None, None): 1.0}, 0.1, 0.0, 0.1, 10**6, others=now[0])
 
     monkeypatch.setattr(cache, "_measured", measure)
     monkeypatch.setattr(cache, "_others_now", lambda: now[0])

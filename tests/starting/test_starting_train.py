@@ -45,7 +45,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _measured(recipe: Recipe, device: Any) -> Timings:
-    return Timings({(recipe.training.batch, None): 0.01}, 0.1, 0.0, 0.1, 10**6)
+    return Timings({(recipe.training.batch, None, None): 0.01}, 0.1, 0.0, 0.1, 10**6)
 
 
 def _none(*_: Any, **__: Any) -> None:

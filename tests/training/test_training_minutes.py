@@ -56,7 +56,7 @@ def test_without_minutes_the_images_count(tmp_path: Path) -> None:
 
 
 def test_the_forecast_ends_with_the_time(tmp_path: Path) -> None:
-    timings = Timings({(8, None): 8.0}, 0, 0, 0, 0)  # a second for each image
+    timings = Timings({(8, None, None): 8.0}, 0, 0, 0, 0)  # a second for each image
     from tessera.recipes.build import build_view
 
     recipe = tiny_recipe(tmp_path, training={"minutes": 1})

@@ -38,7 +38,9 @@ def test_steps_previews_scores_and_checkpoints_are_added(tmp_path: Path) -> None
         "preview": {"every_images": 40},
     }
     recipe = tiny_recipe(tmp_path, run=run, evaluate={"every_images": 50, "metrics": "fd"})
-    parts = Timings({(8, None): 2.0}, preview=10.0, scores=100.0, checkpoint=1.0, memory_bytes=7)
+    parts = Timings(
+        {(8, None, None): 2.0}, preview=10.0, scores=100.0, checkpoint=1.0, memory_bytes=7
+    )
     whole = parts.forecast(recipe, FullView(8), 0)
     # After 32, 64, 96; 40, 80, 96; 50, 96 of 96 images.
     assert whole.extra_seconds == 3 * 1 + 3 * 10 + 2 * 100
@@ -106,7 +108,7 @@ def test_steps_that_take_too_long_are_told_from_smaller_ones(
     recipe = tiny_recipe(tmp_path, training={"batch": 32, "images": 10**5})
     found = measured(recipe, seconds)
     assert (min(clock.counts), max(clock.counts)) == (1, tried)
-    assert found.steps == {(32, None): pytest.approx(35.0)}
+    assert found.steps == {(32, None, None): pytest.approx(35.0)}
 
 
 @pytest.mark.parametrize(("others", "alone"), [(0.05, 1.0), (0.5, 0.4), (0.99, 0.4)])
@@ -154,9 +156,9 @@ def test_reading_counts_where_it_is_the_slower_part(
 ) -> None:
     monkeypatch.setattr(probe._Bench, "_reading", lambda self: (2.0, 0.5))
     monkeypatch.setattr(probe._Bench, "_step_seconds", lambda self, batch, left: 3.0)
-    assert measured(tiny_recipe(tmp_path)).steps == {(8, None): 16.0}
+    assert measured(tiny_recipe(tmp_path)).steps == {(8, None, None): 16.0}
     alone = tiny_recipe(tmp_path, data={"workers": 0})
-    assert measured(alone).steps == {(8, None): 19.0}
+    assert measured(alone).steps == {(8, None, None): 19.0}
 
 
 def test_a_tiny_run_is_hardly_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

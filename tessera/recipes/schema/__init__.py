@@ -11,6 +11,8 @@ from tessera.recipes.schema.base import (
 )
 from tessera.recipes.schema.data import (
     AugmentConfig,
+    BandConfig,
+    BandsViewConfig,
     CodecConfig,
     CodecSection,
     CoordsConfig,
@@ -101,6 +103,8 @@ __all__ = [
     "AblationSamplerConfig",
     "AdmUNetConfig",
     "AugmentConfig",
+    "BandConfig",
+    "BandsViewConfig",
     "BlurObjectiveConfig",
     "BrickConfig",
     "BricksConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
@@ -168,8 +170,10 @@ CodecConfig = Annotated[PixelCodecConfig | VaeCodecConfig, Field(discriminator="
 class ViewSection(Section):
     """What every view says of itself."""
 
-    crops: ClassVar[bool] = False
-    """Trains on parts of images, so that the network is told where they lie."""
+    @property
+    def crops(self) -> bool:
+        """Trains on parts of images, so that the network is told where they lie."""
+        return False
 
 
 class FullViewConfig(ViewSection):
@@ -180,8 +184,6 @@ class FullViewConfig(ViewSection):
 
 class PatchViewConfig(ViewSection):
     """Every step trains on random patches of one size, and where they lie (Patch Diffusion)."""
-
-    crops = True
 
     kind: Literal["patches"] = "patches"
     real_p: Probability = Field(0.5, description="probability of the largest size")
@@ -201,8 +203,95 @@ class PatchViewConfig(ViewSection):
         False, description="give a patch the weight of a full image, not that of its pixels"
     )
 
+    @property
+    def crops(self) -> bool:
+        return True
 
-ViewConfig = Annotated[FullViewConfig | PatchViewConfig, Field(discriminator="kind")]
+
+class BandConfig(Section):
+    """Noise levels up to the next band's, and what of an image is seen there."""
+
+    below: PositiveFloat | None = Field(
+        None, description="noise level that the band ends at; null: it is the last one"
+    )
+    factor: Factor = Field(
+        1, description="see means of blocks of so many pixels a side; 1: the pixels"
+    )
+    crop: Side | None = Field(
+        None, description="train on crops of so many pixels a side; null: whole images"
+    )
+    halo: int = Field(
+        0, ge=0, le=2**13, description="pixels at a crop's border that are seen without any loss"
+    )
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="of the steps; null: that of its noise levels in the objective"
+    )
+    multiplier: Factor | None = Field(
+        None, description="batches of a step; null: the images' side / that of what is seen"
+    )
+
+    @model_validator(mode="after")
+    def _sees_one_thing(self) -> Self:
+        if self.crop is not None and self.factor > 1:
+            raise ValueError(
+                "a band sees a crop (crop) or the means of blocks (factor), not both at once"
+            )
+        if self.halo and self.crop is None:
+            raise ValueError("halo is the border of a crop; set crop, or leave it out")
+        if self.crop is not None and self.crop <= 2 * self.halo:
+            raise ValueError(
+                f"a crop of {self.crop} pixels has nothing inside of a halo of {self.halo}; make "
+                "it larger than two halos"
+            )
+        return self
+
+
+class BandsViewConfig(ViewSection):
+    """Every step trains on a band of noise levels, on as many pixels as it is worth seeing there.
+
+    What is minimised is the same as with whole images, whatever the shares of the bands.
+    """
+
+    kind: Literal["bands"] = "bands"
+    bands: Annotated[tuple[BandConfig, ...], Field(min_length=1, max_length=16)] = Field(
+        description="from low noise to high"
+    )
+
+    @property
+    def crops(self) -> bool:
+        return any(band.crop is not None or band.factor > 1 for band in self.bands)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether means of blocks are seen anywhere."""
+        return any(band.factor > 1 for band in self.bands)
+
+    @property
+    def sigma_ranges(self) -> list[tuple[float, float]]:
+        """low <= σ < high of each band."""
+        ends = [band.below for band in self.bands[:-1] if band.below is not None]
+        return list(itertools.pairwise([0.0, *ends, math.inf]))
+
+    @model_validator(mode="after")
+    def _bands_follow(self) -> Self:
+        ends = [band.below for band in self.bands]
+        rising = [end for end in ends[:-1] if end is not None]
+        if ends[-1] is not None or len(rising) < len(ends) - 1 or rising != sorted(set(rising)):
+            raise ValueError(
+                "every band but the last one ends at a noise level (below), and these rise: "
+                "[{below: 0.8}, {factor: 2}]"
+            )
+        shares = [band.share for band in self.bands if band.share is not None]
+        if shares and len(shares) < len(self.bands):
+            raise ValueError("give all bands a share of the steps, or none")
+        if shares and abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"the bands' shares add up to {sum(shares):g}; they must make 1")
+        return self
+
+
+ViewConfig = Annotated[
+    FullViewConfig | PatchViewConfig | BandsViewConfig, Field(discriminator="kind")
+]
 
 
 class CoordsConfig(Section):

@@ -103,6 +103,9 @@ class ObjectiveSection(Section):
     trains_variance: ClassVar[bool] = False
     """Has a term for the variance of reverse steps."""
 
+    has_bands: ClassVar[bool] = False
+    """Can be restricted to any range of noise levels, and its noise is white."""
+
     external: ClassVar[bool] = False
     """The caller's own: nothing is known of it."""
 
@@ -129,6 +132,8 @@ class ObjectiveSection(Section):
 class EdmObjectiveConfig(ObjectiveSection):
     """EDM, equation 6: log-normal σ, weight (σ² + σ_d²) / (σ σ_d)²."""
 
+    has_bands = True
+
     kind: Literal["edm"] = "edm"
     p_mean: FiniteFloat = Field(-1.2, description="mean of ln σ in training")
     p_std: PositiveFloat = Field(1.2, description="spread of ln σ in training")
@@ -138,6 +143,8 @@ class EdmObjectiveConfig(ObjectiveSection):
 class VpObjectiveConfig(ObjectiveSection):
     """Variance preserving: uniform t, weight 1 / σ²."""
 
+    has_bands = True
+
     kind: Literal["vp"] = "vp"
     beta_d: PositiveFloat = Field(19.9, description="slope of β(t), from β_min to β_min + β_d")
     beta_min: PositiveFloat = Field(0.1, description="β(0)")
@@ -146,6 +153,8 @@ class VpObjectiveConfig(ObjectiveSection):
 
 class VeObjectiveConfig(ObjectiveSection):
     """Variance exploding: log-uniform σ, weight 1 / σ²."""
+
+    has_bands = True
 
     kind: Literal["ve"] = "ve"
     sigma_min: PositiveFloat = Field(0.02, description="lowest noise level that is trained on")

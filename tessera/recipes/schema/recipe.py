@@ -10,6 +10,7 @@ from tessera.channels import is_picture
 from tessera.recipes.schema.base import Listed, Section, Side
 from tessera.recipes.schema.data import (
     AugmentConfig,
+    BandsViewConfig,
     CodecConfig,
     CoordsConfig,
     DataConfig,
@@ -139,6 +140,8 @@ class Recipe(Section):
     def patch_sizes(self) -> tuple[int, ...]:
         """Sides of all images that the network is trained on, in model space, small to large."""
         side = self.shape[1]
+        if isinstance(self.view, BandsViewConfig):
+            return tuple(sorted({band.crop or side // band.factor for band in self.view.bands}))
         if not isinstance(self.view, PatchViewConfig):
             return (side,)
         if self.view.sizes is not None:
@@ -375,6 +378,38 @@ class Recipe(Section):
             raise ValueError(
                 f"view.probabilities add up to {sum(view.probabilities):g}; they must make 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bands_fit(self) -> Self:
+        view, side = self.view, self.shape[1]
+        if not isinstance(view, BandsViewConfig):
+            return self
+        if not self.objective.has_bands or self.energy is not None:
+            raise ValueError(
+                f"view.kind=bands draws noise levels band by band, which objective.kind="
+                f"{self.objective.kind}{' with energy' if self.energy is not None else ''} cannot: "
+                "set objective.kind=edm (or vp, ve) and energy=null, or view.kind=full"
+            )
+        if view.coarse and self.preconditioning.has_levels:
+            raise ValueError(
+                "view.bands: means of blocks have lower noise than their pixels, and "
+                f"preconditioning.kind={self.preconditioning.kind} knows some levels only. Set "
+                "preconditioning.kind=edm, or factor to 1"
+            )
+        for index, band in enumerate(view.bands):
+            seen, key = band.crop or side // band.factor, "factor" if band.factor > 1 else "crop"
+            value = getattr(band, key)
+            name = f"view.bands.{index}.{key}={value}"
+            if side % band.factor:
+                raise ValueError(f"{name} must divide the side of the images ({side})")
+            if band.crop is not None and band.crop >= side:
+                raise ValueError(f"{name}: the images have {side} pixels; set it to null for all")
+            if not self.network.fits(seen):
+                raise ValueError(
+                    f"{name}: the network sees {seen} pixels a side, which must be "
+                    f"{self.network.sides}. Choose another one, or change the network"
+                )
         return self
 
     def _check_alignment(self, sizes: tuple[int, ...]) -> None:

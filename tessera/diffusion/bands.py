@@ -1,0 +1,231 @@
+"""Views by noise level: what of an image a denoiser sees, and is trained on, in each band of σ.
+
+The mean of f x f pixels with white noise of level σ has white noise of level σ / f. So above some
+noise level one network estimates the small image, at a cost lower by f², and is told the scale by
+the coordinates: those of the full grid at a lower density. At low noise far pixels say nothing, and
+crops suffice that see a halo which the loss does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tessera.conditioning import Conditioning, full_grid
+from tessera.diffusion.denoiser import Denoiser, Posterior, joined
+from tessera.diffusion.objectives import DenoisingObjective, Reduction
+from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
+from tessera.errors import TesseraError
+from tessera.randomness import Draws
+
+
+@dataclass(frozen=True)
+class Band:
+    """Noise levels, and what is seen there.
+
+    Attributes:
+        sigma_min, sigma_max: sigma_min <= σ < sigma_max.
+        factor: side of the blocks of pixels whose means are seen; 1: the pixels themselves.
+        crop: side of the crops that are trained on, pixels; None: whole images.
+        halo: pixels at a crop's border, but not at the image's, that are seen without any loss.
+    """
+
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+    factor: int = 1
+    crop: int | None = None
+    halo: int = 0
+
+    def __str__(self) -> str:
+        if self.factor > 1:
+            return f"means of {self.factor}x{self.factor} pixels"
+        if self.crop is None:
+            return "the whole image"
+        return f"crops of {self.crop} with a halo of {self.halo}"
+
+
+def block_means(x: Tensor, factor: int) -> Tensor:
+    """Means of blocks of factor x factor pixels of x [B, C, H, W].
+
+    Raises:
+        TesseraError: the sides are no multiples of the factor.
+    """
+    height, width = x.shape[-2:]
+    if height % factor or width % factor:
+        raise TesseraError(
+            f"at high noise this model sees means of {factor}x{factor} pixels, which images of "
+            f"{height}x{width} cannot be cut into. Choose sides that are multiples of {factor}"
+        )
+    return F.avg_pool2d(x, factor)
+
+
+def enlarge(means: Tensor, factor: int) -> Tensor:
+    """An image [B, C, f H, f W] whose block means are those given: bicubic, and put right.
+
+    Nearer to photographs than blocks of one colour are, by two fifths of the squared error.
+
+    Example:
+        >>> small = torch.rand(1, 3, 8, 8)
+        >>> bool((block_means(enlarge(small, 2), 2) - small).abs().max() < 1e-6)
+        True
+    """
+    if factor == 1:
+        return means
+    smooth = F.interpolate(means, scale_factor=factor, mode="bicubic")
+    missing = means - F.avg_pool2d(smooth, factor)
+    return smooth + F.interpolate(missing, scale_factor=factor, mode="nearest")
+
+
+class BandedDenoiser(Preconditioned):
+    """A denoiser that estimates the block means of an image where the noise is high.
+
+    D(z; σ) = enlarge(D(means of z; σ / f), f) from a threshold on, and D(z; σ) below it. To
+    samplers, guidance and windows it is a denoiser as any other.
+
+    Args:
+        network, preconditioning, shape, num_classes: see `Preconditioned`; the network takes
+            coordinates.
+        factors: (σ from which on, f) of each band, rising; the first from 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preconditioning: Preconditioning,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        factors: Sequence[tuple[float, int]],
+    ) -> None:
+        super().__init__(network, preconditioning, shape, num_classes)
+        self._starts = [start for start, _ in factors[1:]]
+        self._factors = [factor for _, factor in factors]
+        self._fixed: int | None = None
+
+    def for_step(self, sigma: float) -> Self:
+        """With the factor that a step begins with for all of it; reads nothing from the device."""
+        step = copy.copy(self)
+        step._fixed = self._factors[int(self._owner(torch.tensor([sigma], dtype=torch.float64)))]
+        return step
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        """As every denoiser; free of synchronisation where `sigma` is on the CPU."""
+        if self._fixed is not None:
+            return self._at(self._fixed, z, sigma, cond)
+        owner = self._owner(sigma.reshape(-1))
+        present = sorted(set(owner.tolist()))
+        if len(present) == 1:
+            return self._at(self._factors[present[0]], z, sigma, cond)
+        rows = [(owner == band).nonzero()[:, 0] for band in present]
+        parts = []
+        for band, row in zip(present, rows, strict=True):
+            here = row.to(z.device)
+            parts.append(self._at(self._factors[band], z[here], sigma[row], cond[here]))
+        return joined(parts, rows)
+
+    def _owner(self, sigma: Tensor) -> Tensor:
+        starts = torch.tensor(self._starts, dtype=sigma.dtype, device=sigma.device)
+        return torch.bucketize(sigma, starts, right=True)
+
+    def _at(self, factor: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        if factor == 1:
+            return super().forward(z, sigma, cond)
+        coords = cond.coords
+        if coords is None:
+            height, width = z.shape[-2:]
+            coords = full_grid((height, width), z.device).expand(len(z), -1, -1, -1)
+        small = replace(cond, coords=block_means(coords, factor))
+        seen = super().forward(block_means(z.to(torch.float32), factor), sigma / factor, small)
+        stages = tuple(enlarge(stage, factor) for stage in seen.stages)
+        return Posterior(enlarge(seen.mean, factor), None, stages)
+
+
+class BandedObjective:
+    """A denoising objective, in each step at the noise levels of one band.
+
+    Which one the step's draws say (`Draws.band`); without any, it is the plain objective. The loss
+    of a crop is weighted such that its mean over all crops is that of the whole image.
+
+    Args:
+        objective: of all noise levels.
+        bands: from low noise to high.
+        size: height and width of whole images.
+    """
+
+    reduction: ClassVar[Reduction] = "sum"
+
+    def __init__(
+        self, objective: DenoisingObjective, bands: Sequence[Band], size: tuple[int, int]
+    ) -> None:
+        self.objective, self.bands, self._size = objective, tuple(bands), size
+        self._parts = [_within(objective, band) for band in bands]
+
+    def probabilities(self) -> list[float]:
+        """The share of the objective's noise levels in each band."""
+        starts = torch.tensor([b.sigma_min for b in self.bands[1:]], dtype=torch.float64)
+        inner = self.objective.share_below(starts).clamp(0, 1).tolist() if len(starts) else []
+        below = [0.0, *inner, 1.0]
+        return [high - low for low, high in itertools.pairwise(below)]
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, cond: Conditioning, draws: Draws
+    ) -> dict[str, Tensor]:
+        """Loss terms as those of a `DenoisingObjective`, of x [B, C, H, W] or crops of it."""
+        if draws.band is None:
+            return self.objective(denoiser, x, cond, draws)
+        band, part = self.bands[draws.band], self._parts[draws.band]
+        sigma = part.sigma(draws)
+        denoiser = denoiser.for_step(band.sigma_min)
+        error = part.elementwise(denoiser, x, cond, draws, sigma)
+        if band.crop is not None and cond.coords is not None:
+            error = error * crop_weights(cond.coords, band.halo, self._size)[:, None]
+        quartile = (4 * self.objective.share_below(sigma)).long().clamp(0, 3)
+        return {"loss": error.sum(dim=(1, 2, 3)), "quartile": quartile}
+
+
+def _within(objective: DenoisingObjective, band: Band) -> DenoisingObjective:
+    """The objective at the noise levels of a band, of those that are its own."""
+    low = max(objective.sigma_range[0], band.sigma_min)
+    high = min(objective.sigma_range[1], band.sigma_max)
+    return replace(objective, sigma_range=(low, high))
+
+
+def crop_weights(coords: Tensor, halo: int, size: tuple[int, int]) -> Tensor:
+    """Weights [B, s, s] of a random crop's pixels, of which all crops together count each once.
+
+    0 in the halo, which ends where the image does; elsewhere the number of places that a crop can
+    have over the number of those in which the pixel counts.
+
+    Args:
+        coords: of the crops, [B, 2, s, s].
+        halo: pixels; crops are larger than two of them.
+        size: height and width of whole images.
+    """
+    sides = zip((1, 0), size, coords.shape[-2:], strict=True)
+    rows, columns = (
+        _axis_weights(coords[:, channel, 0, 0], halo, length, crop)
+        for channel, length, crop in sides
+    )
+    return rows[:, :, None] * columns[:, None, :]
+
+
+def _axis_weights(first: Tensor, halo: int, length: int, crop: int) -> Tensor:
+    """Weights [B, s] along an axis of crops whose first pixels are at coordinates [B]."""
+    places = length - crop + 1
+    offsets = torch.arange(places, device=first.device)[:, None]
+    steps = torch.arange(crop, device=first.device)
+    from_begin, to_end = steps >= halo, steps < crop - halo
+    counts = (from_begin | (offsets == 0)) & (to_end | (offsets == places - 1))
+    pixels = (offsets + steps).reshape(-1)
+    total = torch.zeros(length, device=first.device)
+    total.index_add_(0, pixels, counts.reshape(-1).to(total.dtype))
+    weights = counts * places / total[pixels].reshape(places, crop)
+    chosen = ((first + 1) / 2 * (length - 1)).round().long()
+    return weights[chosen.clamp(0, places - 1)]
