@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,14 @@ class Model(nn.Module):
     network: nn.Module
     shape: tuple[int, int, int]
     num_classes: int = 0
+
+    def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Take from the training images what is needed before the first step; nothing by default.
+
+        Args:
+            images: batches of x [B, C, H, W] in model space, with their classes int64 [B] if there
+                are any; read only if they are asked for.
+        """
 
     def networks(self) -> list[nn.Module]:
         """The networks of the model and of all models in it, each once."""

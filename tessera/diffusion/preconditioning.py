@@ -226,22 +226,27 @@ class Preconditioned(Denoiser):
             z = z.to(torch.float32)
             sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
             c = self.preconditioning.coefficients(sigma)
-            c_skip, c_out, c_in = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
-            scaled = c_in * z
+            known, size, inputs = self._around_network(z, sigma, c, cond)
             if cond.image is not None:
                 image = cond.image.to(z.device, torch.float32)
-                size = (z.shape[-2], z.shape[-1])
-                image = F.interpolate(image, size, mode="bilinear", align_corners=False)
-                scaled = torch.cat([scaled, image], dim=1)
+                sides = (z.shape[-2], z.shape[-1])
+                inputs.append(F.interpolate(image, sides, mode="bilinear", align_corners=False))
+            scaled = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
         raw = self.network(scaled, c.noise.expand(len(z)), cond)
         with full_precision(z.device):
-            skip = c_skip * z
             *stages, mean = (
-                torch.addcmul(skip, c_out, f[:, : z.shape[1]].to(torch.float32))
+                torch.addcmul(known, size, f[:, : z.shape[1]].to(torch.float32))
                 for f in (raw if isinstance(raw, tuple) else (raw,))
             )
             last = raw[-1] if isinstance(raw, tuple) else raw
             return Posterior(mean, self._log_variance(last, sigma), tuple(stages))
+
+    def _around_network(
+        self, z: Tensor, sigma: Tensor, c: Coefficients, cond: Conditioning
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What the output is added to, the factor of the output, and the parts of the input."""
+        skip, out, scale = (v[:, None, None, None] for v in (c.skip, c.out, c.input))
+        return skip * z, out, [scale * z]
 
     def _log_variance(self, raw: Tensor, sigma: Tensor) -> Tensor | None:
         """Log variance of the reverse step, of networks that learn it, from their raw output."""

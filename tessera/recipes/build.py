@@ -21,6 +21,7 @@ from tessera.diffusion.discrete import Discrete, DiscreteDenoiser
 from tessera.diffusion.discrete_objective import DiscreteObjective
 from tessera.diffusion.energy_objective import EnergyObjective, EnergyTerms
 from tessera.diffusion.experts import sigma_range
+from tessera.diffusion.linear import LinearDenoiser, LinearStatistics
 from tessera.diffusion.masked import MaskedModel, MaskedObjective
 from tessera.diffusion.objectives import EVERYWHERE, DenoisingObjective, Objective
 from tessera.diffusion.preconditioning import Iddpm, Preconditioned, Preconditioning
@@ -66,8 +67,18 @@ def build_network(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 
     # A network of the caller's own is made once, and by the caller's own rules.
     external = isinstance(recipe.network, schema.ExternalNetworkConfig)
     if not external and torch.empty(0).device.type != "meta":
-        check_fits(partial(_network, recipe, parts), recipe.name, copies)
-    return _network(recipe, parts)
+        check_fits(partial(_whole_network, recipe, parts), recipe.name, copies)
+    return _whole_network(recipe, parts)
+
+
+def _whole_network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
+    """The network, with what is measured of the training images among its weights."""
+    network = _network(recipe, parts)
+    section = recipe.preconditioning
+    if isinstance(section, schema.LinearPreconditioningConfig):
+        classes = recipe.data.num_classes if section.classes else 0
+        network.add_module("statistics", LinearStatistics(recipe.shape, classes))
+    return network
 
 
 def build_model(recipe: schema.Recipe, parts: Parts = NO_PARTS, copies: int = 1) -> Model:
@@ -170,6 +181,8 @@ def build_preconditioning(section: schema.PreconditioningConfig) -> Precondition
     match section:
         case schema.EdmPreconditioningConfig():
             return preconditioning.Edm(**_options(section))
+        case schema.LinearPreconditioningConfig():
+            return preconditioning.Edm(section.sigma_data)
         case schema.VpPreconditioningConfig():
             return preconditioning.Vp(**_options(section))
         case schema.VePreconditioningConfig():
@@ -192,6 +205,8 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     scaling = build_preconditioning(recipe.preconditioning)
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
+    if isinstance(recipe.preconditioning, schema.LinearPreconditioningConfig):
+        return LinearDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
     if isinstance(recipe.view, schema.BandsViewConfig) and recipe.view.coarse:
         factors = [(band.sigma_min, band.factor) for band in _bands(recipe.view)]
         return BandedDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, factors)

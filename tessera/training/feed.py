@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
 from tessera.pipelines.plans import Pictures
-from tessera.randomness import AddressedDraws, Draws, derive_seed
+from tessera.randomness import AddressedDraws, Draws, derive_seed, numpy_generator
 from tessera.recipes.build import build_augment, build_training_codec, build_view
 from tessera.recipes.datasets import open_training_set
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -28,7 +29,10 @@ from tessera.training.learner import MicroBatch
 from tessera.training.stopwatch import Stopwatch
 
 _AT_ONCE = 256
-"""Images that are read at once for the pictures to start from."""
+"""Images that are read at once beside the steps."""
+
+_EXAMPLES, _EXAMPLE_VALUES = 10_000, 2**28
+"""Images that are looked at before the first step, and their numbers, at most."""
 
 Augment = Callable[[Tensor, Draws], tuple[Tensor, Tensor]]
 
@@ -153,14 +157,30 @@ class Feed:
             return pictures
         return pictures.permute(0, 2, 3, 1).contiguous().numpy()
 
+    def examples(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Some of the images, each once and whole, in model space, and their classes: in batches.
+
+        The same for every seed and process.
+        """
+        most = max(_EXAMPLE_VALUES // math.prod(self._recipe.shape), _AT_ONCE)
+        rows = numpy_generator(0, "examples").permutation(len(self.dataset))[: min(most, _EXAMPLES)]
+        labels = self.dataset.labels if self._recipe.data.num_classes else None
+        for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
+            classes = None if labels is None else torch.from_numpy(labels[part])
+            yield self._model_space(part), classes
+
     def _start_of(self, numbers: NDArray[np.int64]) -> Tensor:
         """What a model starts from, of the images of these numbers, of pixels as uint8."""
+        start = self._start(self._model_space(numbers))
+        assert start is not None
+        return to_uint8(start) if self._recipe.codec.of_pixels else start
+
+    def _model_space(self, numbers: NDArray[np.int64]) -> Tensor:
+        """The images of these numbers as the model is trained on them, on the CPU."""
         rows, images = torch.from_numpy(numbers), torch.from_numpy(self.dataset.read(numbers))
         draws = AddressedDraws(self._recipe.training.seed, rows.to(self._device))
         x = self.codec.train(images.to(self._device), draws).cpu()
-        start = self._start(from_uint8(x) if x.dtype == torch.uint8 else x)
-        assert start is not None
-        return to_uint8(start) if self._recipe.codec.of_pixels else start
+        return from_uint8(x) if x.dtype == torch.uint8 else x
 
     def _start(self, x: Tensor) -> Tensor | None:
         """The pictures that a model starts from: x [B, C, H, W] with averaged pixels."""

@@ -136,6 +136,8 @@ class Trainer:
             validated = 0 if self._validated is None else self._validated.count
             measured = measure(recipe, self._feed, self.device, parts=parts, validated=validated)
         model = fresh_model(recipe, self.device, parts)
+        if resume is None:
+            model.begin(self._feed.examples())
         if recipe.training.initial_weights is not None and resume is None:
             start_from(recipe.training.initial_weights, model.network)
         self.learner = learner_of(recipe, model, self.device, parts)

@@ -29,12 +29,25 @@ class PreconditioningSection(Section):
     doubles_channels: ClassVar[bool] = False
     """Its networks put out a variance, too, which it leaves out."""
 
+    of_images: ClassVar[bool] = False
+    """Is taken from the training images, and knows whole ones only."""
+
 
 class EdmPreconditioningConfig(PreconditioningSection):
     """EDM (Karras et al. 2022), table 1."""
 
     kind: Literal["edm"] = "edm"
     sigma_data: PositiveFloat = Field(0.5, description="spread of the data, -1 to 1")
+
+
+class LinearPreconditioningConfig(PreconditioningSection):
+    """EDM's, around the best linear denoiser of the training images, which the network adds to."""
+
+    of_images = True
+
+    kind: Literal["linear"] = "linear"
+    sigma_data: PositiveFloat = Field(0.5, description="spread of the data, -1 to 1")
+    classes: bool = Field(True, description="measure a mean image of each class")
 
 
 class VpPreconditioningConfig(PreconditioningSection):
@@ -86,6 +99,7 @@ class DiscretePreconditioningConfig(PreconditioningSection):
 
 PreconditioningConfig = Annotated[
     EdmPreconditioningConfig
+    | LinearPreconditioningConfig
     | VpPreconditioningConfig
     | VePreconditioningConfig
     | IddpmPreconditioningConfig

@@ -268,6 +268,25 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _statistics_fit(self) -> Self:
+        section = self.preconditioning
+        if not section.of_images:
+            return self
+        kind = f"preconditioning.kind={section.kind}"
+        if self.view.crops:
+            raise ValueError(
+                f"{kind} estimates whole images; set view.kind=full, or preconditioning.kind=edm"
+            )
+        if self.objective.from_pictures or self.objective.external or self.network.external:
+            raise ValueError(
+                f"{kind} is made for white noise and for networks of the library: leave out own "
+                "parts and objective.kind=blur, or set preconditioning.kind=edm"
+            )
+        if self.network.has_energy:
+            raise ValueError(f"{kind} has no energy: set preconditioning.kind=edm")
+        return self
+
+    @model_validator(mode="after")
     def _energy_fits(self) -> Self:
         network, terms = self.network, self.energy or EnergyConfig()
         if self.energy is not None and not (network.has_energy or network.external):
