@@ -74,8 +74,9 @@ class LinearStatistics(nn.Module):
         products = torch.zeros(shape[0], *shape, dtype=torch.float64)
         for x, labels in images:
             y = block_dct(x.to("cpu", torch.float64), shape[-1])
-            known = torch.full((len(y),), classes) if labels is None else labels.cpu()
-            known = known.where(known >= 0, classes)
+            known = torch.full((len(y),), classes)
+            if classes and labels is not None:
+                known = labels.cpu().where(labels.cpu() >= 0, classes)
             sums.index_add_(0, known, y)
             counts.index_add_(0, known, torch.ones(len(y), dtype=torch.float64))
             products += torch.einsum("bchw,bdhw->cdhw", y, y)

@@ -15,6 +15,7 @@ from tessera.recipes.schema import (
     DiTConfig,
     EdmObjectiveConfig,
     EdmSamplerConfig,
+    LinearPreconditioningConfig,
     OptimizerConfig,
     PatchedUNetConfig,
     PreviewConfig,
@@ -110,6 +111,8 @@ def photos_small(resolution: int) -> Recipe:
         description="own photographs in minutes",
         data=DataConfig(resolution=resolution, xflip=True),
         network=network,
+        # What is linear need not be learned, for which a few minutes would just suffice.
+        preconditioning=LinearPreconditioningConfig(),
         # So few images teach layout and colours, which are decided at higher noise than detail.
         objective=EdmObjectiveConfig(p_mean=-0.8),
         # Thousands of steps, and not millions: the second moment forgets in a hundred.

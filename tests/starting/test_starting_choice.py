@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.errors import RecipeError
+from tessera.recipes.build import build_view
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.schema import Recipe
 from tessera.starting.choice import Machine, TrainingPlan, _length, choose
@@ -31,8 +32,9 @@ def machine_of(speed: float, memory: int = 2**28):
         name = recipe.network.kind, recipe.network.model_channels
         small = {("song_unet", 32): 1, ("patched_unet", 32): 1, ("patched_unet", 64): 3}
         factor, size = small.get(name, 100), 1
-        batch = recipe.training.batch
-        return Timings({(batch, None, None): batch * factor * size / speed}, 0.1, 0.0, 0.1, memory)
+        plans = [plan for plan, _ in build_view(recipe).shares()]
+        steps = {plan.kind: plan.images * factor * size / speed for plan in plans}
+        return Timings(steps, 0.1, 0.0, 0.1, memory)
 
     return measure
 
