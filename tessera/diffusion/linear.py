@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tessera.conditioning import Conditioning
 from tessera.diffusion.blur import block_dct, block_idct
 from tessera.diffusion.denoiser import column
-from tessera.diffusion.preconditioning import Coefficients, Preconditioned
+from tessera.diffusion.preconditioning import Coefficients, Edm, Preconditioned
 from tessera.errors import TesseraError
 
 _FLOOR = 1e-10  # of variances, in squares of model space: what has less never changes
@@ -165,14 +165,27 @@ def _towards_flat(mean: Tensor, power: Tensor, count: Tensor) -> Tensor:
 class LinearDenoiser(Preconditioned):
     """The best linear denoiser of the training images, and a network for the rest.
 
-    D(z; σ) = L(z; σ) + e(σ) F(c_in z; c_noise), with the linear estimate L, the expected size e of
-    its error, and EDM's c_in and c_noise. While a network's last layer is zero, it is linear.
+    D(z; σ) = L(z; σ) + e(σ) F(c_in z, L / σ_d; c_noise), with the linear estimate L, the expected
+    size e of its error, and EDM's c_in and c_noise. While a network's last layer is zero, it is
+    linear.
 
     Args:
         network: has a module `statistics` (`LinearStatistics`); see `Preconditioned` for the rest.
         preconditioning: EDM's.
         shape, num_classes: see `Preconditioned`.
+        shown: whether the network sees L as further channels of its input.
     """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preconditioning: Edm,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        shown: bool,
+    ) -> None:
+        super().__init__(network, preconditioning, shape, num_classes)
+        self._shown, self._spread = shown, preconditioning.sigma_data
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         self.statistics.measure(images)
@@ -187,4 +200,6 @@ class LinearDenoiser(Preconditioned):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         _, _, inputs = super()._around_network(z, sigma, c, cond)
         estimate, error = self.statistics(z, sigma.expand(len(z)), cond.labels)
+        if self._shown:
+            inputs.append(estimate / self._spread)
         return estimate, column(error, z), inputs

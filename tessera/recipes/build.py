@@ -150,8 +150,9 @@ def _network(recipe: schema.Recipe, parts: Parts) -> nn.Module:
 
 
 def _input_channels(recipe: schema.Recipe) -> int:
-    """Of the noisy image, and of the enlarged small one."""
-    return recipe.shape[0] * (1 if recipe.low_resolution is None else 2)
+    """Of the noisy image, of its linear estimate, and of the enlarged small one."""
+    further = [recipe.low_resolution is not None, recipe.preconditioning.of_images]
+    return recipe.shape[0] * (1 + sum(further))
 
 
 def _output_channels(recipe: schema.Recipe) -> int:
@@ -206,7 +207,9 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
     if isinstance(recipe.preconditioning, schema.LinearPreconditioningConfig):
-        return LinearDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
+        assert isinstance(scaling, preconditioning.Edm)
+        shown = recipe.network.takes_image
+        return LinearDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, shown)
     if isinstance(recipe.view, schema.BandsViewConfig) and recipe.view.coarse:
         factors = [(band.sigma_min, band.factor) for band in _bands(recipe.view)]
         return BandedDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, factors)
