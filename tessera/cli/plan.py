@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tessera.planning.study import DataStudy
 
 _OTHERS = {
+    "bands": "views by noise level, in any recipe with EDM's objective",
     "experts": "a pair of experts, 0 for low noise and 1 for high",
     "relay": "the second stage of a relay",
     "lego": "a stack of LEGO bricks, whose depths are yours to choose",

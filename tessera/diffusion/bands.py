@@ -67,14 +67,14 @@ def block_means(x: Tensor, factor: int) -> Tensor:
     return F.avg_pool2d(x, factor)
 
 
-def enlarge(means: Tensor, factor: int) -> Tensor:
+def enlarge_means(means: Tensor, factor: int) -> Tensor:
     """An image [B, C, f H, f W] whose block means are those given: bicubic, and put right.
 
     Nearer to photographs than blocks of one colour are, by two fifths of the squared error.
 
     Example:
         >>> small = torch.rand(1, 3, 8, 8)
-        >>> bool((block_means(enlarge(small, 2), 2) - small).abs().max() < 1e-6)
+        >>> bool((block_means(enlarge_means(small, 2), 2) - small).abs().max() < 1e-6)
         True
     """
     if factor == 1:
@@ -87,7 +87,7 @@ def enlarge(means: Tensor, factor: int) -> Tensor:
 class BandedDenoiser(Preconditioned):
     """A denoiser that estimates the block means of an image where the noise is high.
 
-    D(z; σ) = enlarge(D(means of z; σ / f), f) from a threshold on, and D(z; σ) below it. To
+    D(z; σ) = enlarge_means(D(means of z; σ / f), f) from a threshold on, and D(z; σ) below it. To
     samplers, guidance and windows it is a denoiser as any other.
 
     Args:
@@ -143,8 +143,8 @@ class BandedDenoiser(Preconditioned):
             coords = full_grid((height, width), z.device).expand(len(z), -1, -1, -1)
         small = replace(cond, coords=block_means(coords, factor))
         seen = super().forward(block_means(z.to(torch.float32), factor), sigma / factor, small)
-        stages = tuple(enlarge(stage, factor) for stage in seen.stages)
-        return Posterior(enlarge(seen.mean, factor), None, stages)
+        stages = tuple(enlarge_means(stage, factor) for stage in seen.stages)
+        return Posterior(enlarge_means(seen.mean, factor), None, stages)
 
 
 class BandedObjective:

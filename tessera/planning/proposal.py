@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -45,8 +45,8 @@ class DataProposal:
         bands: from low noise to high, without gaps, from 0 to infinity.
         advice: rows of a table.
         recipe: keys of any recipe with EDM's objective, nested.
-        others: keys of other recipes by what they are for: "experts", "relay" (of its second
-            stage), "lego".
+        others: keys of other recipes by what they are for: "bands" (views by noise level),
+            "experts", "relay" (of its second stage), "lego".
     """
 
     bound: float
@@ -62,6 +62,7 @@ def bands_for(
     *,
     bound: float = BOUND,
     crops: bool = True,
+    largest: int | None = None,
 ) -> tuple[Band, ...]:
     """The bands that a set of images or latents asks for, from low noise to high.
 
@@ -70,6 +71,7 @@ def bands_for(
         reading: how it is brought to what is trained on.
         bound: error that is accepted, relative to that of the full image; above 1.
         crops: propose crops at low noise; otherwise whole images.
+        largest: factor of coarse images that may be proposed; None: any.
 
     Raises:
         DataError: nothing to read, or a bound that nothing can keep.
@@ -78,16 +80,18 @@ def bands_for(
         >>> bands_for("cifar10.zip")[-1].factor  # doctest: +SKIP
         4
     """
-    return planned_bands(study_set(measure_set(path, reading)), bound, crops=crops)
+    study = study_set(measure_set(path, reading))
+    return planned_bands(study, bound, crops=crops, largest=largest)
 
 
 def planned_bands(
-    study: DataStudy, bound: float = BOUND, *, crops: bool = True
+    study: DataStudy, bound: float = BOUND, *, crops: bool = True, largest: int | None = None
 ) -> tuple[Band, ...]:
     """The bands of a set that was looked at; see `bands_for`."""
     if not 1 < bound < math.inf:
         raise DataError(f"`bound={bound:g}`: errors are relative to the full image's; above 1")
     starts = {1: 0.0, **coarse_from(study, bound)}
+    starts = {f: start for f, start in starts.items() if largest is None or f <= largest}
     # A coarser view that holds from where a finer one does leaves nothing to that.
     factors = [f for f in starts if all(starts[f] < starts[g] for g in starts if g > f)]
     ends = [*(starts[factor] for factor in factors[1:]), math.inf]
@@ -135,6 +139,8 @@ def propose(study: DataStudy, bound: float = BOUND) -> DataProposal:
         _experts(study, bound), _relay(study, bound), _lego(study),
     ]  # fmt: skip
     bands = planned_bands(study, bound)
+    if len(bands) > 1:
+        parts.append(_Part((), {"view": {"kind": "bands", "bands": _sections(bands)}}, "bands"))
     shown = [_of_band(study, band, bound) for band in bands]
     advice = [*itertools.chain(*(part.advice for part in parts[:3])), *shown]
     advice += itertools.chain(*(part.advice for part in parts[3:]))
@@ -148,6 +154,19 @@ def propose(study: DataStudy, bound: float = BOUND) -> DataProposal:
             else:
                 target[section] = keys
     return DataProposal(bound, bands, tuple(advice), recipe, others)
+
+
+def _sections(bands: Sequence[Band]) -> list[dict[str, float]]:
+    """Bands as a recipe's view has them, without defaults."""
+    sections = []
+    for band in bands:
+        keys = {"factor": band.factor, "crop": band.crop or 0, "halo": band.halo}
+        defaults = {"factor": 1, "crop": 0, "halo": 0}
+        section: dict[str, float] = {k: v for k, v in keys.items() if v != defaults[k]}
+        if math.isfinite(band.sigma_max):
+            section["below"] = band.sigma_max
+        sections.append(section)
+    return sections
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,11 @@ def build_view(recipe: schema.Recipe, parts: Parts = NO_PARTS) -> View:
                 reduction=getattr(objective, "reduction", "sum"),
                 align=getattr(objective, "alignment", 1),
             )
+        case schema.AutoViewConfig():
+            raise RecipeError(
+                "view.kind=auto is decided by the images when training begins. `tessera plan DATA` "
+                "shows the bands"
+            )
         case schema.BandsViewConfig():
             objective = recipe_objective(recipe, parts)
             assert isinstance(objective, BandedObjective)

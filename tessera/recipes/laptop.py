@@ -11,6 +11,7 @@ from tessera.recipes.schema import (
     EdmObjectiveConfig,
     EdmSamplerConfig,
     EmaConfig,
+    LinearPreconditioningConfig,
     OptimizerConfig,
     PatchedUNetConfig,
     PatchViewConfig,
@@ -77,6 +78,31 @@ def cifar10_small() -> Recipe:
     )
 
 
+def cifar10_small_linear() -> Recipe:
+    """CIFAR-10 from the best linear denoiser on: a small patched U-Net, EDM's objective."""
+    whole = cifar10_small()
+    return whole.model_copy(
+        update={
+            "name": "cifar10-small-linear",
+            "description": "CIFAR-10, small, from the linear denoiser on",
+            "network": PatchedUNetConfig(
+                patch_size=2,
+                model_channels=32,
+                channel_mult=(1, 2, 4),
+                num_blocks=1,
+                attn_resolutions=(8,),
+                head_channels=32,
+                groups=None,
+                dropout=0,
+            ),
+            "preconditioning": LinearPreconditioningConfig(),
+            "optimizer": OptimizerConfig(
+                lr=2e-3, betas=(0.9, 0.99), rampup_images=1_000, decay="cosine"
+            ),
+        }
+    )
+
+
 def cifar10_small_patch() -> Recipe:
     """`cifar10-small` on patches of 8, 16 and 32 pixels: more images in the same time."""
     whole = cifar10_small()
@@ -114,6 +140,7 @@ def cifar10_small_pdm() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "quickstart-digits": quickstart_digits,
     "cifar10-small": cifar10_small,
+    "cifar10-small-linear": cifar10_small_linear,
     "cifar10-small-patch": cifar10_small_patch,
     "cifar10-small-pdm": cifar10_small_pdm,
 }

@@ -155,6 +155,11 @@ def _with_steps(
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
+    if "auto" in (_value(overrides, "view"), _value(overrides, "view.kind")):
+        raise RecipeError(
+            "view.kind=auto looks at images that are converted already. Convert them, and train a "
+            "recipe: tessera train cifar10-small view=auto data.path=photos-32.zip"
+        )
     for key, advice in {
         "data.path": "the images are those that were named; leave it out",
         "codec.kind": "latents are made by `tessera data latents`; then train photos-256-latent",
@@ -217,6 +222,8 @@ def _recipe(rung: _Rung, facts: ImageFacts, overrides: Sequence[str]) -> Recipe:
     }
     if rung.patches:
         change["view"] = {"kind": "patches"}
+    if any(_value(overrides, key) not in (None, "full") for key in ("view", "view.kind")):
+        change["preconditioning"] = {"kind": "edm"}  # the linear start knows whole images only
     if isinstance(side := _value(overrides, "data.resolution"), int):
         change["data"] = {**change["data"], "resolution": side}  # type: ignore[dict-item]
     if facts.count < rung.recipe.training.batch:

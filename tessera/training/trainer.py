@@ -24,6 +24,7 @@ from tessera.recipes.latents import check_vae, with_latents_told
 from tessera.recipes.loading import dump_recipe, parse_recipe
 from tessera.recipes.parts import NO_PARTS, Parts
 from tessera.recipes.schema import Recipe
+from tessera.recipes.views import with_bands_told
 from tessera.training import faults, run_folder, run_lock, tracking
 from tessera.training.checkpoints import Checkpoints, load_tensors, read_state
 from tessera.training.evaluation import check_reference
@@ -120,7 +121,7 @@ class Trainer:
         self._parts = parts
         if parts.dataset is not None:
             recipe = _without_path(recipe)
-        recipe = with_latents_told(run_folder.anchored(recipe))
+        recipe = with_bands_told(with_latents_told(run_folder.anchored(recipe)))
         check_vae(recipe)
         self.recipe = recipe
         self._feed = Feed(recipe, self.device, parts)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
-from tessera.diffusion.bands import BandedDenoiser, block_means, enlarge
+from tessera.diffusion.bands import BandedDenoiser, block_means, enlarge_means
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.errors import TesseraError
 from tessera.sampling.edm import edm_sampler
@@ -57,7 +57,7 @@ def inputs(sigma: list[float]) -> tuple[Tensor, Tensor, Conditioning]:
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
 def test_enlarging_keeps_the_means(factor: int, rows: int, columns: int, seed: int) -> None:
     means = torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
-    large = enlarge(means, factor)
+    large = enlarge_means(means, factor)
     assert large.shape == (2, 3, factor * rows, factor * columns)
     torch.testing.assert_close(block_means(large, factor), means, rtol=0, atol=1e-5)
 
@@ -67,7 +67,7 @@ def test_enlarging_beats_blocks_of_one_colour() -> None:
     image = torch.sin(3 * x + 2 * y)[None, None]
     means = block_means(image, 2)
     nearest = (F.interpolate(means, scale_factor=2) - image).square().mean()
-    assert (enlarge(means, 2) - image).square().mean() < 0.5 * nearest
+    assert (enlarge_means(means, 2) - image).square().mean() < 0.5 * nearest
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
@@ -95,7 +95,7 @@ def test_below_the_threshold_it_is_the_plain_denoiser_and_above_that_of_the_mean
         coords = F.avg_pool2d(full_grid((8, 8))[None], factor).expand(2, -1, -1, -1)
         told = cond if factor == 1 else Conditioning(cond.labels, coords=coords)
         small = plain(F.avg_pool2d(z, factor), sigma / factor, told).mean
-        torch.testing.assert_close(found, enlarge(small, factor))
+        torch.testing.assert_close(found, enlarge_means(small, factor))
 
 
 def test_each_image_of_a_batch_has_its_own_band() -> None:
@@ -113,7 +113,7 @@ def test_crops_keep_their_place() -> None:
     coords = full_grid((16, 16))[None, :, 4:12, 8:16]
     small = plain(F.avg_pool2d(z, 2), sigma / 2, Conditioning(coords=F.avg_pool2d(coords, 2))).mean
     found = denoiser(z, sigma, Conditioning(coords=coords)).mean
-    torch.testing.assert_close(found, enlarge(small, 2))
+    torch.testing.assert_close(found, enlarge_means(small, 2))
 
 
 def test_a_step_keeps_the_view_that_it_begins_with() -> None:

@@ -18,17 +18,28 @@ from tessera.diffusion.bands import BandedDenoiser
 from tessera.errors import RecipeError
 from tessera.pipelines.loading import estimate, load
 from tessera.recipes.build import build_view
-from tessera.recipes.loading import parse_recipe
-from tessera.recipes.schema import Recipe
+from tessera.recipes.loading import dump_recipe, parse_recipe
+from tessera.recipes.overrides import apply_overrides
+from tessera.recipes.schema import BandConfig, BandsViewConfig, Recipe
+from tessera.recipes.views import with_bands_told
 from tessera.training.feed import Feed
+from tessera.training.run_folder import read_recipe
 from tessera.training.trainer import Trainer
 
+SLOW = pytest.mark.slow
 COARSE = [{"below": 0.5, "share": 0.5}, {"factor": 2, "share": 0.5}]
 CROPS = [{"below": 0.5, "crop": 4, "halo": 1}, {"below": 2}, {"factor": 2}]
 
 
 def banded(folder: Path, bands: list[dict[str, Any]], **changes: Any) -> Recipe:
     return tiny_recipe(folder, view={"kind": "bands", "bands": bands}, **changes)
+
+
+def one_colour_each(path: Path) -> None:
+    """Images of which there is much to learn in a few steps."""
+    colours = np.random.default_rng(0).integers(0, 256, (30, 3, 1, 1), dtype=np.uint8)
+    images = np.broadcast_to(colours, (30, 3, 8, 8)).copy()
+    write_packed(path, images, labels=[i % 2 for i in range(30)])
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +98,7 @@ def _train_here(folder: Path, run_dir: Path) -> None:
           optimizer={"eps": 1e-2})  # fmt: skip
 
 
+@SLOW
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     banded(tmp_path, CROPS)
     for world in (1, 2):
@@ -204,16 +216,20 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("process", ["edm", "vp", "ve"])
+@pytest.mark.parametrize(
+    ("kind", "process"),
+    [
+        ("patched_unet", "edm"),
+        pytest.param("patched_unet", "vp", marks=SLOW),
+        pytest.param("patched_unet", "ve", marks=SLOW),
+        pytest.param("lego", "edm", marks=SLOW),
+        pytest.param("adm_unet", "edm", marks=SLOW),
+    ],
+)
 def test_bands_teach_every_network_and_process(kind: str, process: str, tmp_path: Path) -> None:
     """The loss on other images, at all noise levels, falls by steps that each see one band."""
-    if kind != "patched_unet" and process != "edm":
-        pytest.skip("one network is enough to try the processes on")
     data = tiny_recipe(tmp_path).model_dump(mode="json")
-    colours = np.random.default_rng(0).integers(0, 256, (30, 3, 1, 1), dtype=np.uint8)
-    images = np.broadcast_to(colours, (30, 3, 8, 8)).copy()  # of which there is much to learn
-    write_packed(Path(data["data"]["path"]), images, labels=[i % 2 for i in range(30)])
+    one_colour_each(Path(data["data"]["path"]))
     data |= {"network": NETWORKS[kind], "view": {"kind": "bands", "bands": COARSE}}
     data |= {"objective": {"kind": process}, "preconditioning": {"kind": process}}
     data["data"]["held_out"] = 0.3
@@ -225,3 +241,24 @@ def test_bands_teach_every_network_and_process(kind: str, process: str, tmp_path
     lines = [line for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
     losses = [line["validation/loss"] for line in lines]
     assert losses[-1] < 0.98 * losses[0]
+
+
+def test_the_images_choose_the_bands(tmp_path: Path) -> None:
+    """`view=auto`: what `tessera plan` proposes, as far as it fits the network, is in the recipe."""
+    tiny = tiny_recipe(tmp_path, training={"images": 16})
+    one_colour_each(Path(str(tiny.data.path)))
+    plain = apply_overrides(dump_recipe(tiny), ["view=auto"])
+    trainer = Trainer(parse_recipe(plain), tmp_path / "run")
+    # Means of 4x4 pixels would do, but leave less than the network's levels.
+    assert trainer.recipe.view == BandsViewConfig(bands=(BandConfig(factor=2),))
+    trainer.run()
+    assert read_recipe(tmp_path / "run").view == trainer.recipe.view
+
+
+def test_bands_of_images_that_are_not_there(tmp_path: Path) -> None:
+    plain = dump_recipe(tiny_recipe(tmp_path)) | {"view": "auto"}
+    recipe = parse_recipe(plain | {"data": {"resolution": 8}})
+    with pytest.raises(RecipeError, match=r"data\.path names none"):
+        with_bands_told(recipe)
+    with pytest.raises(RecipeError, match="decided by the images"):
+        build_view(recipe)

@@ -54,7 +54,7 @@ def test_recipes_and_what_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "photos/", "photographs/", *(name for name in shipped() if name.startswith("photo")),
     }  # fmt: skip
     assert offered("tessera train photos/").keys() == {"photos/cats/"}
-    assert set(offered("tessera recipes show cifar10-small-l")) == {"cifar10-small-lego"}
+    assert set(offered("tessera recipes show cifar10-small-le")) == {"cifar10-small-lego"}
     assert "mine.yaml" in offered("tessera compare training.batch=8 mi")
 
 
@@ -90,7 +90,8 @@ def test_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     start = "tessera train cifar10-small "
-    assert offered(start + "view.kind=").keys() == {"view.kind=full", "view.kind=patches"}
+    kinds = {f"view.kind={kind}" for kind in ("full", "patches", "bands", "auto")}
+    assert offered(start + "view.kind=").keys() == kinds
     assert offered(start + "view.kind=p").keys() == {"view.kind=patches"}
     assert offered(start + "data.xflip=").keys() == {"data.xflip=true", "data.xflip=false"}
     assert offered(start + "data.path=ph").keys() == {"data.path=photos/"}

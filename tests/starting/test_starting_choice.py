@@ -217,3 +217,14 @@ def test_any_facts_give_a_recipe_that_can_be_read(
     assert parse_recipe(dump_recipe(first.recipe)) == first.recipe
     assert first.recipe.training.batch <= max(about.count, 1)
     assert first.classifier_images >= 4_000
+
+
+@pytest.mark.parametrize("view", ["view.kind=patches", "view=patches"])
+def test_parts_of_images_have_no_linear_start(view: str) -> None:
+    with pytest.raises(RecipeError, match="converted already"):
+        plan(60, 10, "view=auto")
+    whole, parts = plan().recipe, plan(60, 10, view).recipe
+    assert whole.preconditioning.kind == "linear"
+    assert parts.preconditioning.kind == "edm"
+    assert parts.network == whole.network
+    assert parts.view.kind == view.split("=")[1]

@@ -11,6 +11,7 @@ from tessera.recipes.schema.base import (
 )
 from tessera.recipes.schema.data import (
     AugmentConfig,
+    AutoViewConfig,
     BandConfig,
     BandsViewConfig,
     CodecConfig,
@@ -104,6 +105,7 @@ __all__ = [
     "AblationSamplerConfig",
     "AdmUNetConfig",
     "AugmentConfig",
+    "AutoViewConfig",
     "BandConfig",
     "BandsViewConfig",
     "BlurObjectiveConfig",

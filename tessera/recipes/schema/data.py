@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from tessera.channels import MAX_CHANNELS
 from tessera.precision import Precision
@@ -289,8 +296,31 @@ class BandsViewConfig(ViewSection):
         return self
 
 
+class AutoViewConfig(ViewSection):
+    """The bands of coarse images that the training images ask for (`tessera plan`).
+
+    A run looks at them before its first step; its recipe then says `bands`.
+    """
+
+    kind: Literal["auto"] = "auto"
+    bound: float = Field(
+        1.03, gt=1, le=10, description="error that is accepted, of the best linear denoiser's"
+    )
+
+    @property
+    def crops(self) -> bool:
+        return True
+
+
+def _by_kind(value: Any) -> Any:
+    """`view=auto` for `view.kind=auto`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 ViewConfig = Annotated[
-    FullViewConfig | PatchViewConfig | BandsViewConfig, Field(discriminator="kind")
+    FullViewConfig | PatchViewConfig | BandsViewConfig | AutoViewConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(_by_kind),
 ]
 
 
