@@ -244,7 +244,7 @@ def test_bands_teach_every_network_and_process(kind: str, process: str, tmp_path
 
 
 def test_the_images_choose_the_bands(tmp_path: Path) -> None:
-    """`view=auto`: what `tessera plan` proposes, as far as it fits the network, is in the recipe."""
+    """`view=auto`: what `tessera plan` proposes, as far as the network takes it."""
     tiny = tiny_recipe(tmp_path, training={"images": 16})
     one_colour_each(Path(str(tiny.data.path)))
     plain = apply_overrides(dump_recipe(tiny), ["view=auto"])
