@@ -2,10 +2,11 @@
 
     python -m benchmarks.claims.linear_start --data cifar10.zip --minutes 10 --parallel
 
-All arms have the narrow network of `cifar10-small`, so that it takes steps enough in minutes, and the
-same seed. The second sees means of 2x2 pixels at noise levels above 1.5, in the third the best linear
-denoiser of the images is measured before the first step. Only training time counts. The Fréchet
-distance is that of `tessera eval`: features of a classifier trained on the same images; it is no FID.
+All arms have the narrow network of `cifar10-small`, so that it takes steps enough in minutes, and
+the same seed. The second sees means of 2x2 pixels at noise levels above 1.5; in the third the best
+linear denoiser of the images is measured before the first step. Only training time counts. The
+Fréchet distance is that of `tessera eval`: features of a classifier trained on the same images; it
+is no FID.
 """
 
 from __future__ import annotations
