@@ -35,10 +35,10 @@ def banded(folder: Path, bands: list[dict[str, Any]], **changes: Any) -> Recipe:
     return tiny_recipe(folder, view={"kind": "bands", "bands": bands}, **changes)
 
 
-def one_colour_each(path: Path) -> None:
+def one_colour_each(path: Path, side: int = 8) -> None:
     """Images of which there is much to learn in a few steps."""
     colours = np.random.default_rng(0).integers(0, 256, (30, 3, 1, 1), dtype=np.uint8)
-    images = np.broadcast_to(colours, (30, 3, 8, 8)).copy()
+    images = np.broadcast_to(colours, (30, 3, side, side)).copy()
     write_packed(path, images, labels=[i % 2 for i in range(30)])
 
 
@@ -245,11 +245,10 @@ def test_bands_teach_every_network_and_process(kind: str, process: str, tmp_path
 
 def test_the_images_choose_the_bands(tmp_path: Path) -> None:
     """`view=auto`: what `tessera plan` proposes, as far as the network takes it."""
-    tiny = tiny_recipe(tmp_path, training={"images": 16})
-    one_colour_each(Path(str(tiny.data.path)))
+    tiny = tiny_recipe(tmp_path, training={"images": 16}, data={"resolution": 32})
+    one_colour_each(Path(str(tiny.data.path)), 32)
     plain = apply_overrides(dump_recipe(tiny), ["view=auto"])
     trainer = Trainer(parse_recipe(plain), tmp_path / "run")
-    # As coarse as the network takes them: it halves what it sees once.
     assert trainer.recipe.view == BandsViewConfig(bands=(BandConfig(factor=4),))
     trainer.run()
     assert read_recipe(tmp_path / "run").view == trainer.recipe.view
