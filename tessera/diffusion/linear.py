@@ -128,7 +128,7 @@ class LinearStatistics(nn.Module):
             raise TesseraError(
                 f"this model begins with a linear estimate of {side}x{side} images, and cannot "
                 f"make parts of images or others, such as {height}x{width}. Leave out what changes "
-                "the size, or train with preconditioning.kind=edm"
+                "the size, take layout=windows, or train with preconditioning.kind=edm"
             )
         if labels is None or len(self.mean) == 1:
             mean, power = self.mean[-1:], self.power[1:]
