@@ -182,3 +182,21 @@ def test_other_sizes_are_refused_in_words(tmp_path: Path) -> None:
     model = load(tmp_path / "run").model
     with pytest.raises(TesseraError, match="linear estimate of 8x8"):
         model(torch.zeros(1, 3, 16, 16), torch.ones(1), Conditioning())
+
+
+@pytest.mark.slow
+def test_training_adds_to_the_linear_estimate(tmp_path: Path) -> None:
+    """Of images that are black or white, of which no linear estimate knows that."""
+    images = np.repeat(np.array([0, 255], np.uint8), 30 * 3 * 8 * 8).reshape(60, 3, 8, 8)
+    write_packed(tmp_path / "tiny.safetensors", images, labels=[0] * 60)
+    data = tiny_recipe(tmp_path).model_dump(mode="json") | LINEAR
+    data["objective"] = {"kind": "edm", "p_mean": 2.3, "p_std": 0.3}
+    data["data"] |= {"held_out": 0.3, "num_classes": 0}
+    data["optimizer"] |= {"lr": 5e-3, "rampup_images": 0}
+    data["ema"] = [{"halflife_images": 1}]
+    data["training"] |= {"images": 3200, "batch": 16}
+    data["validation"] = {"every_images": 320, "images": 18}
+    Trainer(parse_recipe(data), tmp_path / "run").run()
+    lines = [x for x in read_metrics(tmp_path / "run") if "validation/loss" in x]
+    losses = [line["validation/loss"] for line in lines]
+    assert losses[-1] < 0.9 * losses[0]
