@@ -166,6 +166,7 @@ def test_classes_can_be_left_out(tmp_path: Path) -> None:
         ({"view": {"kind": "bands", "bands": [{"below": 1}, {"factor": 2}]}}, "view.kind=full"),
         ({"objective": {"kind": "blur", "block": 2}, "sampling": {"kind": "relay"}}, "white noise"),
         ({"network": {"kind": "external"}}, "own parts"),
+        ({"data": {"resolution": 256, "num_classes": 1000}}, r"preconditioning\.classes=false"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -23,6 +24,7 @@ from tessera.recipes.schema.diffusion import (
     EdmObjectiveConfig,
     EdmPreconditioningConfig,
     EnergyConfig,
+    LinearPreconditioningConfig,
     ObjectiveConfig,
     PreconditioningConfig,
 )
@@ -36,6 +38,8 @@ from tessera.recipes.schema.training import (
     TrainingConfig,
     ValidationConfig,
 )
+
+_MOST_NUMBERS = 2**26  # of the mean images that a model keeps
 
 
 class Recipe(Section):
@@ -284,6 +288,13 @@ class Recipe(Section):
             )
         if self.network.has_energy:
             raise ValueError(f"{kind} has no energy: set preconditioning.kind=edm")
+        numbers = (self.data.num_classes + 1) * math.prod(self.shape)
+        means = isinstance(section, LinearPreconditioningConfig) and section.classes
+        if means and numbers > _MOST_NUMBERS:
+            raise ValueError(
+                f"{kind} would keep a mean image of each of {self.data.num_classes:,} classes, "
+                f"{numbers:,} numbers; set preconditioning.classes=false"
+            )
         return self
 
     @model_validator(mode="after")
