@@ -419,7 +419,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     common.add_options(made, minutes=30, samples=1000)
-    made.add_argument("--recipe", default="cifar10-small", help="a recipe, or auto")
+    made.add_argument("--recipe", default="cifar10-small-linear", help="a recipe, or auto")
     made.add_argument("--unconditional", action="store_true", help="neither knows classes")
     made.add_argument("--train-batch", type=int, default=16, help="of the example")
     made.add_argument("--width", type=int, help="of its network (default: of the nearest size)")
