@@ -79,26 +79,16 @@ def cifar10_small() -> Recipe:
 
 
 def cifar10_small_linear() -> Recipe:
-    """CIFAR-10 from the best linear denoiser on: a small patched U-Net, EDM's objective."""
+    """`cifar10-small`, narrower, from the best linear denoiser on: pictures in minutes."""
     whole = cifar10_small()
+    narrow = {"model_channels": 16}
     return whole.model_copy(
         update={
             "name": "cifar10-small-linear",
-            "description": "CIFAR-10, small, from the linear denoiser on",
-            "network": PatchedUNetConfig(
-                patch_size=2,
-                model_channels=32,
-                channel_mult=(1, 2, 4),
-                num_blocks=1,
-                attn_resolutions=(8,),
-                head_channels=32,
-                groups=None,
-                dropout=0,
-            ),
+            "description": "CIFAR-10, small, linear start",
+            "network": whole.network.model_copy(update=narrow),
             "preconditioning": LinearPreconditioningConfig(),
-            "optimizer": OptimizerConfig(
-                lr=2e-3, betas=(0.9, 0.99), rampup_images=1_000, decay="cosine"
-            ),
+            "optimizer": whole.optimizer.model_copy(update={"lr": 2e-3}),
         }
     )
 
