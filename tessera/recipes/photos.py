@@ -116,7 +116,7 @@ def photos_small(resolution: int) -> Recipe:
         # So few images teach layout and colours, which are decided at higher noise than detail.
         objective=EdmObjectiveConfig(p_mean=-0.8),
         # Thousands of steps, and not millions: the second moment forgets in a hundred.
-        optimizer=OptimizerConfig(lr=2e-3, betas=(0.9, 0.99), rampup_images=1_000),
+        optimizer=OptimizerConfig(lr=1e-3, betas=(0.9, 0.99), rampup_images=1_000),
         training=TrainingConfig(images=100_000, batch=16),
         sampling=EdmSamplerConfig(steps=18),
         run=RunConfig(
