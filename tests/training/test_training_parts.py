@@ -189,7 +189,7 @@ def test_costs_are_counted_and_measured(tmp_path: Path) -> None:
     assert cost.sample_flops == 3 * cost.forward_flops
     assert estimate(recipe, ALL, **{"options.steps": "5"}).evaluations == 5
     measured = probe.measure(recipe, Feed(recipe, CPU, ALL), CPU, 0.01, parts=ALL, show=False)
-    assert measured.steps.keys() == {(8, None)}
+    assert measured.steps.keys() == {(8, None, None)}
 
 
 def test_what_cannot_be_counted_is_said(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def test_steps_previews_scores_and_checkpoints_are_added(tmp_path: Path) -> None
 def test_every_size_of_patch_counts_as_often_as_it_comes(total: int, progressive: bool) -> None:
     view = PatchView(8, 8, SIZES, seed=1, progressive=progressive, total_images=total)
     windows, plans = course(view, 0, total)
-    assert set(plans) == {(32, 4), (8, 8)}
-    assert all((plan.images, plan.patch) == kind for kind, plan in plans.items())
-    seconds = {(32, 4): 1.0, (8, 8): 3.0}
+    assert set(plans) == {(32, 4, None), (8, 8, None)}
+    assert all(plan.kind == kind for kind, plan in plans.items())
+    seconds = {(32, 4, None): 1.0, (8, 8, None): 3.0}
     # By steps, or by images: one second for 32 images and three for 8.
     expected = (1 / 32 + 3 / 8) / 2 if progressive else 4 / 40
     assert seconds_per_image(windows, seconds) == pytest.approx(expected, rel=0.1)
@@ -146,7 +146,7 @@ def test_patches_of_each_size_are_measured(clock: Any, tmp_path: Path) -> None:
     view = Feed(recipe, CPU).view
     found = measured(recipe, 400)
     assert found.steps == {
-        (8 * size.multiplier, size.side): pytest.approx(3.0 + 8 * size.multiplier)
+        (8 * size.multiplier, size.side, None): pytest.approx(3.0 + 8 * size.multiplier)
         for size in view.sizes
     }
 
