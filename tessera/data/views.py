@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,14 +186,14 @@ class BandsView:
     def __init__(self, batch: int, parts: Sequence[BandShare], *, seed: int) -> None:
         self.batch, self.parts = batch, tuple(parts)
         self._ends = list(itertools.accumulate(part.share for part in parts))
+        # The last one also takes what rounding leaves of the sum.
+        self._last = max(index for index, part in enumerate(parts) if part.share > 0)
         self._seed = seed
 
     def plan(self, images_seen: int) -> StepPlan:
         """The step that follows after `images_seen` images."""
         position = derive_seed(self._seed, "band", images_seen) / 2**63
-        drawn = (index for index, end in enumerate(self._ends) if end > position)
-        last = max(index for index, part in enumerate(self.parts) if part.share > 0)
-        return self._step(images_seen, next(drawn, last))
+        return self._step(images_seen, min(bisect.bisect_right(self._ends, position), self._last))
 
     def shares(self) -> list[tuple[StepPlan, float]]:
         """The kinds of steps, and the share of the steps that each has."""

@@ -8,6 +8,7 @@ crops suffice that see a halo which the loss does not.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 import math
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
-from tessera.diffusion.denoiser import Denoiser, Posterior, joined
+from tessera.diffusion.denoiser import Denoiser, Posterior, by_owner
 from tessera.diffusion.objectives import DenoisingObjective, Reduction
 from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
 from tessera.errors import TesseraError
@@ -112,27 +113,17 @@ class BandedDenoiser(Preconditioned):
     def for_step(self, sigma: float) -> Self:
         """With the factor that a step begins with for all of it; reads nothing from the device."""
         step = copy.copy(self)
-        step._fixed = self._factors[int(self._owner(torch.tensor([sigma], dtype=torch.float64)))]
+        step._fixed = self._factors[bisect.bisect_right(self._starts, sigma)]
         return step
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser; free of synchronisation where `sigma` is on the CPU."""
         if self._fixed is not None:
             return self._at(self._fixed, z, sigma, cond)
-        owner = self._owner(sigma.reshape(-1))
-        present = sorted(set(owner.tolist()))
-        if len(present) == 1:
-            return self._at(self._factors[present[0]], z, sigma, cond)
-        rows = [(owner == band).nonzero()[:, 0] for band in present]
-        parts = []
-        for band, row in zip(present, rows, strict=True):
-            here = row.to(z.device)
-            parts.append(self._at(self._factors[band], z[here], sigma[row], cond[here]))
-        return joined(parts, rows)
-
-    def _owner(self, sigma: Tensor) -> Tensor:
+        sigma = sigma.reshape(-1)
         starts = torch.tensor(self._starts, dtype=sigma.dtype, device=sigma.device)
-        return torch.bucketize(sigma, starts, right=True)
+        owner = torch.bucketize(sigma, starts, right=True)
+        return by_owner(owner, z, sigma, cond, lambda n, *part: self._at(self._factors[n], *part))
 
     def _at(self, factor: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         if factor == 1:

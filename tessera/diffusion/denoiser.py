@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -37,6 +37,32 @@ class Posterior:
     def estimates(self) -> tuple[Tensor, ...]:
         """All estimates of x, in order; the last one is `mean`."""
         return (*self.stages, self.mean)
+
+
+def by_owner(
+    owner: Tensor,
+    z: Tensor,
+    sigma: Tensor,
+    cond: Conditioning,
+    estimate: Callable[[int, Tensor, Tensor, Conditioning], Posterior],
+) -> Posterior:
+    """The posterior of a batch whose images are estimated in different ways.
+
+    Args:
+        owner: number of the way of each image, int64 [B]; read on the host, so best on the CPU.
+        z, sigma, cond: of the batch, σ [B] where `owner` is.
+        estimate: called with a way's number and its part of the batch; with all of it, untouched,
+            where there is one way only.
+    """
+    present = sorted(set(owner.tolist()))
+    if len(present) == 1:
+        return estimate(present[0], z, sigma, cond)
+    rows = [(owner == number).nonzero()[:, 0] for number in present]
+    parts = []
+    for number, row in zip(present, rows, strict=True):
+        ours = row.to(z.device)
+        parts.append(estimate(number, z[ours], sigma[row], cond[ours]))
+    return joined(parts, rows)
 
 
 def joined(parts: Sequence[Posterior], rows: Sequence[Tensor]) -> Posterior:

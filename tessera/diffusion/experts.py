@@ -15,7 +15,7 @@ from tessera.diffusion.denoiser import (
     EnergyNetwork,
     Posterior,
     Valued,
-    joined,
+    by_owner,
 )
 from tessera.errors import TesseraError
 
@@ -124,17 +124,7 @@ class Experts(Denoiser):
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         """As every denoiser; free of synchronisation where `sigma` is on the CPU."""
-        owner = self.owner(sigma.reshape(-1))
-        present = sorted(set(owner.tolist()))
-        if len(present) == 1:
-            posterior: Posterior = self.experts[present[0]](z, sigma, cond)
-            return posterior
-        rows = [(owner == expert).nonzero()[:, 0] for expert in present]
-        parts = [
-            self._part(expert, row, z, sigma, cond)
-            for expert, row in zip(present, rows, strict=True)
-        ]
-        return joined(parts, rows)
+        return by_owner(self.owner(sigma.reshape(-1)), z, sigma, cond, self._estimate)
 
     def time(self, sigma: Tensor) -> Tensor:
         return self.denoisers()[0].time(sigma)
@@ -162,12 +152,9 @@ class Experts(Denoiser):
         level = torch.tensor(sigma, dtype=torch.float64)
         return self.denoisers()[int(self.owner(level))].energy_network(sigma)
 
-    def _part(
-        self, expert: int, rows: Tensor, z: Tensor, sigma: Tensor, cond: Conditioning
-    ) -> Posterior:
-        ours = rows.to(z.device)
-        part: Posterior = self.experts[expert](z[ours], sigma[rows], cond[ours])
-        return part
+    def _estimate(self, expert: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        posterior: Posterior = self.experts[expert](z, sigma, cond)
+        return posterior
 
     def denoisers(self) -> list[Denoiser]:
         """The experts, from the cleanest interval to the noisiest."""

@@ -140,7 +140,7 @@ def propose(study: DataStudy, bound: float = BOUND) -> DataProposal:
     ]  # fmt: skip
     bands = planned_bands(study, bound)
     if len(bands) > 1:
-        parts.append(_Part((), {"view": {"kind": "bands", "bands": _sections(bands)}}, "bands"))
+        parts.append(_Part((), {"view": {"kind": "bands", "bands": band_sections(bands)}}, "bands"))
     shown = [_of_band(study, band, bound) for band in bands]
     advice = [*itertools.chain(*(part.advice for part in parts[:3])), *shown]
     advice += itertools.chain(*(part.advice for part in parts[3:]))
@@ -156,7 +156,7 @@ def propose(study: DataStudy, bound: float = BOUND) -> DataProposal:
     return DataProposal(bound, bands, tuple(advice), recipe, others)
 
 
-def _sections(bands: Sequence[Band]) -> list[dict[str, float]]:
+def band_sections(bands: Sequence[Band]) -> list[dict[str, float]]:
     """Bands as a recipe's view has them, without defaults."""
     sections = []
     for band in bands:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tessera.errors import RecipeError
-from tessera.planning.proposal import bands_for
+from tessera.planning.proposal import band_sections, bands_for
 from tessera.planning.sample import Reading
 from tessera.recipes.latents import DATA
 from tessera.recipes.loading import dump_recipe, parse_recipe
@@ -39,9 +39,6 @@ def with_bands_told(recipe: Recipe) -> Recipe:
     side, network = recipe.shape[1], recipe.network
     largest = max(f for f in (1, 2, 4, 8) if not side % f and network.fits(side // f))
     bands = bands_for(recipe.data.path, reading, bound=view.bound, crops=False, largest=largest)
-    sections: list[dict[str, float]] = [{"factor": band.factor} for band in bands]
-    for section, after in zip(sections, bands[1:], strict=False):
-        section["below"] = after.sigma_min
     plain = dump_recipe(recipe)
-    plain["view"] = {"kind": "bands", "bands": sections}
+    plain["view"] = {"kind": "bands", "bands": band_sections(bands)}
     return parse_recipe(plain)

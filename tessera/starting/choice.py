@@ -250,7 +250,7 @@ def _seconds(recipe: Recipe, timings: Timings) -> float:
 
     So what is chosen does not depend on what else the machine happens to do.
     """
-    shares = build_view(recipe).shares()
+    shares = [(p, share) for p, share in build_view(recipe).shares() if p.kind in timings.steps]
     measured = sum(share * timings.steps[plan.kind] for plan, share in shares)
     return timings.alone * measured / sum(share * plan.images for plan, share in shares)
 
@@ -378,6 +378,7 @@ def _choices(
             if patches
             else f"better than patches below {_PATCHES_FROM:,} images",
         ),
+        "preconditioning": _start(recipe),
         "training.precision": (
             "precision",
             machine.precision[0] if training.precision == "auto" else training.precision,
@@ -410,6 +411,13 @@ def _choices(
         Choice(name, value, "as you say" if _said(key, overrides) else why)
         for key, (name, value, why) in rows.items()
     )
+
+
+def _start(recipe: Recipe) -> tuple[str, str, str]:
+    """The row of what the training begins with."""
+    if recipe.preconditioning.of_images:
+        return "start", "linear", "what is linear in the images is measured, not learned"
+    return "start", "none", "long trainings, and parts of images, do without a linear one"
 
 
 def _rough(number: float) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor
 from tessera import distributed
 from tessera.conditioning import Conditioning
 from tessera.data.codec import Codec
-from tessera.data.dataset import Dataset
+from tessera.data.dataset import Dataset, choose_subset
 from tessera.data.loader import Batch, Loader, StepPlan
 from tessera.data.order import EpochOrder, Order, WindowedOrder
 from tessera.errors import RecipeError
 from tessera.images import from_uint8, to_uint8
 from tessera.pipelines.plans import Pictures
-from tessera.randomness import AddressedDraws, Draws, derive_seed, numpy_generator
+from tessera.randomness import AddressedDraws, Draws, derive_seed
 from tessera.recipes.build import build_augment, build_training_codec, build_view
 from tessera.recipes.datasets import open_training_set
 from tessera.recipes.parts import NO_PARTS, Parts
@@ -163,7 +163,7 @@ class Feed:
         The same for every seed and process.
         """
         most = max(_EXAMPLE_VALUES // math.prod(self._recipe.shape), _AT_ONCE)
-        rows = numpy_generator(0, "examples").permutation(len(self.dataset))[: min(most, _EXAMPLES)]
+        rows = choose_subset(len(self.dataset), min(most, _EXAMPLES), seed=0)
         labels = self.dataset.labels if self._recipe.data.num_classes else None
         for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
             classes = None if labels is None else torch.from_numpy(labels[part])

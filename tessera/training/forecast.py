@@ -15,8 +15,6 @@ from tessera.recipes.schema import Recipe
 DISTURBED = 0.1
 """Share of the processors that others take, beyond which it is said, and steps wait for them."""
 
-"""Images of a step, and the side of its patches."""
-
 _STEPS = 10_000  # of a longer run only some are looked at, in windows all along it
 _WINDOWS, _WINDOW = 50, 200
 

@@ -184,6 +184,7 @@ def test_bands_that_do_not_fit_are_refused(
          "objective.kind=blur"),
         ({"preconditioning": {"kind": "iddpm"}}, "preconditioning.kind=iddpm"),
         ({"low_resolution": 4}, "low_resolution"),
+        ({"network": {"kind": "energy_dit"}}, "energy of means"),
     ],
 )  # fmt: skip
 def test_methods_that_bands_do_not_go_with_are_refused(

@@ -224,6 +224,8 @@ def test_parts_of_images_have_no_linear_start(view: str) -> None:
     with pytest.raises(RecipeError, match="converted already"):
         plan(60, 10, "view=auto")
     whole, parts = plan().recipe, plan(60, 10, view).recipe
+    told = [next(c for c in p.choices if c.name == "start") for p in (plan(), plan(60, 10, view))]
+    assert [choice.value for choice in told] == ["linear", "none"]
     assert whole.preconditioning.kind == "linear"
     assert parts.preconditioning.kind == "edm"
     assert parts.network == whole.network

@@ -235,7 +235,7 @@ class Recipe(Section):
             for name, given in {
                 "augment": self.augment is not None,
                 "coords": self.coords is not None,
-                "view.kind=patches": self.view.crops,
+                f"view.kind={self.view.kind}": self.view.crops,
                 "snr_splits": bool(self.snr_splits),
             }.items():
                 if given:
@@ -420,6 +420,11 @@ class Recipe(Section):
                 f"view.kind=bands draws noise levels band by band, which objective.kind="
                 f"{self.objective.kind}{' with energy' if self.energy is not None else ''} cannot: "
                 "set objective.kind=edm (or vp, ve) and energy=null, or view.kind=full"
+            )
+        if view.coarse and self.network.has_energy:
+            raise ValueError(
+                "view.bands: the energy of means of blocks is none of the whole image. Set factor "
+                "to 1, or a network without energy"
             )
         if view.coarse and self.preconditioning.has_levels:
             raise ValueError(
