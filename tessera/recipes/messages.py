@@ -117,16 +117,21 @@ def _locate(
     node: Any = data
     holder: type[BaseModel] | None = root
     choices: list[type[BaseModel]] = [root]
+    chosen = True
     for part in location:
-        if isinstance(node, Mapping) and part not in node and node.get("kind") == part:
-            continue  # pydantic adds the kind of a choice to the location; it is no key
+        kind = node.get("kind") if isinstance(node, Mapping) else node
+        if not chosen and kind == part:
+            chosen = True  # pydantic adds the kind of a choice to the location; it is no key
+            continue
         parts.append(str(part))
+        chosen = False
         if isinstance(part, int):
             node = node[part] if isinstance(node, list | tuple) and part < len(node) else None
             continue
         holder = select(choices, node)
         field = holder.model_fields.get(part) if holder is not None else None
         choices = sections(field.annotation) if field is not None else []
+        chosen = len(choices) < 2
         node = node.get(part) if isinstance(node, Mapping) else None
     return parts, holder
 

@@ -154,7 +154,8 @@ def test_cost_counts_what_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"bands": []}, "at least 1"),
+        ({"bands": []}, r"view\.bands: .*at least 1"),
+        ({"bands": [{"below": -1}, {}]}, r"view\.bands\.0\.below: must be greater"),
         ({"bands": [{"below": 1.0}]}, "every band but the last"),
         ({"bands": [{"below": 2.0}, {"below": 1.0}, {}]}, "these rise"),
         ({"bands": [{}, {"factor": 2}]}, "every band but the last"),
