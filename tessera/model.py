@@ -20,11 +20,13 @@ class Model(nn.Module):
             (experts, wrappers) have none of their own; see `networks`.
         shape: (C, H, W) of x in model space, as trained.
         num_classes: number of classes that the network knows; 0 if it knows none.
+        rests: whether some steps of a training leave parameters out.
     """
 
     network: nn.Module
     shape: tuple[int, int, int]
     num_classes: int = 0
+    rests: bool = False
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         """Take from the training images what is needed before the first step; nothing by default.

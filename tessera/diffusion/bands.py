@@ -12,9 +12,9 @@ import bisect
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tessera.conditioning import Conditioning, full_grid
 from tessera.diffusion.denoiser import Denoiser, Posterior, by_owner
 from tessera.diffusion.objectives import DenoisingObjective, Reduction
-from tessera.diffusion.preconditioning import Preconditioned, Preconditioning
+from tessera.diffusion.preconditioning import Preconditioned
 from tessera.errors import TesseraError
 from tessera.randomness import Draws
 
@@ -37,6 +37,7 @@ class Band:
         factor: side of the blocks of pixels whose means are seen; 1: the pixels themselves.
         crop: side of the crops that are trained on, pixels; None: whole images.
         halo: pixels at a crop's border, but not at the image's, that are seen without any loss.
+        bricks: of a stack so many run, the first; None: all.
     """
 
     sigma_min: float = 0.0
@@ -44,13 +45,16 @@ class Band:
     factor: int = 1
     crop: int | None = None
     halo: int = 0
+    bricks: int | None = None
 
     def __str__(self) -> str:
         if self.factor > 1:
-            return f"means of {self.factor}x{self.factor} pixels"
-        if self.crop is None:
-            return "the whole image"
-        return f"crops of {self.crop} with a halo of {self.halo}"
+            seen = f"means of {self.factor}x{self.factor} pixels"
+        elif self.crop is None:
+            seen = "the whole image"
+        else:
+            seen = f"crops of {self.crop} with a halo of {self.halo}"
+        return seen if self.bricks is None else f"{seen}, by bricks 1 to {self.bricks}"
 
 
 def block_means(x: Tensor, factor: int) -> Tensor:
@@ -86,34 +90,38 @@ def enlarge_means(means: Tensor, factor: int) -> Tensor:
 
 
 class BandedDenoiser(Preconditioned):
-    """A denoiser that estimates the block means of an image where the noise is high.
+    """A denoiser that does at each noise level no more than is needed there.
 
-    D(z; σ) = enlarge_means(D(means of z; σ / f), f) from a threshold on, and D(z; σ) below it. To
-    samplers, guidance and windows it is a denoiser as any other.
+    From a threshold on it estimates the block means of an image, D(z; σ) = enlarge_means(D(means of
+    z; σ / f), f); in some bands the first bricks of a stack do. To samplers, guidance and windows it
+    is a denoiser as any other.
 
     Args:
-        network, preconditioning, shape, num_classes: see `Preconditioned`; the network takes
-            coordinates.
-        factors: (σ from which on, f) of each band, rising; the first from 0.
+        whole: of all pixels by the whole network, at any noise level; where means are seen, its
+            network takes coordinates.
+        bands: rising, the first from 0. Their crops are no matter of a denoiser.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        preconditioning: Preconditioning,
-        shape: tuple[int, int, int],
-        num_classes: int,
-        factors: Sequence[tuple[float, int]],
-    ) -> None:
-        super().__init__(network, preconditioning, shape, num_classes)
-        self._starts = [start for start, _ in factors[1:]]
-        self._factors = [factor for _, factor in factors]
+    def __init__(self, whole: Preconditioned, bands: Sequence[Band]) -> None:
+        super().__init__(whole.network, whole.preconditioning, whole.shape, whole.num_classes)
+        self.bands = tuple(bands)
+        self.rests = any(band.bricks is not None for band in bands)
+        self._starts = [band.sigma_min for band in bands[1:]]
+        self._whole = (whole,)  # no submodule: the network is one of this one already
         self._fixed: int | None = None
 
+    def around(self, network: nn.Module) -> Self:
+        other = super().around(network)
+        other._whole = (self._whole[0].around(network),)
+        return other
+
+    def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        self._whole[0].begin(images)
+
     def for_step(self, sigma: float) -> Self:
-        """With the factor that a step begins with for all of it; reads nothing from the device."""
+        """With the band that a step begins in for all of it; reads nothing from the device."""
         step = copy.copy(self)
-        step._fixed = self._factors[bisect.bisect_right(self._starts, sigma)]
+        step._fixed = bisect.bisect_right(self._starts, sigma)
         return step
 
     def forward(self, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
@@ -122,18 +130,23 @@ class BandedDenoiser(Preconditioned):
             return self._at(self._fixed, z, sigma, cond)
         sigma = sigma.reshape(-1)
         starts = torch.tensor(self._starts, dtype=sigma.dtype, device=sigma.device)
-        owner = torch.bucketize(sigma, starts, right=True)
-        return by_owner(owner, z, sigma, cond, lambda n, *part: self._at(self._factors[n], *part))
+        return by_owner(torch.bucketize(sigma, starts, right=True), z, sigma, cond, self._at)
 
-    def _at(self, factor: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+    def _at(self, index: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
+        band, factor = self.bands[index], self.bands[index].factor
+        denoiser = self._whole[0]
+        if band.bricks is not None:
+            stack: Any = denoiser.network
+            denoiser = denoiser.around(stack.prefix(band.bricks))
         if factor == 1:
-            return super().forward(z, sigma, cond)
+            posterior: Posterior = denoiser(z, sigma, cond)
+            return posterior
         coords = cond.coords
         if coords is None:
             height, width = z.shape[-2:]
             coords = full_grid((height, width), z.device).expand(len(z), -1, -1, -1)
         small = replace(cond, coords=block_means(coords, factor))
-        seen = super().forward(block_means(z.to(torch.float32), factor), sigma / factor, small)
+        seen = denoiser(block_means(z.to(torch.float32), factor), sigma / factor, small)
         stages = tuple(enlarge_means(stage, factor) for stage in seen.stages)
         return Posterior(enlarge_means(seen.mean, factor), None, stages)
 

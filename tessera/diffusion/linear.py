@@ -186,6 +186,8 @@ class LinearDenoiser(Preconditioned):
     ) -> None:
         super().__init__(network, preconditioning, shape, num_classes)
         self._shown, self._spread = shown, preconditioning.sigma_data
+        # Parts of the network have none of their own.
+        self._statistics = (cast(LinearStatistics, network.statistics),)
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         self.statistics.measure(images)
@@ -193,7 +195,7 @@ class LinearDenoiser(Preconditioned):
     @property
     def statistics(self) -> LinearStatistics:
         """What was measured of the training images."""
-        return cast(LinearStatistics, self.network.statistics)
+        return self._statistics[0]
 
     def _around_network(
         self, z: Tensor, sigma: Tensor, c: Coefficients, cond: Conditioning

@@ -204,9 +204,14 @@ class _Prefix(nn.Module):
         super().__init__()
         self.stack, self.bricks = stack, bricks
 
-    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        """As `Lego.forward`: the output of the last brick that runs."""
-        return self.stack.outputs(x, noise, cond, self.bricks)[-1]
+    def prefix(self, bricks: int) -> nn.Module:
+        """As `Lego.prefix`; of no more bricks than these."""
+        return self.stack.prefix(min(bricks, self.bricks))
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor | tuple[Tensor, ...]:
+        """As `Lego.forward` of a stack that ends here."""
+        outputs = self.stack.outputs(x, noise, cond, self.bricks)
+        return outputs if self.stack.training else outputs[-1]
 
 
 class Brick(nn.Module):

@@ -203,6 +203,14 @@ def build_denoiser(
 
 def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
     """The recipe's preconditioning around a network."""
+    whole = _whole_preconditioned(recipe, network)
+    if isinstance(recipe.view, schema.BandsViewConfig) and not recipe.view.one_denoiser:
+        return BandedDenoiser(whole, _bands(recipe.view))
+    return whole
+
+
+def _whole_preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
+    """That of all pixels by all of the network, at any noise level."""
     scaling = build_preconditioning(recipe.preconditioning)
     if isinstance(scaling, Discrete):
         return DiscreteDenoiser(network, scaling, recipe.shape, recipe.data.num_classes)
@@ -210,16 +218,13 @@ def preconditioned(recipe: schema.Recipe, network: nn.Module) -> Preconditioned:
         assert isinstance(scaling, preconditioning.Edm)
         shown = recipe.network.takes_image
         return LinearDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, shown)
-    if isinstance(recipe.view, schema.BandsViewConfig) and recipe.view.coarse:
-        factors = [(band.sigma_min, band.factor) for band in _bands(recipe.view)]
-        return BandedDenoiser(network, scaling, recipe.shape, recipe.data.num_classes, factors)
     return Preconditioned(network, scaling, recipe.shape, recipe.data.num_classes)
 
 
 def _bands(view: schema.BandsViewConfig) -> list[Band]:
     """The bands of a view, from low noise to high."""
     return [
-        Band(low, high, band.factor, band.crop, band.halo)
+        Band(low, high, band.factor, band.crop, band.halo, band.bricks)
         for band, (low, high) in zip(view.bands, view.sigma_ranges, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
-from tessera.diffusion.bands import BandedDenoiser, block_means, enlarge_means
+from tessera.diffusion.bands import Band, BandedDenoiser, block_means, enlarge_means
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.errors import TesseraError
 from tessera.sampling.edm import edm_sampler
@@ -39,12 +39,8 @@ class Local(nn.Module):
 
 def banded(*factors: tuple[float, int]) -> tuple[BandedDenoiser, Preconditioned, Local]:
     network = Local()
-    shape = (3, 8, 8)
-    return (
-        BandedDenoiser(network, Edm(), shape, 4, factors),
-        Preconditioned(network, Edm(), shape, 4),
-        network,
-    )
+    plain = Preconditioned(network, Edm(), (3, 8, 8), 4)
+    return BandedDenoiser(plain, [Band(low, factor=f) for low, f in factors]), plain, network
 
 
 def inputs(sigma: list[float]) -> tuple[Tensor, Tensor, Conditioning]:

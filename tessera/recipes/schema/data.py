@@ -230,6 +230,9 @@ class BandConfig(Section):
     halo: int = Field(
         0, ge=0, le=2**13, description="pixels at a crop's border that are seen without any loss"
     )
+    bricks: Factor | None = Field(
+        None, description="run and train so many bricks of a stack only, the first; null: all"
+    )
     share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="of the steps; null: that of its noise levels in the objective"
     )
@@ -272,6 +275,11 @@ class BandsViewConfig(ViewSection):
     def coarse(self) -> bool:
         """Whether means of blocks are seen anywhere."""
         return any(band.factor > 1 for band in self.bands)
+
+    @property
+    def one_denoiser(self) -> bool:
+        """Whether estimates are made in the same way in all bands."""
+        return not self.coarse and all(band.bricks is None for band in self.bands)
 
     @property
     def sigma_ranges(self) -> list[tuple[float, float]]:

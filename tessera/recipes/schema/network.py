@@ -41,9 +41,9 @@ class NetworkSection(Section):
         return False
 
     @property
-    def has_stages(self) -> bool:
-        """Whether it gives out several estimates, so that it can be cut short."""
-        return False
+    def stages(self) -> int:
+        """Number of estimates that it gives out, one by each part; it can be cut behind any."""
+        return 1
 
     @property
     def sampling_options(self) -> Section | None:

@@ -175,8 +175,8 @@ class LegoConfig(NetworkSection):
         return self
 
     @property
-    def has_stages(self) -> bool:
-        return self.joint
+    def stages(self) -> int:
+        return len(self.bricks) if self.joint else 1
 
     @property
     def sampling_options(self) -> Section:

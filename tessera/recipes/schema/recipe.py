@@ -440,6 +440,13 @@ class Recipe(Section):
                 raise ValueError(f"{name} must divide the side of the images ({side})")
             if band.crop is not None and band.crop >= side:
                 raise ValueError(f"{name}: the images have {side} pixels; set it to null for all")
+            count = self.network.stages
+            if band.bricks is not None and (count == 1 or band.bricks > count):
+                raise ValueError(
+                    f"view.bands.{index}.bricks={band.bricks}: this network "
+                    + (f"has {count} bricks" if count > 1 else "cannot be cut into bricks: set "
+                       "network.kind=lego with network.joint=true, or bricks=null")
+                )
             if not self.network.fits(seen):
                 raise ValueError(
                     f"{name}: the network sees {seen} pixels a side, which must be "
