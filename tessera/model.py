@@ -20,13 +20,11 @@ class Model(nn.Module):
             (experts, wrappers) have none of their own; see `networks`.
         shape: (C, H, W) of x in model space, as trained.
         num_classes: number of classes that the network knows; 0 if it knows none.
-        rests: whether some steps of a training leave parameters out.
     """
 
     network: nn.Module
     shape: tuple[int, int, int]
     num_classes: int = 0
-    rests: bool = False
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         """Take from the training images what is needed before the first step; nothing by default.
@@ -38,8 +36,15 @@ class Model(nn.Module):
 
     def networks(self) -> list[nn.Module]:
         """The networks of the model and of all models in it, each once."""
-        found = (m._modules.get("network") for m in self.modules() if isinstance(m, Model))
-        return [*dict.fromkeys(network for network in found if network is not None)]
+        models = [m for m in self.modules() if isinstance(m, Model)]
+        whole = (m._modules.get("network") for m in models)
+        short = (network for m in models for network in m.shortened())
+        return [*dict.fromkeys(n for n in (*whole, *short) if n is not None)]
+
+    def shortened(self) -> list[nn.Module]:
+        """Its own network cut short, as it runs and is trained at some noise levels; by default
+        never."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ def tunings(module: nn.Module) -> dict[nn.Parameter, Tuning]:
                     )
                 found[known[name]] = tuning
     return found
+
+
+def is_cut(module: nn.Module) -> bool:
+    """Whether some steps leave out parameters of the models in `module`."""
+    return any(m.shortened() for m in module.modules() if isinstance(m, Model))
 
 
 def reported(module: nn.Module) -> dict[str, Tensor]:

@@ -278,7 +278,7 @@ def print_summary(summary: JobSummary, where: list[Path]) -> None:
             f"{summary.evaluations:.4g} network evaluations per image"
         )
     if summary.saved_flops is not None:
-        time = "no step ran the whole network to compare the time with"
+        time = "and no time to compare: no step ran the whole network alone"
         if summary.saved_seconds is not None:
             time = f"{summary.saved_seconds:.1%} of its time (median calls of this run)"
         console.print(

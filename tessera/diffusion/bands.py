@@ -105,15 +105,21 @@ class BandedDenoiser(Preconditioned):
     def __init__(self, whole: Preconditioned, bands: Sequence[Band]) -> None:
         super().__init__(whole.network, whole.preconditioning, whole.shape, whole.num_classes)
         self.bands = tuple(bands)
-        self.rests = any(band.bricks is not None for band in bands)
         self._starts = [band.sigma_min for band in bands[1:]]
-        self._whole = (whole,)  # no submodule: the network is one of this one already
+        # No submodules: their network is one of this one already.
+        stack: Any = whole.network
+        counts = dict.fromkeys(band.bricks for band in bands)
+        self._parts = {n: whole if n is None else whole.around(stack.prefix(n)) for n in counts}
+        self._whole = (whole,)
         self._fixed: int | None = None
 
     def around(self, network: nn.Module) -> Self:
-        other = super().around(network)
-        other._whole = (self._whole[0].around(network),)
+        other = type(self)(self._whole[0].around(network), self.bands)
+        other._fixed = self._fixed
         return other
+
+    def shortened(self) -> list[nn.Module]:
+        return [part.network for n, part in self._parts.items() if n is not None]
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         self._whole[0].begin(images)
@@ -134,10 +140,7 @@ class BandedDenoiser(Preconditioned):
 
     def _at(self, index: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         band, factor = self.bands[index], self.bands[index].factor
-        denoiser = self._whole[0]
-        if band.bricks is not None:
-            stack: Any = denoiser.network
-            denoiser = denoiser.around(stack.prefix(band.bricks))
+        denoiser = self._parts[band.bricks]
         if factor == 1:
             posterior: Posterior = denoiser(z, sigma, cond)
             return posterior

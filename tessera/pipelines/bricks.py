@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tessera.diffusion.skipping import BrickSchedule, Range, cut_bricks
+from tessera.diffusion.skipping import BrickSchedule, Range, brick_sizes, cut_bricks
 from tessera.errors import TesseraError
 from tessera.images import labelled_grid
 from tessera.pipelines.base import Pipeline
@@ -48,8 +48,8 @@ def brick_picture(
             "only a stack of bricks that was trained jointly (network.kind=lego, "
             "network.joint=true) can show each brick's output"
         )
-    if len({str(other.state_dict().keys()) for other in pipe.networks()}) > 1:
-        raise TesseraError("experts with different networks have no picture of bricks in common")
+    if len({tuple(sizes) for sizes, _ in brick_sizes(pipe.denoiser)}) > 1:
+        raise TesseraError("experts with different bricks have no picture of bricks in common")
     plan = pipe.plan([seed], label, **options)
     if plan.shape != pipe.model.shape:
         raise TesseraError("bricks are shown on the canvas that the model was trained on")

@@ -21,6 +21,7 @@ from tessera.channels import MAX_CHANNELS
 from tessera.conditioning import NO_CLASS
 from tessera.files import atomic_file, user_path
 from tessera.images import open_image, read_array, save_image
+from tessera.model import is_cut
 from tessera.pipelines.base import Pipeline
 from tessera.pipelines.plan import Plan, SampledBatch, counting_steps
 from tessera.pipelines.usage import Usage
@@ -308,6 +309,7 @@ def _run(
         seconds=max(report[2] for report in reports),
         evaluations=sum(report[1] for report in reports) / max(made, 1),
         saved_flops=job.saved_flops() if total and distributed.is_main() else None,
-        saved_seconds=usage.seconds_saved(job.pipe.networks()),
+        # Of a model whose own calls differ in cost there is no whole one to compare with.
+        saved_seconds=None if is_cut(job.pipe.model) else usage.seconds_saved(job.pipe.networks()),
         reported=means(*distributed.gather(job.plan.report())),
     )

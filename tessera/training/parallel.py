@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tessera import distributed
 from tessera.errors import TrainingError
-from tessera.model import Model
+from tessera.model import is_cut
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -80,7 +80,7 @@ def wrap(step: nn.Module, mode: Literal["ddp", "fsdp"], device: torch.device) ->
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=any(m.rests for m in step.modules() if isinstance(m, Model)),
+        find_unused_parameters=is_cut(step),
     )
 
 

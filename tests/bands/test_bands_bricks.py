@@ -17,6 +17,7 @@ from tessera.diffusion.bands import BandedDenoiser
 from tessera.diffusion.linear import LinearDenoiser
 from tessera.diffusion.skipping import cut_bricks, parse_schedule
 from tessera.errors import RecipeError
+from tessera.pipelines.bricks import brick_picture
 from tessera.pipelines.loading import estimate, load
 from tessera.recipes.build import build_denoiser
 from tessera.recipes.schema import Recipe
@@ -131,6 +132,7 @@ def test_a_linear_start_learns_band_by_band_stops_and_goes_on(tmp_path: Path) ->
     pipelines[0].save(tmp_path / "saved")
     again = load(tmp_path / "saved").sample(range(3), labels=[0, 1, 0], steps=4)
     assert (np.asarray(one) == np.asarray(again)).all()
+    assert brick_picture(pipelines[0], 0, None, rows=2, steps=4).ndim == 3
 
 
 def test_a_stack_with_a_linear_start_can_skip(tmp_path: Path) -> None:
@@ -148,6 +150,7 @@ def test_less_is_computed(tmp_path: Path) -> None:
     assert owned.parameters == full.parameters
     assert owned.train_flops < 0.8 * full.train_flops
     assert owned.sample_flops < 0.9 * full.sample_flops
+    assert owned.evaluations == full.evaluations
 
 
 @pytest.mark.parametrize(
