@@ -38,5 +38,5 @@ def relay(
     parts = import_parts(own_parts)
     made = assemble_relay([load(source, device="cpu", parts=parts) for source in sources])
     made.save(out)
-    sides = " > ".join(f"{pipe.recipe.shape[2]}x{pipe.recipe.shape[1]}" for pipe in made.pipes)
+    sides = " > ".join(f"{width}x{height}" for height, width in made.sides)
     print(f"a relay of {len(made.pipes)} stages, {sides}, written to {out}")

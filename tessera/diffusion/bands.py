@@ -93,8 +93,8 @@ class BandedDenoiser(Preconditioned):
     """A denoiser that does at each noise level no more than is needed there.
 
     From a threshold on it estimates the block means of an image, D(z; σ) = enlarge_means(D(means of
-    z; σ / f), f); in some bands the first bricks of a stack do. To samplers, guidance and windows it
-    is a denoiser as any other.
+    z; σ / f), f); in some bands the first bricks of a stack do that, or the whole image. To
+    samplers, guidance and windows it is a denoiser as any other.
 
     Args:
         whole: of all pixels by the whole network, at any noise level; where means are seen, its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessera.data.codec import Codec
+from tessera.diffusion.bands import Band, BandedDenoiser, block_means
 from tessera.errors import CheckpointError, TesseraError
 from tessera.model import Model
 from tessera.pipelines import counting
@@ -87,7 +89,9 @@ class RelayPlan:
                 yield replace(state, step=done, steps=sum(steps))
             if index + 1 < len(self.plans):
                 after = self.plans[index + 1]
-                start = after.start(seeds, after.noise(noise), plan.picture(state.x))
+                start = after.start(
+                    seeds, after.noise(noise), _handed(plan.picture(state.x), after)
+                )
 
     def picture(self, x: Tensor) -> Tensor:
         """The part of a state's `x` that is shown."""
@@ -121,6 +125,7 @@ class RelayPipeline(Pipeline):
     def __init__(self, pipes: Sequence[DiffusionPipeline]) -> None:
         _check(pipes)
         self.pipes = tuple(pipes)
+        self._factors = [_factor(a, b) for a, b in itertools.pairwise(pipes)]
         last, codec = pipes[-1], saved_codec(pipes)
         checksums = "".join(pipe.checksum or "" for pipe in pipes)
         super().__init__(
@@ -149,6 +154,13 @@ class RelayPipeline(Pipeline):
     def names(self) -> tuple[str, ...]:
         """What the stages are called in options."""
         return STAGES[: len(self.pipes)]
+
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """Height and width of what each stage hands over, and of what the last one makes."""
+        factors = [*self._factors, 1]
+        shapes = [pipe.recipe.shape for pipe in self.pipes]
+        return [(h // f, w // f) for (_, h, w), f in zip(shapes, factors, strict=True)]
 
     def __repr__(self) -> str:
         rows = [
@@ -249,7 +261,7 @@ class RelayPipeline(Pipeline):
         ]
         check_start(plans[0])
         for place, (before, after) in enumerate(itertools.pairwise(plans)):
-            if before.shape != after.start_shape:
+            if before.shape != _enlarged(after.start_shape, self._factors[running[place]]):
                 one, other = (self.names[running[place + step]] for step in (0, 1))
                 raise TesseraError(
                     f"the stage {one} would make pictures of {_side(before.shape)} pixels, and "
@@ -311,6 +323,9 @@ def _side(shape: tuple[int, int, int] | None) -> str:
 def assemble_relay(pipes: Sequence[Pipeline]) -> RelayPipeline:
     """A relay of pipelines, from the lowest resolution to the highest.
 
+    The first one may be a model of the last resolution that sees means of blocks at high noise
+    (view.kind=bands): it stops where that ends, and hands over the means.
+
     Raises:
         TesseraError: they do not fit each other.
     """
@@ -323,7 +338,44 @@ def assemble_relay(pipes: Sequence[Pipeline]) -> RelayPipeline:
         )
     for pipe in own:
         pipe.check_complete()
+    if len(own) > 1 and _factor(*own[:2]) > 1:
+        own[0] = _stopped(own[0])
     return RelayPipeline(own)
+
+
+def _stopped(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A first stage whose sampler stops where the coarse view of its model ends."""
+    sampling, band = pipe.recipe.sampling, _coarse(pipe)
+    own: float | None = getattr(sampling, "sigma_min", None)
+    if band is None or own is None:
+        return pipe
+    # A little higher, so that rounding does not put the last level below the band.
+    last = {"sigma_min": max(band.sigma_min * (1 + 1e-6), own)}
+    other = copy.copy(pipe)
+    other.recipe = pipe.recipe.model_copy(update={"sampling": sampling.model_copy(update=last)})
+    return other
+
+
+def _coarse(pipe: DiffusionPipeline) -> Band | None:
+    """The highest noise levels of a model, if it sees means of blocks there."""
+    band = pipe.model.bands[-1] if isinstance(pipe.model, BandedDenoiser) else None
+    return band if band is not None and band.factor > 1 else None
+
+
+def _factor(before: DiffusionPipeline, after: DiffusionPipeline) -> int:
+    """By how much the pictures of a stage are shrunk for the next one."""
+    start = after.recipe.start_shape
+    return 1 if start is None else max(1, before.recipe.shape[1] // start[1])
+
+
+def _enlarged(shape: tuple[int, int, int] | None, factor: int) -> tuple[int, int, int] | None:
+    return None if shape is None else (shape[0], factor * shape[1], factor * shape[2])
+
+
+def _handed(picture: Tensor, after: DiffusionPlan) -> Tensor:
+    """What the next stage starts from: a picture [B, C, H, W], or the means of its blocks."""
+    assert after.start_shape is not None
+    return block_means(picture, picture.shape[-1] // after.start_shape[2])
 
 
 def _check(pipes: Sequence[DiffusionPipeline]) -> None:
@@ -366,6 +418,16 @@ def _check_pair(before: DiffusionPipeline, after: DiffusionPipeline, one: str, o
         raise TesseraError(
             f"the stage {one} makes {shape[0]} channel(s), and {other} starts from {start[0]}"
         )
+    band, factor = _coarse(before), _factor(before, after)
+    if band is not None and not band.factor % factor and shape == _enlarged(start, factor):
+        last = getattr(after.recipe.fitted_sampling, "sigma_start", math.inf)
+        if band.sigma_min > last:
+            raise TesseraError(
+                f"the stage {one} sees means of {band.factor}x{band.factor} pixels down to noise "
+                f"level {band.sigma_min:g} only, and {other} begins at {last:g}. Train the first "
+                f"with bands whose last one begins at {last:g} or lower"
+            )
+        return
     if shape != start:
         block = after.recipe.shape[1] // shape[1]
         fit = ""

@@ -444,8 +444,12 @@ class Recipe(Section):
             if band.bricks is not None and (count == 1 or band.bricks > count):
                 raise ValueError(
                     f"view.bands.{index}.bricks={band.bricks}: this network "
-                    + (f"has {count} bricks" if count > 1 else "cannot be cut into bricks: set "
-                       "network.kind=lego with network.joint=true, or bricks=null")
+                    + (
+                        f"has {count} bricks"
+                        if count > 1
+                        else "cannot be cut into bricks: set "
+                        "network.kind=lego with network.joint=true, or bricks=null"
+                    )
                 )
             if not self.network.fits(seen):
                 raise ValueError(
