@@ -38,13 +38,16 @@ class Stage:
         source: a recipe, by name or file.
         changes: `key.path=value` of this recipe, after those of the arm.
         share: of the time, or of the FLOPs; those of an arm's stages are 1 together.
-        goes_on: begins with the weights that the stage before has in the end.
+        begins_as: number of the stage, from 0, whose last weights it begins with; None for fresh
+            ones.
+        joined: its model is one of those that become the arm's; others only begin with it.
     """
 
     source: str
     changes: tuple[str, ...] = ()
     share: float = 1.0
-    goes_on: bool = False
+    begins_as: int | None = None
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ def train_arm(
         "points": [asdict(point) for point in training.points],
         "minutes": training.seconds / 60,
         "flops": training.flops,
+        "images": training.images,
     }
     write_json(folder / DONE, content)
 
@@ -257,16 +261,26 @@ class _Training:
         """What has been trained so far, as one."""
         assert self._trainer is not None
         pipes = [*self._before, averaged(self._trainer)]
-        return JOINS[self._arm.join](pipes) if self._arm.stages else pipes[0]
+        if not self._arm.stages:
+            return pipes[0]
+        joined = [p for p, stage in zip(pipes, self._arm.stages, strict=True) if stage.joined]
+        return JOINS[self._arm.join](joined)
+
+    @property
+    def images(self) -> int:
+        """That all stages have seen so far."""
+        assert self._trainer is not None
+        return sum(pipe.images_seen for pipe in self._before) + self._trainer.images_seen
 
     def _begin(self, stage: Stage) -> Trainer:
         further = []
         if self._trainer is not None:
             self._before.append(averaged(self._trainer))
-            if stage.goes_on:
-                start = self._folder / f"stage-{len(self._before)}"
-                self._before[-1].save(start)
-                further.append(f"training.initial_weights={start}")
+        if stage.begins_as is not None:
+            start = self._folder / f"stage-{stage.begins_as}"
+            if not start.exists():
+                self._before[stage.begins_as].save(start)
+            further.append(f"training.initial_weights={start}")
         recipe = recipe_of(self._arm, stage, self._seed, *further)
         self._trainer = Trainer(recipe, run_folder(self._folder, len(self._before)))
         return self._trainer
@@ -277,7 +291,7 @@ class _Training:
             score = score_arm(pipe, self._reference, self._settings, self._arm.ways[0]).score
         return Point(
             self.seconds / 60,
-            pipe.images_seen,
+            self.images,
             None if score is None else score.fd_classifier,
             None if score is None else score.recognised,
         )

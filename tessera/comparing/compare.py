@@ -263,7 +263,7 @@ def _results(
                 elif equal is not ways[0]:
                     ways.append(equal)
             for way in ways:
-                known = _training_of(arm, folder, settings, first=way is ways[0])
+                known = _training_of(arm, folder, pipe, settings, first=way is ways[0])
                 results.append(_result(arm, way, seed, pipe, score(pipe, way), settings, known))
     return tuple(results), notes
 
@@ -286,7 +286,6 @@ def _result(
         changes=arm.changes,
         seed=seed,
         parameters=sum(p.numel() for p in pipe.model.parameters()),
-        images=pipe.images_seen,
         evaluations=found.evaluations,
         gflops=pipe.cost(**options).sample_flops / 1e9,
         ms=1e3 * found.seconds / settings.samples,
@@ -298,7 +297,7 @@ def _result(
 
 
 def _training_of(
-    arm: Arm, folder: Path | None, settings: CompareSettings, *, first: bool
+    arm: Arm, folder: Path | None, pipe: Pipeline, settings: CompareSettings, *, first: bool
 ) -> dict[str, Any]:
     """What is known of the training of an arm; its curves belong to its first row."""
     run, kept = user_path(arm.source), dict[str, Any]()
@@ -309,6 +308,7 @@ def _training_of(
     return {
         "minutes": None if folder is None else minutes,
         "flops": kept.get("flops"),
+        "images": kept.get("images", pipe.images_seen),
         "points": tuple(Point(**p) for p in kept.get("points", ())) if first else (),
         "losses": tuple(_losses(run)) if first else (),
     }

@@ -104,8 +104,13 @@ def test_experts_share_the_time(
 ) -> None:
     run("experts_vs_single", tmp_path, monkeypatch)
     run("experts_vs_single", tmp_path, monkeypatch, "--scratch")
+    run("experts_vs_single", tmp_path, monkeypatch, "--branch", "0.5", "--recipe", "cifar10-small")
     pairs = [arms[1] for arms, _ in asked]
-    assert [[stage.goes_on for stage in pair.stages] for pair in pairs] == [
-        [False, True], [False, False],
+    assert [[stage.begins_as for stage in pair.stages] for pair in pairs] == [
+        [None, 0], [None, None], [None, 0, 0],
     ]  # fmt: skip
+    assert [[stage.joined for stage in pair.stages] for pair in pairs] == [
+        [True, True], [True, True], [False, True, True],
+    ]  # fmt: skip
+    assert {stage.source for stage in pairs[2].stages} == {"cifar10-small"}
     assert all(sum(stage.share for stage in pair.stages) == 1 for pair in pairs)

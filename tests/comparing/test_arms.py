@@ -31,7 +31,7 @@ def test_stages_share_the_time_and_become_one(place: Path, tmp_path: Path) -> No
     recipe, split = str(place / "tiny.json"), "snr_splits=[0.25]"
     small = ("data.resolution=4", "data.shrink=2")
     blur = ("objective={kind: blur, block: 2}", "sampling={kind: relay, steps: 2}")
-    pair = (Stage(recipe, (split, "expert=0"), 0.5), Stage(recipe, (split, "expert=1"), 0.5, True))
+    pair = (Stage(recipe, (split, "expert=0"), 0.5), Stage(recipe, (split, "expert=1"), 0.5, 0))
     relay = (Stage(recipe, small, 1 / 3), Stage(recipe, blur, 2 / 3))
     arms = [
         Arm("pair", stages=pair, join="experts"),
@@ -46,12 +46,33 @@ def test_stages_share_the_time_and_become_one(place: Path, tmp_path: Path) -> No
     assert (pipe.kind, pipe.recipe.snr_splits) == ("experts", (0.25,))
     assert tessera.load(tmp_path / "relay" / "pipeline").kind == "relay"
     # The noisy expert began with what the clean one was in the end.
-    assert (tmp_path / "pair" / "stage-1" / "model.safetensors").is_file()
+    assert (tmp_path / "pair" / "stage-0" / "model.safetensors").is_file()
     began = load_recipe(tmp_path / "pair" / "run-1" / "recipe.yaml").training.initial_weights
-    assert began == str(tmp_path / "pair" / "stage-1")
+    assert began == str(tmp_path / "pair" / "stage-0")
     assert Arm.from_dict(json.loads(json.dumps(asdict(arms[1])))) == arms[1]
     with pytest.raises(TesseraError, match="joined as one of relay, experts"):
         compare_arms([replace(arms[0], join="sum")], tmp_path, SETTINGS)
+
+
+def test_experts_that_branch_late(place: Path, tmp_path: Path) -> None:
+    """One model first, with whose weights both experts begin; it is no part of the pair itself."""
+    recipe, split = str(place / "tiny.json"), "snr_splits=[0.25]"
+    stages = (
+        Stage(recipe, share=0.5, joined=False),
+        Stage(recipe, (split, "expert=0"), 1 / 3, begins_as=0),
+        Stage(recipe, (split, "expert=1"), 1 / 6, begins_as=0),
+    )
+    made = compare_arms(
+        [Arm("pair", stages=stages, join="experts")], tmp_path, settings(place, sampling={})
+    )
+    # Six steps of a second, of 8 images each.
+    assert (made.results[0].images, made.results[0].minutes) == (48, 0.1)
+    assert [p.images for p in made.results[0].points] == [48]
+    pipe = tessera.load(tmp_path / "pair" / "pipeline")
+    assert [part.images_seen for part in pipe.pipes] == [16, 8]
+    for run in ("run-1", "run-2"):
+        began = load_recipe(tmp_path / "pair" / run / "recipe.yaml").training.initial_weights
+        assert began == str(tmp_path / "pair" / "stage-0")
 
 
 def test_equal_flops(place: Path, tmp_path: Path) -> None:
