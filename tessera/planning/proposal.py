@@ -294,11 +294,12 @@ def _lego(study: DataStudy) -> _Part:
             above = np.flatnonzero(relative > _OF_BRICKS)
             until = _two(float(study.sigmas[above[0]])) if len(above) else math.inf
             bricks = [{"size": s, "patch": 2, "depth": _LEGO_DEPTH} for s in (size, side)]
-            why = (
-                f"of {size} pixels a brick knows nearly as much at low noise; below {until:g} it "
-                f"suffices: bricks=0-{until:g}:1"
-            )
+            keys: dict[str, Any] = {"network": {"kind": "lego", "bricks": bricks}}
+            why = f"of {size} pixels a brick knows nearly as much at low noise"
+            if until < math.inf:
+                why = f"{why}; below {until:g} it suffices"
+                keys["view"] = {"kind": "bands", "bands": [{"below": until, "bricks": 1}, {}]}
             told = Advice("LEGO bricks", f"{size} and {side}", why)
-            return _Part((told,), {"network": {"kind": "lego", "bricks": bricks}}, "lego")
+            return _Part((told,), keys, "lego")
     told = Advice("LEGO bricks", f"{side} alone", "smaller ones know much less at all noise levels")
     return _Part((told,), {})
