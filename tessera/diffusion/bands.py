@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
 from tessera.diffusion.denoiser import Denoiser, Posterior, by_owner
+from tessera.diffusion.means import block_means
 from tessera.diffusion.objectives import DenoisingObjective, Reduction
 from tessera.diffusion.preconditioning import Preconditioned
-from tessera.errors import TesseraError
 from tessera.randomness import Draws
 
 
@@ -57,44 +56,12 @@ class Band:
         return seen if self.bricks is None else f"{seen}, by bricks 1 to {self.bricks}"
 
 
-def block_means(x: Tensor, factor: int) -> Tensor:
-    """Means of blocks of factor x factor pixels of x [B, C, H, W].
-
-    Raises:
-        TesseraError: the sides are no multiples of the factor.
-    """
-    height, width = x.shape[-2:]
-    if height % factor or width % factor:
-        raise TesseraError(
-            f"at high noise this model sees means of {factor}x{factor} pixels, which images of "
-            f"{height}x{width} cannot be cut into. Choose sides that are multiples of {factor}"
-        )
-    return F.avg_pool2d(x, factor)
-
-
-def enlarge_means(means: Tensor, factor: int) -> Tensor:
-    """An image [B, C, f H, f W] whose block means are those given: bicubic, and put right.
-
-    Nearer to photographs than blocks of one colour are, by two fifths of the squared error.
-
-    Example:
-        >>> small = torch.rand(1, 3, 8, 8)
-        >>> bool((block_means(enlarge_means(small, 2), 2) - small).abs().max() < 1e-6)
-        True
-    """
-    if factor == 1:
-        return means
-    smooth = F.interpolate(means, scale_factor=factor, mode="bicubic")
-    missing = means - F.avg_pool2d(smooth, factor)
-    return smooth + F.interpolate(missing, scale_factor=factor, mode="nearest")
-
-
 class BandedDenoiser(Preconditioned):
     """A denoiser that does at each noise level no more than is needed there.
 
-    From a threshold on it estimates the block means of an image, D(z; σ) = enlarge_means(D(means of
-    z; σ / f), f); in some bands the first bricks of a stack do that, or the whole image. To
-    samplers, guidance and windows it is a denoiser as any other.
+    From a threshold on its network sees the means of blocks (`Preconditioned.of_means`); in some
+    bands it is the first bricks of a stack. To samplers, guidance and windows it is a denoiser as
+    any other.
 
     Args:
         whole: of all pixels by the whole network, at any noise level; where means are seen, its
@@ -149,9 +116,7 @@ class BandedDenoiser(Preconditioned):
             height, width = z.shape[-2:]
             coords = full_grid((height, width), z.device).expand(len(z), -1, -1, -1)
         small = replace(cond, coords=block_means(coords, factor))
-        seen = denoiser(block_means(z.to(torch.float32), factor), sigma / factor, small)
-        stages = tuple(enlarge_means(stage, factor) for stage in seen.stages)
-        return Posterior(enlarge_means(seen.mean, factor), None, stages)
+        return denoiser.of_means(z.to(torch.float32), sigma, small, factor)
 
 
 class BandedObjective:

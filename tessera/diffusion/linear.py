@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.blur import block_dct, block_idct
-from tessera.diffusion.denoiser import column
+from tessera.diffusion.denoiser import Posterior, column
+from tessera.diffusion.means import block_means, enlarge_means
 from tessera.diffusion.preconditioning import Coefficients, Edm, Preconditioned
 from tessera.errors import TesseraError
+from tessera.networks.layers import full_precision
 
 _FLOOR = 1e-10  # of variances, in squares of model space: what has less never changes
 
@@ -196,6 +198,26 @@ class LinearDenoiser(Preconditioned):
     def statistics(self) -> LinearStatistics:
         """What was measured of the training images."""
         return self._statistics[0]
+
+    def of_means(self, z: Tensor, sigma: Tensor, cond: Conditioning, factor: int) -> Posterior:
+        """Estimate x by L(z; σ) of all pixels, and by a network that sees the means of blocks.
+
+        D(z; σ) = L(z; σ) + e(σ) enlarge_means(F(c_in z̄, L̄ / σ_d; c_noise), f) with means z̄ and L̄,
+        and c_in and c_noise of σ / f: only what is added to the linear estimate is coarse.
+        """
+        with full_precision(z.device):
+            sigma = sigma.to(z.device, torch.float32, non_blocking=True).reshape(-1)
+            estimate, error = self.statistics(z, sigma.expand(len(z)), cond.labels)
+            c = self.preconditioning.coefficients(sigma / factor)
+            inputs = [c.input[:, None, None, None] * block_means(z, factor)]
+            if self._shown:
+                inputs.append(block_means(estimate, factor) / self._spread)
+        raw = self.network(torch.cat(inputs, dim=1), c.noise.expand(len(z)), cond)
+        with full_precision(z.device):
+            outputs = raw if isinstance(raw, tuple) else (raw,)
+            large = (enlarge_means(output.to(torch.float32), factor) for output in outputs)
+            *stages, mean = (torch.addcmul(estimate, column(error, z), f) for f in large)
+            return Posterior(mean, None, tuple(stages))
 
     def _around_network(
         self, z: Tensor, sigma: Tensor, c: Coefficients, cond: Conditioning

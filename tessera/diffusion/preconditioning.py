@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning
 from tessera.diffusion.denoiser import Denoiser, EnergyNetwork, Posterior, Valued
+from tessera.diffusion.means import block_means, enlarge_means
 from tessera.diffusion.schedules import iddpm_table, vp_sigma
 from tessera.errors import TesseraError
 from tessera.networks.layers import full_precision
@@ -240,6 +241,20 @@ class Preconditioned(Denoiser):
             )
             last = raw[-1] if isinstance(raw, tuple) else raw
             return Posterior(mean, self._log_variance(last, sigma), tuple(stages))
+
+    def of_means(self, z: Tensor, sigma: Tensor, cond: Conditioning, factor: int) -> Posterior:
+        """Estimate x from the means of blocks of z, which have noise of level σ / f.
+
+        D(z; σ) = enlarge_means(D(means of z; σ / f), f).
+
+        Args:
+            z, sigma: as of a call, float32.
+            cond: as of a call, with the coordinates of the means.
+            factor: side f of the blocks, pixels.
+        """
+        seen: Posterior = self(block_means(z, factor), sigma / factor, cond)
+        stages = tuple(enlarge_means(stage, factor) for stage in seen.stages)
+        return Posterior(enlarge_means(seen.mean, factor), None, stages)
 
     def _around_network(
         self, z: Tensor, sigma: Tensor, c: Coefficients, cond: Conditioning

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tessera.data.codec import Codec
-from tessera.diffusion.bands import Band, BandedDenoiser, block_means
+from tessera.diffusion.bands import Band, BandedDenoiser
+from tessera.diffusion.means import block_means
 from tessera.errors import CheckpointError, TesseraError
 from tessera.model import Model
 from tessera.pipelines import counting

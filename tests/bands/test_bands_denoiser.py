@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tessera.conditioning import Conditioning, full_grid
-from tessera.diffusion.bands import Band, BandedDenoiser, block_means, enlarge_means
+from tessera.diffusion.bands import Band, BandedDenoiser
+from tessera.diffusion.means import block_means, enlarge_means
 from tessera.diffusion.preconditioning import Edm, Preconditioned
 from tessera.errors import TesseraError
 from tessera.sampling.edm import edm_sampler

@@ -12,7 +12,7 @@ from relay_tiny import SECOND, pipeline, run
 from torch import Tensor
 
 import tessera
-from tessera.diffusion.bands import block_means
+from tessera.diffusion.means import block_means
 from tessera.errors import TesseraError
 from tessera.pipelines.plans import DiffusionPlan, Start
 from tessera.pipelines.relay import RelayPipeline, assemble_relay

@@ -179,8 +179,13 @@ class ViewSection(Section):
 
     @property
     def crops(self) -> bool:
-        """Trains on parts of images, so that the network is told where they lie."""
+        """Trains on parts of images, or on smaller ones, of which the network is told the place."""
         return False
+
+    @property
+    def parts(self) -> bool:
+        """Trains on parts of images."""
+        return self.crops
 
 
 class FullViewConfig(ViewSection):
@@ -272,6 +277,10 @@ class BandsViewConfig(ViewSection):
         return any(band.crop is not None or band.factor > 1 for band in self.bands)
 
     @property
+    def parts(self) -> bool:
+        return any(band.crop is not None for band in self.bands)
+
+    @property
     def coarse(self) -> bool:
         """Whether means of blocks are seen anywhere."""
         return any(band.factor > 1 for band in self.bands)
@@ -318,6 +327,10 @@ class AutoViewConfig(ViewSection):
     @property
     def crops(self) -> bool:
         return True
+
+    @property
+    def parts(self) -> bool:
+        return False
 
 
 def _by_kind(value: Any) -> Any:

@@ -277,9 +277,10 @@ class Recipe(Section):
         if not section.of_images:
             return self
         kind = f"preconditioning.kind={section.kind}"
-        if self.view.crops:
+        if self.view.parts:
             raise ValueError(
-                f"{kind} estimates whole images; set view.kind=full, or preconditioning.kind=edm"
+                f"{kind} estimates whole images: set view.kind=full, or bands without crops, or "
+                "preconditioning.kind=edm"
             )
         if self.objective.from_pictures or self.objective.external or self.network.external:
             raise ValueError(
