@@ -4,8 +4,9 @@
 
 The single model trains for all of the time, each expert for half of it. The noisy expert begins
 with the weights of the finished clean one, as in the published pair, or anew with --scratch. With
---branch 0.6, the pair is one model for 0.6 of the time, with whose weights both begin then. Only
-training time counts. The Fréchet distance is that of `tessera eval`: features of a classifier
+--branch 0.6, the pair is one model for 0.6 of the time, with whose weights both begin then, and
+each has as much of the rest as the objective draws noise levels of it. Only training time counts.
+The Fréchet distance is that of `tessera eval`: features of a classifier
 trained on the same images; it is no FID.
 """
 
@@ -13,8 +14,13 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from benchmarks.claims import common
 from tessera.comparing.arms import Arm, Stage, Way
+from tessera.diffusion.objectives import DenoisingObjective
+from tessera.recipes.build import recipe_objective
+from tessera.recipes.loading import load_recipe
 
 TITLE = "PDM: a pair of experts at equal time"
 
@@ -56,10 +62,21 @@ def _stages(recipe: str, split: str, options: argparse.Namespace) -> tuple[Stage
     if not options.branch:
         second = None if options.scratch else 0
         return Stage(recipe, own[0], 0.5), Stage(recipe, own[1], 0.5, begins_as=second)
-    share = (1 - options.branch) / 2
+    clean = _clean_share(recipe, options) * (1 - options.branch)
+    shares = (clean, 1 - options.branch - clean)
     # What was learned needs no slow start again.
-    experts = (Stage(recipe, (*o, "optimizer.rampup_images=500"), share, begins_as=0) for o in own)
+    experts = (
+        Stage(recipe, (*changes, "optimizer.rampup_images=500"), share, begins_as=0)
+        for changes, share in zip(own, shares, strict=True)
+    )
     return Stage(recipe, share=options.branch, joined=False), *experts
+
+
+def _clean_share(recipe: str, options: argparse.Namespace) -> float:
+    """Of the noise levels that training draws, those of the clean expert."""
+    objective = recipe_objective(load_recipe(recipe, common.changes(options)))
+    assert isinstance(objective, DenoisingObjective)
+    return float(objective.share_below(torch.tensor(options.threshold**-0.5)))
 
 
 if __name__ == "__main__":

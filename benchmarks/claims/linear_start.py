@@ -4,9 +4,9 @@
 
 All arms have the narrow network of `cifar10-small`, so that it takes steps enough in minutes, and
 the same seed. The second sees means of 2x2 pixels at noise levels above 1.5; in the third the best
-linear denoiser of the images is measured before the first step. Only training time counts. The
-Fréchet distance is that of `tessera eval`: features of a classifier trained on the same images; it
-is no FID.
+linear denoiser of the images is measured before the first step; the fourth does both. Only training
+time counts. The Fréchet distance is that of `tessera eval`: features of a classifier trained on the
+same images; it is no FID.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tessera.comparing.arms import Arm, Way
 
 TITLE = "Views by noise level, and a linear start: quality at equal time"
 _NARROW = ("network.model_channels=16", "optimizer.lr=2e-3")
-_BANDS = ("view.kind=bands", "view.bands=[{below: 1.5, share: 0.7}, {factor: 2, share: 0.3}]")
+_LINEAR = ("preconditioning.kind=linear",)
+_BANDS = ("view.kind=bands", "view.bands=[{below: 1.5, share: 0.75}, {factor: 2, share: 0.25}]")
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
     arms = [
         Arm("whole images", "cifar10-small", changes, ways),
         Arm("means above 1.5", "cifar10-small", (*_BANDS, *changes), ways),
-        Arm("linear start", "cifar10-small", ("preconditioning.kind=linear", *changes), ways),
+        Arm("linear start", "cifar10-small", (*_LINEAR, *changes), ways),
+        Arm("both", "cifar10-small", (*_LINEAR, *_BANDS, *changes), ways),
     ]
     made = common.compared(arms, options, points=options.evaluations)
     picture = options.out / "linear_start.png"

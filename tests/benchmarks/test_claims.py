@@ -63,7 +63,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -
         ("energy_vs_plain", ["dit, 18 steps", "energy, 9 steps + 1 of descent each"], ()),
         ("experts_vs_single", ["single", "experts"], ("--threshold", "0.5")),
         ("patch_vs_full", ["full images", "patches, p = 0.5"], ()),
-        ("linear_start", ["whole images", "means above 1.5", "linear start"], ()),
+        ("linear_start", ["whole images", "means above 1.5", "linear start", "both"], ()),
         ("relay_vs_single", ["single, guidance 3", "relay, guidance 3"], ("--guidance", "3")),
         ("heun_vs_ancestral", ["pdm, DDIM, 10 steps", "pdm, Heun (EDM), 18 steps"], ()),
     ],
@@ -113,4 +113,5 @@ def test_experts_share_the_time(
         [True, True], [True, True], [False, True, True],
     ]  # fmt: skip
     assert {stage.source for stage in pairs[2].stages} == {"cifar10-small"}
+    assert [round(stage.share, 3) for stage in pairs[2].stages] == [0.5, 0.447, 0.053]
     assert all(sum(stage.share for stage in pair.stages) == 1 for pair in pairs)
