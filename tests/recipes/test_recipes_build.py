@@ -20,7 +20,7 @@ from tessera.recipes.loading import load_recipe, shipped
 PARAMETERS = {
     "quickstart-digits": None,
     "cifar10-small": None,
-    "cifar10-small-linear": 745_411,
+    "cifar10-small-linear": 745_699,
     "cifar10-small-patch": None,
     "cifar10-small-pdm": 3_886_968,
     "photos-64": 22_169_955,
