@@ -303,9 +303,9 @@ def test_a_training_is_started_known_again_and_stopped(
     words = train_words(wish, str(case.root / "group" / "b"), 5)
     assert words[-4:] == ["training.batch=8", "ema.0.x=a b", "--minutes", "5"]
     assert (name, case.runs.names()) == ("group/b", ["group/b"])
-    wait_for(lambda: case.runs.look(name).output)
-    run = case.runs.look(name)
-    assert (run.state, run.output) == ("preparing", "train " + " ".join(words[1:]))
+    # Words are printed one by one.
+    wait_for(lambda: case.runs.look(name).output == "train " + " ".join(words[1:]))
+    assert case.runs.look(name).state == "preparing"
     with pytest.raises(TesseraError, match="at it already"):
         case.control.start(wish, "group/b", 5)
     # Another studio on the same folder knows it, too, though it is not its parent.
