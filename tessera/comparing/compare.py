@@ -181,6 +181,12 @@ def _check(arms: Sequence[Arm], settings: CompareSettings) -> None:
             )
         if arm.stages and arm.join not in JOINS:
             raise TesseraError(f"{arm.name}: its stages are joined as one of {', '.join(JOINS)}")
+        for number, stage in enumerate(arm.stages):
+            if stage.begins_as is not None and not 0 <= stage.begins_as < number:
+                raise TesseraError(
+                    f"{arm.name}: stage {number} cannot begin as stage {stage.begins_as}; name one "
+                    "before it, from 0"
+                )
         if not arm.trained:
             for stage in arm.trainings:
                 recipe_of(arm, stage, settings.seed)

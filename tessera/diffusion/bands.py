@@ -75,21 +75,21 @@ class BandedDenoiser(Preconditioned):
         self._starts = [band.sigma_min for band in bands[1:]]
         # No submodules: their network is one of this one already.
         stack: Any = whole.network
-        counts = dict.fromkeys(band.bricks for band in bands)
-        self._parts = {n: whole if n is None else whole.around(stack.prefix(n)) for n in counts}
-        self._whole = (whole,)
+        self._by_bricks: dict[int | None, Preconditioned] = {None: whole}
+        for n in {band.bricks for band in bands} - {None}:
+            self._by_bricks[n] = whole.around(stack.prefix(n))
         self._fixed: int | None = None
 
     def around(self, network: nn.Module) -> Self:
-        other = type(self)(self._whole[0].around(network), self.bands)
+        other = type(self)(self._by_bricks[None].around(network), self.bands)
         other._fixed = self._fixed
         return other
 
     def shortened(self) -> list[nn.Module]:
-        return [part.network for n, part in self._parts.items() if n is not None]
+        return [part.network for n, part in self._by_bricks.items() if n is not None]
 
     def begin(self, images: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        self._whole[0].begin(images)
+        self._by_bricks[None].begin(images)
 
     def for_step(self, sigma: float) -> Self:
         """With the band that a step begins in for all of it; reads nothing from the device."""
@@ -107,7 +107,7 @@ class BandedDenoiser(Preconditioned):
 
     def _at(self, index: int, z: Tensor, sigma: Tensor, cond: Conditioning) -> Posterior:
         band, factor = self.bands[index], self.bands[index].factor
-        denoiser = self._parts[band.bricks]
+        denoiser = self._by_bricks[band.bricks]
         if factor == 1:
             posterior: Posterior = denoiser(z, sigma, cond)
             return posterior
@@ -137,7 +137,7 @@ class BandedObjective:
         self, objective: DenoisingObjective, bands: Sequence[Band], size: tuple[int, int]
     ) -> None:
         self.objective, self.bands, self._size = objective, tuple(bands), size
-        self._parts = [_within(objective, band) for band in bands]
+        self._by_bricks = [_within(objective, band) for band in bands]
 
     def probabilities(self) -> list[float]:
         """The share of the objective's noise levels in each band."""
@@ -152,7 +152,7 @@ class BandedObjective:
         """Loss terms as those of a `DenoisingObjective`, of x [B, C, H, W] or crops of it."""
         if draws.band is None:
             return self.objective(denoiser, x, cond, draws)
-        band, part = self.bands[draws.band], self._parts[draws.band]
+        band, part = self.bands[draws.band], self._by_bricks[draws.band]
         sigma = part.sigma(draws)
         denoiser = denoiser.for_step(band.sigma_min)
         error = part.elementwise(denoiser, x, cond, draws, sigma)

@@ -102,7 +102,7 @@ def _conditioning(recipe: schema.Recipe, side: int | None, device: torch.device)
     classes, start = recipe.data.num_classes, recipe.start_shape
     trained = side is not None
     coords = None
-    if side is not None and recipe.view.crops:
+    if side is not None and recipe.view.needs_coordinates:
         coords = full_grid((side, side), device).expand(2, -1, -1, -1)
     return Conditioning(
         labels=torch.tensor([0, NO_CLASS], device=device) if classes else None,

@@ -56,7 +56,7 @@ def stirred(recipe: Recipe) -> BandedDenoiser:
 @torch.no_grad()
 def test_each_band_is_made_by_its_bricks(tmp_path: Path) -> None:
     banded = stirred(stacked(tmp_path, OWNED))
-    whole = banded._whole[0]
+    whole = banded._by_bricks[None]
     for sigma, bricks in ((0.01, 1), (0.3, 2), (0.99, 2), (1.0, 3), (80.0, 3)):
         prefix = whole.around(whole.network.prefix(bricks))
         expected = prefix(*given(sigma)).mean
@@ -74,7 +74,7 @@ def test_skipping_leaves_out_more_but_never_asks_for_bricks_that_a_band_has_not(
     tmp_path: Path,
 ) -> None:
     banded = stirred(stacked(tmp_path, OWNED))
-    whole = banded._whole[0]
+    whole = banded._by_bricks[None]
     cut = cut_bricks(banded, parse_schedule("0-0.1:2,0.5-2:1"))
     for sigma, bricks in ((0.05, 1), (0.2, 1), (0.4, 2), (0.7, 1), (1.5, 1), (3.0, 3)):
         prefix = whole.around(whole.network.prefix(bricks))
@@ -126,7 +126,7 @@ def test_a_linear_start_learns_band_by_band_stops_and_goes_on(tmp_path: Path) ->
     steps.close()
     Trainer(resume=tmp_path / "broken").run()
     pipelines = [load(tmp_path / name) for name in ("whole", "broken")]
-    assert isinstance(pipelines[0].model._whole[0], LinearDenoiser)
+    assert isinstance(pipelines[0].model._by_bricks[None], LinearDenoiser)
     one, other = (p.sample(range(3), labels=[0, 1, 0], steps=4) for p in pipelines)
     assert (one == other).all()
     pipelines[0].save(tmp_path / "saved")

@@ -50,6 +50,9 @@ def test_stages_share_the_time_and_become_one(place: Path, tmp_path: Path) -> No
     began = load_recipe(tmp_path / "pair" / "run-1" / "recipe.yaml").training.initial_weights
     assert began == str(tmp_path / "pair" / "stage-0")
     assert Arm.from_dict(json.loads(json.dumps(asdict(arms[1])))) == arms[1]
+    late = replace(arms[0], stages=(pair[0], replace(pair[1], begins_as=1)))
+    with pytest.raises(TesseraError, match="stage 1 cannot begin as stage 1"):
+        compare_arms([late], tmp_path, SETTINGS)
     with pytest.raises(TesseraError, match="joined as one of relay, experts"):
         compare_arms([replace(arms[0], join="sum")], tmp_path, SETTINGS)
 

@@ -179,12 +179,12 @@ class ViewSection(Section):
 
     @property
     def crops(self) -> bool:
-        """Trains on parts of images, or on smaller ones, of which the network is told the place."""
+        """Trains on parts of images."""
         return False
 
     @property
-    def parts(self) -> bool:
-        """Trains on parts of images."""
+    def needs_coordinates(self) -> bool:
+        """The network is told where pixels lie: of parts of images, or of means of blocks."""
         return self.crops
 
 
@@ -274,11 +274,11 @@ class BandsViewConfig(ViewSection):
 
     @property
     def crops(self) -> bool:
-        return any(band.crop is not None or band.factor > 1 for band in self.bands)
+        return any(band.crop is not None for band in self.bands)
 
     @property
-    def parts(self) -> bool:
-        return any(band.crop is not None for band in self.bands)
+    def needs_coordinates(self) -> bool:
+        return self.crops or self.coarse
 
     @property
     def coarse(self) -> bool:
@@ -325,12 +325,8 @@ class AutoViewConfig(ViewSection):
     )
 
     @property
-    def crops(self) -> bool:
+    def needs_coordinates(self) -> bool:
         return True
-
-    @property
-    def parts(self) -> bool:
-        return False
 
 
 def _by_kind(value: Any) -> Any:

@@ -138,7 +138,7 @@ class Recipe(Section):
             return 0
         if self.coords is not None:
             return self.coords.frequencies
-        return 0 if self.view.crops else None
+        return 0 if self.view.needs_coordinates else None
 
     @property
     def patch_sizes(self) -> tuple[int, ...]:
@@ -235,7 +235,7 @@ class Recipe(Section):
             for name, given in {
                 "augment": self.augment is not None,
                 "coords": self.coords is not None,
-                f"view.kind={self.view.kind}": self.view.crops,
+                f"view.kind={self.view.kind}": self.view.needs_coordinates,
                 "snr_splits": bool(self.snr_splits),
             }.items():
                 if given:
@@ -277,7 +277,7 @@ class Recipe(Section):
         if not section.of_images:
             return self
         kind = f"preconditioning.kind={section.kind}"
-        if self.view.parts:
+        if self.view.crops:
             raise ValueError(
                 f"{kind} estimates whole images: set view.kind=full, or bands without crops, or "
                 "preconditioning.kind=edm"
@@ -353,7 +353,7 @@ class Recipe(Section):
                 f"low_resolution ({self.low_resolution}) must be a part of data.resolution "
                 f"({self.data.resolution}) that it is a multiple of"
             )
-        if not self.network.takes_image or not self.codec.of_pixels or self.view.crops:
+        if not self.network.takes_image or not self.codec.of_pixels or self.view.needs_coordinates:
             raise ValueError(
                 "low_resolution works with U-Nets and DiTs on whole images of pixels only"
             )
